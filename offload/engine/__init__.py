@@ -1,0 +1,1 @@
+"""Faults, hooks, gradients and the engine itself."""

@@ -1,0 +1,1 @@
+"""Update rules, kernels, loss scale and clipping."""

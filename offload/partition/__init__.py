@@ -1,0 +1,1 @@
+"""Layout arithmetic (pure), buckets, residency and its one transition table."""

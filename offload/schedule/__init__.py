@@ -1,0 +1,1 @@
+"""Trace, cost model and plan (all pure), and the executor."""

@@ -1,0 +1,1 @@
+"""Deferred initialization, streaming load, export and checkpoints."""

@@ -1,0 +1,1 @@
+"""Host arena, device budget, NVMe store, transfers, a simulated tier with modelled bandwidth."""
