@@ -1,0 +1,294 @@
+"""Layout arithmetic of buckets, chunks and state fields; pure numbers, no torch.
+
+[Note: Layout]
+  parameter   one tensor of the module; `ParamSpec`, numbered by its place in registration order.
+  bucket      parameters that move together: one dtype, all trainable or all frozen. Every parameter has one `ParamSlot`
+              that starts at a multiple of 64 bytes (a misaligned buffer changes the bits of a gemv); `Bucket.numel`
+              counts the padding.
+  chunk       the piece of a bucket that is staged and updated at once. A bucket of several parameters is one chunk; a
+              parameter too large for a bucket is alone in one and is cut at multiples of `chunk_elements`.
+  chunk block the state of one class of one chunk: its fields one after the other, each at a multiple of 4096 bytes, so
+              that a block is one O_DIRECT request and every field in it is aligned.
+  class layout  the chunk blocks of a bucket one after the other. A home on disk and a home in memory have the same one.
+
+Counts named `numel`, `offset`, `start` are elements; bytes are named `nbytes` or `*_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+SLOT_ALIGNMENT_BYTES = 64
+BLOCK_ALIGNMENT_BYTES = 4096
+# Reductions run over fixed blocks of this many elements, so a chunk boundary is always a block boundary.
+REDUCTION_ELEMENTS = 65_536
+
+MIN_BUCKET_ELEMENTS = 65_536
+MAX_BUCKET_ELEMENTS = 2 * 1024 * 1024
+MIN_BUCKETS_ON_DEVICE = 8
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """What the layout needs to know of one parameter. `dtype` is a short name: "fp32", "bf16", "fp16", ..."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    dtype: str
+    itemsize: int
+    trainable: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSlot:
+    """The place of parameter number `param` in its bucket, in elements."""
+
+    param: int
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Elements [start, start + numel) of a bucket, padding included."""
+
+    index: int
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One page: slots in registration order; chunks cover [0, numel) without gap or overlap."""
+
+    index: int
+    dtype: str
+    itemsize: int
+    trainable: bool
+    slots: tuple[ParamSlot, ...]
+    numel: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, without the padding of chunk blocks to 4096."""
+        return self.numel * self.itemsize
+
+
+class FieldSpec(NamedTuple):
+    """One array of a state class, with one element for each element of the bucket."""
+
+    name: str
+    dtype: str
+    itemsize: int
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field inside a chunk block. `nbytes` is exact; the next field starts at the next multiple of 4096."""
+
+    name: str
+    dtype: str
+    itemsize: int
+    offset_bytes: int
+    nbytes: int
+
+
+class Segment(NamedTuple):
+    """`numel` elements of `param` that lie in a chunk: where they start in the parameter and in the chunk."""
+
+    param: int
+    start_in_param: int
+    start_in_chunk: int
+    numel: int
+
+
+def pack(
+    specs: Sequence[ParamSpec], *, bucket_elements: int, chunk_elements: int | None = None
+) -> tuple[Bucket, ...]:
+    """Packs the parameters into buckets; buckets are ordered by their first parameter.
+
+    One bucket is open for each (dtype, trainable), so parameters of different kinds that alternate (adapters between
+    frozen weights) still fill buckets. A parameter larger than `bucket_elements` is alone.
+
+    Args:
+        bucket_elements: most elements in a bucket of several parameters, padding included.
+        chunk_elements: cut of a large parameter; a multiple of 65536; default `bucket_elements` rounded up to one.
+
+    Raises:
+        ValueError: a size is not positive, or `chunk_elements` is not a multiple of 65536.
+    """
+    if chunk_elements is None:
+        chunk_elements = round_up(bucket_elements, REDUCTION_ELEMENTS)
+    if bucket_elements <= 0:
+        raise ValueError(f"bucket_elements is {bucket_elements}, expected a positive number")
+    if chunk_elements <= 0 or chunk_elements % REDUCTION_ELEMENTS:
+        raise ValueError(
+            f"chunk_elements is {chunk_elements}, expected a positive multiple of {REDUCTION_ELEMENTS}"
+        )
+    return tuple(
+        _bucket(index, members, specs, chunk_elements)
+        for index, members in enumerate(_groups(specs, bucket_elements))
+    )
+
+
+def _slot_elements(spec: ParamSpec) -> int:
+    """Elements a parameter takes with its padding; an empty one takes none."""
+    return round_up(spec.nbytes, SLOT_ALIGNMENT_BYTES) // spec.itemsize
+
+
+def _groups(specs: Sequence[ParamSpec], bucket_elements: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    open_groups: dict[tuple[str, bool], list[int]] = {}
+    filled: dict[tuple[str, bool], int] = {}
+    for param, spec in enumerate(specs):
+        kind = (spec.dtype, spec.trainable)
+        needed = _slot_elements(spec)
+        if needed > bucket_elements:
+            groups.append([param])
+        elif kind in open_groups and filled[kind] + needed <= bucket_elements:
+            open_groups[kind].append(param)
+            filled[kind] += needed
+        else:
+            open_groups[kind] = [param]
+            filled[kind] = needed
+            groups.append(open_groups[kind])
+    return groups
+
+
+def _bucket(
+    index: int, members: Sequence[int], specs: Sequence[ParamSpec], chunk_elements: int
+) -> Bucket:
+    first = specs[members[0]]
+    slots = []
+    offset = 0
+    for param in members:
+        slots.append(ParamSlot(param, offset, specs[param].numel))
+        offset += _slot_elements(specs[param])
+    # A bucket of empty parameters still has one unit: leases, records and transfers are never empty.
+    numel = max(offset, SLOT_ALIGNMENT_BYTES // first.itemsize)
+    step = chunk_elements if len(members) == 1 else numel
+    chunks = tuple(
+        Chunk(number, start, min(step, numel - start))
+        for number, start in enumerate(range(0, numel, step))
+    )
+    return Bucket(index, first.dtype, first.itemsize, first.trainable, tuple(slots), numel, chunks)
+
+
+class ClassLayout:
+    """Where the fields of one state class of one bucket lie.
+
+    Attributes:
+        fields: the `FieldSpec`s in order.
+        chunk_nbytes: bytes of each chunk block, a multiple of 4096.
+        chunk_offset_bytes: where each chunk block starts in the home.
+        nbytes: bytes of the home.
+    """
+
+    __slots__ = ("_chunks", "chunk_nbytes", "chunk_offset_bytes", "fields", "nbytes")
+
+    def __init__(self, bucket: Bucket, fields: Sequence[FieldSpec]) -> None:
+        self.fields = tuple(fields)
+        chunks = []
+        sizes = []
+        offsets = []
+        total = 0
+        for chunk in bucket.chunks:
+            placed, nbytes = _chunk_block(chunk, self.fields)
+            chunks.append(placed)
+            sizes.append(nbytes)
+            offsets.append(total)
+            total += nbytes
+        self._chunks = tuple(chunks)
+        self.chunk_nbytes = tuple(sizes)
+        self.chunk_offset_bytes = tuple(offsets)
+        self.nbytes = total
+
+    def field(self, chunk: int, name: str) -> Field:
+        """The field `name` of chunk number `chunk`; its offset counts from the start of the chunk block.
+
+        Raises:
+            KeyError: the state class has no such field.
+        """
+        return self._chunks[chunk][name]
+
+
+def _chunk_block(chunk: Chunk, fields: Sequence[FieldSpec]) -> tuple[dict[str, Field], int]:
+    placed = {}
+    offset = 0
+    for spec in fields:
+        nbytes = chunk.numel * spec.itemsize
+        placed[spec.name] = Field(spec.name, spec.dtype, spec.itemsize, offset, nbytes)
+        offset = round_up(offset + nbytes, BLOCK_ALIGNMENT_BYTES)
+    assert len(placed) == len(fields), "field names of a state class are unique"
+    return placed, offset
+
+
+def segments(bucket: Bucket, chunk: Chunk) -> tuple[Segment, ...]:
+    """The parts of parameters that lie in `chunk`, in order; padding belongs to none."""
+    found = []
+    end = chunk.start + chunk.numel
+    for slot in bucket.slots:
+        start = max(slot.offset, chunk.start)
+        stop = min(slot.offset + slot.numel, end)
+        if start < stop:
+            found.append(
+                Segment(slot.param, start - slot.offset, start - chunk.start, stop - start)
+            )
+    return tuple(found)
+
+
+def state_fields(
+    bucket: Bucket, *, gradient_dtype: str, moments: Sequence[str]
+) -> dict[str, tuple[FieldSpec, ...]]:
+    """The fields of each state class of a bucket; a frozen bucket has weights only.
+
+    The optimizer class opens with what completes the weight to fp32: nothing for fp32, the int16 `remainder` for bf16
+    (the weight is the high half), a whole fp32 `master` otherwise. The `moments` follow, fp32.
+
+    Args:
+        gradient_dtype: "fp32", or "compute" for the bucket's own dtype.
+    """
+    weights = FieldSpec("weight", bucket.dtype, bucket.itemsize)
+    if not bucket.trainable:
+        return {"weights": (weights,)}
+    if gradient_dtype == "compute":
+        gradient = FieldSpec("gradient", bucket.dtype, bucket.itemsize)
+    else:
+        gradient = FieldSpec("gradient", "fp32", 4)
+    completion: tuple[FieldSpec, ...]
+    if bucket.dtype == "fp32":
+        completion = ()
+    elif bucket.dtype == "bf16":
+        completion = (FieldSpec("remainder", "int16", 2),)
+    else:
+        completion = (FieldSpec("master", "fp32", 4),)
+    state = tuple(FieldSpec(name, "fp32", 4) for name in moments)
+    return {"weights": (weights,), "gradients": (gradient,), "optimizer": completion + state}
+
+
+def resolve_bucket_elements(specs: Sequence[ParamSpec], device_budget_bytes: int) -> int:
+    """The `auto` rule: the largest power of two in [65536, 2Mi] of which 8 buckets fit the device budget.
+
+    Counted with the widest dtype of the model. When not even 8 of the smallest fit, the smallest is returned.
+    """
+    itemsize = max((spec.itemsize for spec in specs), default=4)
+    elements = MAX_BUCKET_ELEMENTS
+    while (
+        elements > MIN_BUCKET_ELEMENTS
+        and MIN_BUCKETS_ON_DEVICE * elements * itemsize > device_budget_bytes
+    ):
+        elements //= 2
+    return elements
