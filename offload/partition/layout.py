@@ -1,28 +1,31 @@
 """Layout arithmetic of buckets, chunks and state fields; pure numbers, no torch.
 
 [Note: Layout]
-  parameter   one tensor of the module; `ParamSpec`, numbered by its place in registration order.
-  bucket      parameters that move together: one dtype, all trainable or all frozen. Every parameter has one `ParamSlot`
-              that starts at a multiple of 64 bytes (a misaligned buffer changes the bits of a gemv); `Bucket.numel`
-              counts the padding.
-  chunk       the piece of a bucket that is staged and updated at once. A bucket of several parameters is one chunk; a
-              parameter too large for a bucket is alone in one and is cut at multiples of `chunk_elements`.
-  chunk block the state of one class of one chunk: its fields one after the other, each at a multiple of 4096 bytes, so
-              that a block is one O_DIRECT request and every field in it is aligned.
-  class layout  the chunk blocks of a bucket one after the other. A home on disk and a home in memory have the same one.
+  parameter     one tensor of the module: a `ParamSpec`, numbered in registration order.
+  bucket        parameters that move together: one dtype, all trainable or all frozen. Each has a
+                `ParamSlot` that starts at a multiple of 64 bytes (a misaligned buffer changes the
+                bits of a gemv); `Bucket.numel` counts the padding.
+  chunk         the piece of a bucket that is staged and updated at once. A bucket of several
+                parameters is one chunk; a parameter too large for a bucket is alone in one and is
+                cut at multiples of `chunk_elements`.
+  chunk block   the state of one class of one chunk: its fields one after the other, each at a
+                multiple of 4096 bytes. A block is one O_DIRECT request with aligned fields.
+  class layout  the chunk blocks of a bucket one after the other, the same on disk and in memory.
 
 Counts named `numel`, `offset`, `start` are elements; bytes are named `nbytes` or `*_bytes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SLOT_ALIGNMENT_BYTES = 64
 BLOCK_ALIGNMENT_BYTES = 4096
-# Reductions run over fixed blocks of this many elements, so a chunk boundary is always a block boundary.
+# Reductions run over fixed blocks of this many elements: a chunk boundary is a block boundary.
 REDUCTION_ELEMENTS = 65_536
 
 MIN_BUCKET_ELEMENTS = 65_536
@@ -37,7 +40,7 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """What the layout needs to know of one parameter. `dtype` is a short name: "fp32", "bf16", "fp16", ..."""
+    """One parameter. `dtype` is a short name: "fp32", "bf16", "fp16", ..."""
 
     name: str
     shape: tuple[int, ...]
@@ -97,7 +100,7 @@ class FieldSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field inside a chunk block. `nbytes` is exact; the next field starts at the next multiple of 4096."""
+    """A field in a chunk block. `nbytes` is exact; the next starts at the next multiple of 4096."""
 
     name: str
     dtype: str
@@ -107,7 +110,7 @@ class Field:
 
 
 class Segment(NamedTuple):
-    """`numel` elements of `param` that lie in a chunk: where they start in the parameter and in the chunk."""
+    """`numel` elements of `param` that lie in a chunk, and where they start in both."""
 
     param: int
     start_in_param: int
@@ -120,12 +123,15 @@ def pack(
 ) -> tuple[Bucket, ...]:
     """Packs the parameters into buckets; buckets are ordered by their first parameter.
 
-    One bucket is open for each (dtype, trainable), so parameters of different kinds that alternate (adapters between
-    frozen weights) still fill buckets. A parameter larger than `bucket_elements` is alone.
+    One bucket is open for each (dtype, trainable), so parameters of different kinds that alternate
+    (adapters between frozen weights) still fill buckets. A parameter larger than
+    `bucket_elements` is alone.
 
     Args:
+        specs: the parameters in registration order.
         bucket_elements: most elements in a bucket of several parameters, padding included.
-        chunk_elements: cut of a large parameter; a multiple of 65536; default `bucket_elements` rounded up to one.
+        chunk_elements: where a large parameter is cut; a multiple of 65536; by default
+            `bucket_elements` rounded up to one.
 
     Raises:
         ValueError: a size is not positive, or `chunk_elements` is not a multiple of 65536.
@@ -136,7 +142,8 @@ def pack(
         raise ValueError(f"bucket_elements is {bucket_elements}, expected a positive number")
     if chunk_elements <= 0 or chunk_elements % REDUCTION_ELEMENTS:
         raise ValueError(
-            f"chunk_elements is {chunk_elements}, expected a positive multiple of {REDUCTION_ELEMENTS}"
+            f"chunk_elements is {chunk_elements}, "
+            f"expected a positive multiple of {REDUCTION_ELEMENTS}"
         )
     return tuple(
         _bucket(index, members, specs, chunk_elements)
@@ -177,7 +184,7 @@ def _bucket(
     for param in members:
         slots.append(ParamSlot(param, offset, specs[param].numel))
         offset += _slot_elements(specs[param])
-    # A bucket of empty parameters still has one unit: leases, records and transfers are never empty.
+    # A bucket of empty parameters still has one unit: leases and records are never empty.
     numel = max(offset, SLOT_ALIGNMENT_BYTES // first.itemsize)
     step = chunk_elements if len(members) == 1 else numel
     chunks = tuple(
@@ -217,7 +224,7 @@ class ClassLayout:
         self.nbytes = total
 
     def field(self, chunk: int, name: str) -> Field:
-        """The field `name` of chunk number `chunk`; its offset counts from the start of the chunk block.
+        """The field `name` of chunk number `chunk`; its offset counts from the chunk block.
 
         Raises:
             KeyError: the state class has no such field.
@@ -255,11 +262,13 @@ def state_fields(
 ) -> dict[str, tuple[FieldSpec, ...]]:
     """The fields of each state class of a bucket; a frozen bucket has weights only.
 
-    The optimizer class opens with what completes the weight to fp32: nothing for fp32, the int16 `remainder` for bf16
-    (the weight is the high half), a whole fp32 `master` otherwise. The `moments` follow, fp32.
+    The optimizer class opens with what completes the weight to fp32: nothing for fp32, the int16
+    `remainder` for bf16 (the weight is the high half), a whole fp32 `master` otherwise.
 
     Args:
+        bucket: the bucket.
         gradient_dtype: "fp32", or "compute" for the bucket's own dtype.
+        moments: names of the fp32 state of the update rule, which follow.
     """
     weights = FieldSpec("weight", bucket.dtype, bucket.itemsize)
     if not bucket.trainable:
@@ -280,9 +289,9 @@ def state_fields(
 
 
 def resolve_bucket_elements(specs: Sequence[ParamSpec], device_budget_bytes: int) -> int:
-    """The `auto` rule: the largest power of two in [65536, 2Mi] of which 8 buckets fit the device budget.
+    """The `auto` rule: the largest power of two in [65536, 2Mi] of which 8 buckets fit the device.
 
-    Counted with the widest dtype of the model. When not even 8 of the smallest fit, the smallest is returned.
+    Counted with the widest dtype of the model; when not even 8 of the smallest fit, the smallest.
     """
     itemsize = max((spec.itemsize for spec in specs), default=4)
     elements = MAX_BUCKET_ELEMENTS
