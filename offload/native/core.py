@@ -1,0 +1,97 @@
+"""What `IoEngine` asks of a core; the C++ library and the Python fallback both provide it.
+
+A core works on numbers only: descriptors, addresses, offsets. It raises `OSError` with an errno
+where it refuses; the outcome of a request is data. `IoEngine` turns both into the project's errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+Operation = Literal["read", "write"]
+CopyLane = Literal["h2d", "d2h"]
+FILE_LANES = ("nvme_read", "nvme_write")
+LANES = (*FILE_LANES, "h2d", "d2h")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One read or write: `nbytes` at `offset` of a file from or to memory at `address`."""
+
+    operation: Operation
+    fd: int
+    direct_fd: int  # -1: everything is buffered
+    alignment: int
+    memory_alignment: int
+    offset: int
+    address: int
+    nbytes: int
+    checksum_seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRequest:
+    """One memory copy of `nbytes`, counted on `lane`."""
+
+    lane: CopyLane
+    dst_address: int
+    src_address: int
+    nbytes: int
+
+
+class Outcome(NamedTuple):
+    """How a request ended: `errno` 0 = well; else `offset` is where the first failed block began.
+
+    `short`: a read met the end of the file (errno EIO), or a write moved nothing.
+    """
+
+    errno: int
+    offset: int
+    checksum: int
+    short: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSettings:
+    """Validated settings of a core; see `IoEngine`."""
+
+    backend: str
+    queue_depth: int
+    threads: int
+    block_bytes: int
+    copy_threads: int
+    fault: str | None
+
+
+class Core(Protocol):
+    """See the module."""
+
+    backend: str
+
+    def start(self, request: Request) -> object:
+        """Take the request; return its handle. Raises OSError."""
+
+    def start_copy(self, request: CopyRequest) -> object:
+        """Take the copy; return its handle. Raises OSError."""
+
+    def done(self, handle: object) -> bool:
+        """Whether the request has ended; never blocks."""
+
+    def wait(self, handle: object, timeout: float) -> Outcome | None:
+        """Wait at most `timeout` seconds; None = still in flight."""
+
+    def forget(self, handle: object) -> None:
+        """Free a handle; only for ended requests, exactly once."""
+
+    def register(self, address: int, nbytes: int) -> str:
+        """Prepare a buffer for reuse, best effort; return "ok" or the reason why it is not."""
+
+    def fsync(self, fd: int) -> None:
+        """Raises OSError."""
+
+    def lanes(self) -> dict[str, tuple[int, float]]:
+        """Bytes and busy seconds so far."""
+
+    def close(self, timeout: float) -> bool:
+        """End every thread; False = requests are still in flight and everything stays open."""
