@@ -3,10 +3,10 @@
 [Note: error tree]
 
     OffloadError                 root; every error below is one
-    |- ConfigError               the configuration has problems; all are listed      (also ValueError)
-    |- DoesNotFitError           the plan needs more than the tiers have; a table says what would fit
+    |- ConfigError               the configuration has problems; all are listed    (also ValueError)
+    |- DoesNotFitError           the plan needs more than the tiers have; a table says what fits
     |- BudgetError               one request would exceed a tier's budget
-    |- StorageError              a file operation failed                             (also OSError)
+    |- StorageError              a file operation failed                           (also OSError)
     |  |- DiskFullError          no room to allocate
     |  |- ChecksumError          what was read is not what was written
     |  '- DeadlineError          an operation did not end in time

@@ -1,0 +1,134 @@
+"""What several fields of a configuration say against each other.
+
+Works on the plain mapping, not on the validated sections, so that contradictions are reported
+together with every other problem; a value of the wrong type is left to the sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+_USED_BY = {
+    "betas": ("adamw", "adam", "lion"),
+    "eps": ("adamw", "adam", "adagrad"),
+    "momentum": ("sgd",),
+    "dampening": ("sgd",),
+    "nesterov": ("sgd",),
+}
+DECAYING_SCHEDULES = ("linear", "cosine")
+_BLOCK_MULTIPLE = 4096
+
+Plain = Mapping[str, object]
+
+
+def section_of(config: Plain, dotted: str) -> dict[str, object]:
+    """Return a copy of the section at `dotted`; empty where there is none."""
+    section: object = config
+    for key in dotted.split("."):
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def contradictions(config: Plain) -> list[str]:
+    """Return one message for each contradiction in `config`, a mapping of sections."""
+    rules: tuple[Callable[[Plain], list[str]], ...] = (
+        _nvme_without_paths,
+        _repeated_paths,
+        _settings_of_another_optimizer,
+        _nesterov_without_momentum,
+        _decay_without_end,
+        _unaligned_blocks,
+        _run_without_steps,
+    )
+    return [problem for rule in rules for problem in rule(config)]
+
+
+def _nvme_without_paths(config: Plain) -> list[str]:
+    nvme = section_of(config, "tiers.nvme")
+    if nvme.get("paths"):
+        return []
+    problems = [
+        f"placement.{state_class} = 'nvme' needs tiers.nvme.paths, which is empty: name a "
+        "directory there, or choose auto, device or host"
+        for state_class, tier in section_of(config, "placement").items()
+        if tier == "nvme" and state_class in {"weights", "gradients", "optimizer"}
+    ]
+    problems += [
+        f"tiers.nvme.{key} is set but tiers.nvme.paths is empty: name a directory there, or remove "
+        f"tiers.nvme.{key}"
+        for key in ("capacity", "mode")
+        if key in nvme
+    ]
+    return problems
+
+
+def _repeated_paths(config: Plain) -> list[str]:
+    paths = section_of(config, "tiers.nvme").get("paths")
+    if not isinstance(paths, (list, tuple)):
+        return []
+    names = [str(path).rstrip("/") for path in paths]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    return [f"tiers.nvme.paths names {name!r} more than once" for name in repeated]
+
+
+def _settings_of_another_optimizer(config: Plain) -> list[str]:
+    optimizer = section_of(config, "optimizer")
+    name = optimizer.get("name", "adamw")
+    groups = optimizer.get("groups")
+    places = {"optimizer": optimizer}
+    if isinstance(groups, (list, tuple)):
+        places |= {
+            f"optimizer.groups.{index}": dict(group)
+            for index, group in enumerate(groups)
+            if isinstance(group, Mapping)
+        }
+    if not isinstance(name, str) or not any(name in names for names in _USED_BY.values()):
+        return []
+    return [
+        f"{place}.{key} is not a setting of {name}, but of {', '.join(names)}: remove it, or "
+        "choose another optimizer.name"
+        for place, section in places.items()
+        for key, names in _USED_BY.items()
+        if key in section and name not in names
+    ]
+
+
+def _nesterov_without_momentum(config: Plain) -> list[str]:
+    optimizer = section_of(config, "optimizer")
+    if optimizer.get("name") != "sgd" or optimizer.get("nesterov") is not True:
+        return []
+    if optimizer.get("momentum") and not optimizer.get("dampening"):
+        return []
+    return ["optimizer.nesterov needs optimizer.momentum above 0 and optimizer.dampening = 0"]
+
+
+def _decay_without_end(config: Plain) -> list[str]:
+    scheduler = section_of(config, "lr_scheduler")
+    name, total = scheduler.get("name"), scheduler.get("total_steps", "auto")
+    if name in DECAYING_SCHEDULES and total == "auto":
+        return [
+            f"lr_scheduler.name = {name!r} needs the step at which the decay ends: set "
+            "lr_scheduler.total_steps or run.steps"
+        ]
+    warmup = scheduler.get("warmup_steps", 0)
+    if isinstance(total, int) and isinstance(warmup, int) and warmup > total:
+        return [
+            f"lr_scheduler.warmup_steps = {warmup} is more than the {total} steps of the whole "
+            "schedule (lr_scheduler.total_steps, or run.steps)"
+        ]
+    return []
+
+
+def _unaligned_blocks(config: Plain) -> list[str]:
+    block_bytes = section_of(config, "io").get("block_bytes")
+    if isinstance(block_bytes, int) and block_bytes % _BLOCK_MULTIPLE:
+        nearest = max(_BLOCK_MULTIPLE, block_bytes // _BLOCK_MULTIPLE * _BLOCK_MULTIPLE)
+        return [f"io.block_bytes = {block_bytes} is no multiple of 4096: did you mean {nearest}?"]
+    return []
+
+
+def _run_without_steps(config: Plain) -> list[str]:
+    run = section_of(config, "run")
+    if run and "steps" not in run:
+        return ["run.steps is missing: the number of optimizer steps to train"]
+    return []

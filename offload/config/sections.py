@@ -1,0 +1,297 @@
+"""The sections of a configuration, field by field, with defaults and ranges.
+
+Everything here is frozen. What relates several fields stands in `offload.config.contradictions`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+
+from offload.config.sizes import (
+    SIZE_PATTERN,
+    parse_count_or_auto,
+    parse_size_or_auto,
+)
+
+_SIZE_SCHEMA = {
+    "anyOf": [
+        {"const": "auto", "type": "string"},
+        {"type": "integer", "minimum": 1},
+        {"type": "string", "pattern": SIZE_PATTERN},
+    ],
+    "x-type": "size or auto",
+}
+_COUNT_SCHEMA = {
+    "anyOf": [{"const": "auto", "type": "string"}, {"type": "integer", "minimum": 1}],
+    "x-type": "int or auto",
+}
+_DEVICE_KIND = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_path(value: object) -> object:
+    if isinstance(value, str) and value:
+        value = Path(value).expanduser()
+    if isinstance(value, Path) and value.exists() and not value.is_dir():
+        raise ValueError(f"{value} exists and is not a directory")
+    return value
+
+
+def _as_device_kind(value: object) -> object:
+    if isinstance(value, str) and _DEVICE_KIND.fullmatch(value) is None:
+        raise ValueError(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
+    return value
+
+
+def _as_activation_tier(value: object) -> object:
+    if value in ("auto", "host", "nvme"):
+        raise ValueError(
+            f"{value!r} comes with activation tiering, which this version does not have: "
+            "the only value is 'device'; run.gradient_checkpointing saves activation memory"
+        )
+    return value
+
+
+SizeOrAuto = Annotated[
+    int | Literal["auto"], PlainValidator(parse_size_or_auto), WithJsonSchema(_SIZE_SCHEMA)
+]
+CountOrAuto = Annotated[
+    int | Literal["auto"], PlainValidator(parse_count_or_auto), WithJsonSchema(_COUNT_SCHEMA)
+]
+Tier = Literal["auto", "device", "host", "nvme"]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
+Directory = Annotated[Path, BeforeValidator(_as_path)]
+Names = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_as_tuple),
+]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, no silent conversions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class DeviceTierSection(Section):
+    """The accelerator's memory, or without one a budgeted part of host memory."""
+
+    kind: Annotated[str, BeforeValidator(_as_device_kind)] = "auto"
+    """`auto` (cuda if there is one, else cpu), `cpu`, `cuda` or `cuda:N`."""
+    memory: SizeOrAuto = "auto"
+    """Hard budget of the bytes that the engine holds on the device: weights, slots and gradients.
+    Activations are not part of it."""
+
+
+class HostTierSection(Section):
+    """Pinned CPU memory."""
+
+    memory: SizeOrAuto = "auto"
+    """Hard budget of the bytes that the engine holds in host memory, staging included. `auto` is a
+    share of what is available now, under cgroup limits."""
+
+
+class NvmeTierSection(Section):
+    """Files on one or more disks."""
+
+    paths: Annotated[tuple[Directory, ...], BeforeValidator(_as_tuple)] = ()
+    """Directories to keep state in; several are striped. Empty: the tier is not used. Relative
+    paths are relative to the current directory."""
+    capacity: SizeOrAuto = "auto"
+    """Most bytes to allocate over all paths. `auto`: what the plan needs."""
+    mode: Literal["roll_forward", "atomic"] = "roll_forward"
+    """How new state replaces old. `roll_forward`: a few spare extents, a step interrupted by an
+    error is completed by the next `step()`. `atomic`: twice the space, the last committed state
+    stays intact."""
+
+
+class TiersSection(Section):
+    """Where state can live, and how much of it."""
+
+    device: DeviceTierSection = DeviceTierSection()
+    """The accelerator."""
+    host: HostTierSection = HostTierSection()
+    """Host memory."""
+    nvme: NvmeTierSection = NvmeTierSection()
+    """Disks."""
+
+
+class PlacementSection(Section):
+    """The home tier of each state class; `auto` fills the fastest tier that has room."""
+
+    weights: Tier = "auto"
+    """Home of the weights in the compute dtype."""
+    gradients: Tier = "auto"
+    """Home of the gradients between backward and the optimizer step."""
+    optimizer: Tier = "auto"
+    """Home of master weights and moments."""
+    activations: Annotated[Literal["device"], BeforeValidator(_as_activation_tier)] = "device"
+    """Home of activations: `device` only in this version."""
+
+
+class PartitionSection(Section):
+    """How parameters are grouped into buckets."""
+
+    bucket_elements: CountOrAuto = "auto"
+    """Elements of one bucket, the unit that moves. `auto`: at least 8 buckets fit the device."""
+
+
+class PrecisionSection(Section):
+    """Number formats."""
+
+    compute: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Dtype of weights and gradients in forward and backward; master weights are fp32."""
+    initial_loss_scale: Positive = 65536.0
+    """First loss scale; fp16 only. Default of torch.amp.GradScaler."""
+    growth_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    """The scale is multiplied by this after `growth_interval` good steps; fp16 only."""
+    backoff_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The scale is multiplied by this after a non-finite step; fp16 only."""
+    growth_interval: Annotated[int, Field(ge=1)] = 2000
+    """Good steps in a row before the scale grows; fp16 only."""
+
+
+class TrainingSection(Section):
+    """What a step is."""
+
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Backward passes before each optimizer step."""
+    max_grad_norm: NotNegative = 0.0
+    """Gradients are clipped to this global norm; 0 is no clipping."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the random numbers drawn during training, e.g. by dropout."""
+    gradient_dtype: Literal["auto", "fp32", "compute"] = "auto"
+    """Dtype gradients accumulate in. `auto`: `compute` with one accumulation step, else `fp32`."""
+
+
+class OptimizerGroupSection(Section):
+    """Settings of the parameters whose names match; what is not set is as in `[optimizer]`."""
+
+    match: Annotated[Names, Field(min_length=1)]
+    """Patterns of parameter names, `*` and `?` as in file names. The first group that matches a
+    parameter takes it."""
+    lr: NotNegative | None = None
+    """Learning rate of this group."""
+    betas: Betas | None = None
+    """Betas of this group."""
+    eps: NotNegative | None = None
+    """Epsilon of this group."""
+    weight_decay: NotNegative | None = None
+    """Weight decay of this group."""
+    momentum: NotNegative | None = None
+    """Momentum of this group; sgd only."""
+
+
+class OptimizerSection(Section):
+    """The optimizer that is built when `initialize` gets no factory."""
+
+    name: Literal["adamw", "adam", "sgd", "adagrad", "lion"] = "adamw"
+    """Update rule, with torch.optim's arithmetic."""
+    lr: NotNegative = 1e-4
+    """Learning rate."""
+    betas: Betas = (0.9, 0.999)
+    """Decay rates of the moments; adamw, adam and lion."""
+    eps: NotNegative = 1e-8
+    """Added to the denominator; adamw, adam and adagrad."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay: decoupled in adamw and lion, added to the gradient in the others."""
+    momentum: NotNegative = 0.0
+    """Momentum; sgd only."""
+    dampening: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Dampening of the momentum; sgd only."""
+    nesterov: bool = False
+    """Nesterov momentum; sgd only."""
+    groups: Annotated[tuple[OptimizerGroupSection, ...], BeforeValidator(_as_tuple)] = ()
+    """Groups with settings of their own, by name pattern; none = one group."""
+
+
+class LrSchedulerSection(Section):
+    """The course of the learning rate."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    """`constant`, or a decay to `min_lr_ratio` after the warm-up: `linear` or `cosine`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the rate rises linearly from 0."""
+    total_steps: CountOrAuto = "auto"
+    """Optimizer steps until the decay ends. `auto`: `run.steps`."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where the decay ends, as a share of the learning rate."""
+
+
+class OverlapSection(Section):
+    """What runs beside the computation. Never changes a number."""
+
+    prefetch: bool = True
+    """Fetch buckets before their use, by the recorded trace."""
+    prefetch_depth: CountOrAuto = "auto"
+    """Most buckets in flight ahead of their use."""
+    optimizer: bool = True
+    """Overlap the reads, updates and writes of the optimizer step."""
+
+
+class IoSection(Section):
+    """How files are read and written. Never changes a number."""
+
+    backend: Literal["auto", "io_uring", "libaio", "threads", "python"] = "auto"
+    """System interface; `auto` probes in this order."""
+    queue_depth: CountOrAuto = "auto"
+    """Most blocks in flight."""
+    block_bytes: SizeOrAuto = "auto"
+    """Requests are cut into blocks of this size, a multiple of 4096 bytes."""
+    threads: CountOrAuto = "auto"
+    """Threads of the `threads` and `python` backends."""
+    checksum: bool = True
+    """Verify every extent that is read back."""
+    deadline_seconds: Positive = 60.0
+    """An operation that takes longer is an error."""
+
+
+class GuardSection(Section):
+    """How touches of absent parameters are caught."""
+
+    poison: bool = True
+    """Map read-only NaN pages in place of absent storage: a missed fault gives NaN, not a crash."""
+    gather: Names = ()
+    """Paths of modules whose parameters are all present while the module runs: for C++ extensions
+    and kernels that take raw pointers."""
+
+
+class RunSection(Section):
+    """What `offload train` does."""
+
+    model: str | None = None
+    """A Hugging Face directory (its weights are loaded), or a config.json (weights are new)."""
+    data: str | None = None
+    """Text: a file (.txt, .jsonl, .py) or a folder of them; cut into sequences."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps to train."""
+    batch: Annotated[int, Field(ge=1)] = 1
+    """Sequences in one forward pass."""
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens in one sequence."""
+    output: Directory | None = None
+    """Folder of the run: log, report, checkpoints, export."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of new weights and of the order of the data."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations on held-out data; 0 = never."""
+    save_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0 = never."""
+    log_every: Annotated[int, Field(ge=1)] = 1
+    """Steps between lines of the log."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward instead of keeping them."""
+    export: bool = False
+    """Write the trained model at the end, for transformers' from_pretrained."""
