@@ -1,0 +1,188 @@
+"""What a step did: bytes and busy time of each lane, memory of each tier, and the log of it.
+
+[Note: busy time]
+A lane is busy while at least one operation is in flight on it. Its busy seconds are the length of
+the union of those spans, so two overlapping operations count their common time once, and
+bytes / busy_seconds is the lane's achieved bandwidth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+LANES = ("h2d", "d2h", "nvme_read", "nvme_write", "cpu", "compute")
+
+
+@dataclass(frozen=True, slots=True)
+class TierReport:
+    """Memory of one tier, in bytes. `peak_bytes` is over the life of the engine."""
+
+    budget_bytes: int
+    used_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaneReport:
+    """Work of one lane; see [Note: busy time]. Differences of two reports are reports."""
+
+    bytes: int = 0
+    busy_seconds: float = 0.0
+
+    def __sub__(self, earlier: LaneReport) -> LaneReport:
+        return LaneReport(self.bytes - earlier.bytes, self.busy_seconds - earlier.busy_seconds)
+
+    def __add__(self, other: LaneReport) -> LaneReport:
+        return LaneReport(self.bytes + other.bytes, self.busy_seconds + other.busy_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimizer step, from the end of the one before.
+
+    `bound_seconds` is the least time the step could take at measured lane speeds; 0.0 where it is
+    not known yet. `faults` counts demand fetches.
+    """
+
+    step: int
+    tiers: Mapping[str, TierReport]
+    lanes: Mapping[str, LaneReport]
+    bound_seconds: float
+    measured_seconds: float
+    faults: int
+
+    @property
+    def efficiency(self) -> float:
+        """bound_seconds / measured_seconds; 0.0 before the first step."""
+        return self.bound_seconds / self.measured_seconds if self.measured_seconds > 0 else 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        """The lane that was busy longest; ``"none"`` before the first step."""
+        if not any(lane.busy_seconds > 0 for lane in self.lanes.values()):
+            return "none"
+        return max(self.lanes, key=lambda name: self.lanes[name].busy_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types, with `efficiency` and `bottleneck`."""
+        return {
+            "step": self.step,
+            "measured_seconds": self.measured_seconds,
+            "bound_seconds": self.bound_seconds,
+            "efficiency": self.efficiency,
+            "bottleneck": self.bottleneck,
+            "faults": self.faults,
+            "tiers": {name: dataclasses.asdict(tier) for name, tier in self.tiers.items()},
+            "lanes": {name: dataclasses.asdict(lane) for name, lane in self.lanes.items()},
+        }
+
+
+def lanes_between(
+    earlier: Mapping[str, LaneReport], later: Mapping[str, LaneReport]
+) -> dict[str, LaneReport]:
+    """Return what each lane of `later` did since the snapshot `earlier`."""
+    return {name: lane - earlier.get(name, LaneReport()) for name, lane in later.items()}
+
+
+@dataclass(slots=True)
+class _Lane:
+    nbytes: int = 0
+    closed_seconds: float = 0.0  # length of the spans that have ended
+    in_flight: int = 0
+    busy_since: float = 0.0  # start of the span that is open while in_flight > 0
+
+
+@dataclass(slots=True)
+class LaneMeter:
+    """Bytes and busy time of lanes, accumulated by any number of threads.
+
+    `clock` returns seconds; a virtual clock gives exact times in tests.
+    """
+
+    clock: Callable[[], float] = time.perf_counter
+    _lanes: dict[str, _Lane] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def busy(self, lane: str, nbytes: int = 0) -> Iterator[None]:
+        """Count `lane` as busy while the body runs, and `nbytes` when it ends without an error."""
+        with self._lock:
+            entry = self._lanes.setdefault(lane, _Lane())
+            if entry.in_flight == 0:
+                entry.busy_since = self.clock()
+            entry.in_flight += 1
+        moved_bytes = 0
+        try:
+            yield
+            moved_bytes = nbytes
+        finally:
+            with self._lock:
+                entry.in_flight -= 1
+                entry.nbytes += moved_bytes
+                if entry.in_flight == 0:
+                    entry.closed_seconds += self.clock() - entry.busy_since
+
+    def add(self, lane: str, nbytes: int, seconds: float) -> None:
+        """Count an operation that someone else has timed; its time must not overlap others'."""
+        with self._lock:
+            entry = self._lanes.setdefault(lane, _Lane())
+            entry.nbytes += nbytes
+            entry.closed_seconds += seconds
+
+    def snapshot(self) -> dict[str, LaneReport]:
+        """Return each lane's totals until now, open spans included."""
+        with self._lock:
+            now = self.clock()
+            return {
+                name: LaneReport(
+                    entry.nbytes,
+                    entry.closed_seconds + (now - entry.busy_since if entry.in_flight else 0.0),
+                )
+                for name, entry in self._lanes.items()
+            }
+
+
+class JsonlWriter:
+    """Appends one JSON object a line to a file; a line is in the file when `write` returns.
+
+    Raises OSError as the file does. A killed process leaves at most one partial last line, which
+    `read_jsonl` leaves out and the next writer removes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append `entry`; it must hold JSON types only."""
+        self._file.write(json.dumps(entry, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file, without a partial last line."""
+    text = Path(path).read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines() if line]
