@@ -1,0 +1,52 @@
+"""Each contradiction is found, alone, with a remedy; its neighbours are legal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from offload.config import load_config
+from offload.errors import ConfigError
+
+CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
+    ({"placement": {"weights": "nvme"}}, "placement.weights = 'nvme' needs tiers.nvme.paths"),
+    ({"tiers": {"nvme": {"capacity": "1GiB"}}}, "tiers.nvme.capacity is set but"),
+    ({"tiers": {"nvme": {"mode": "atomic"}}}, "tiers.nvme.mode is set but"),
+    ({"tiers": {"nvme": {"paths": ["a", "a/"]}}}, "names 'a' more than once"),
+    ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum is not a setting of adamw, but of sgd"),
+    ({"optimizer": {"name": "sgd", "betas": [0.9, 0.9]}}, "optimizer.betas is not a setting"),
+    (
+        {"optimizer": {"groups": [{"match": ["*"], "momentum": 0.9}]}},
+        "optimizer.groups.0.momentum is not a setting of adamw",
+    ),
+    ({"optimizer": {"name": "sgd", "nesterov": True}}, "needs optimizer.momentum above 0"),
+    ({"lr_scheduler": {"name": "cosine"}}, "needs the step at which the decay ends"),
+    (
+        {"lr_scheduler": {"name": "cosine", "warmup_steps": 8}, "run": {"steps": 7}},
+        "lr_scheduler.warmup_steps = 8 is more than the 7 steps",
+    ),
+    ({"io": {"block_bytes": 5000}}, "io.block_bytes = 5000 is no multiple of 4096"),
+    ({"run": {"model": "m"}}, "run.steps is missing"),
+]
+
+LEGAL: list[dict[str, Any]] = [
+    {"placement": {"weights": "nvme"}, "tiers": {"nvme": {"paths": ["a"], "mode": "atomic"}}},
+    {"optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True}},
+    {"lr_scheduler": {"name": "constant", "warmup_steps": 8}},
+    {"lr_scheduler": {"name": "linear", "warmup_steps": 8, "total_steps": 8}},
+    {"io": {"block_bytes": 8192}},
+]
+
+
+@pytest.mark.parametrize(("config", "part"), CONTRADICTORY)
+def test_contradiction(config: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config)
+    (problem,) = caught.value.problems
+    assert part in problem
+
+
+@pytest.mark.parametrize("config", LEGAL)
+def test_legal(config: dict[str, Any]) -> None:
+    load_config(config)
