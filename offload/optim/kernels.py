@@ -14,7 +14,7 @@ format it is: uint16 is bf16, int16 is fp16 (fp32 is float32). A weight and its 
 
 Every element is computed by the same IEEE operations, in fp32, whatever its position: no fast-math,
 so that nothing is contracted or reassociated, and the vector body of a loop equals its scalar
-tail. The only sums are over fixed blocks, in `_sum_block`'s order.
+tail. The only sums are over fixed blocks, in `_sum_lanes`'s order.
 
 [Note: largest pattern]
 
@@ -69,20 +69,31 @@ _bits = _bitcast(types.float32, types.uint32)  # the bits of an fp32
 _from_bits = _bitcast(types.uint32, types.float32)  # the fp32 that has these bits
 
 
-@register_jitable
+@intrinsic  # type: ignore[misc, unused-ignore]
+def _select(_context: Any, _condition: Any, _first: Any, _second: Any) -> Any:
+    """Return `first if condition else second` for uint32, without the branch: it vectorises."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.select(*arguments)
+
+    return types.uint32(types.boolean, types.uint32, types.uint32), codegen
+
+
+@register_jitable(inline="always")
 def _decode_fp16(half: Any) -> Any:
     """Return the value of fp16 bits, exactly, subnormals and infinities included."""
     bits = np.uint32(half)
     magnitude = np.uint32(bits & np.uint32(0x7FFF))
     sign = np.uint32(np.uint32(bits & np.uint32(0x8000)) << _WORD_SHIFT)
-    rebias = np.uint32(0x7000_0000) if magnitude >= np.uint32(0x7C00) else np.uint32(0x3800_0000)
+    special = magnitude >= np.uint32(0x7C00)
+    rebias = _select(special, np.uint32(0x7000_0000), np.uint32(0x3800_0000))
     normal = np.uint32(np.uint32(magnitude << _HALF_SHIFT) + rebias)
     subnormal = _bits(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    chosen = subnormal if magnitude < np.uint32(0x400) else normal
+    chosen = _select(magnitude < np.uint32(0x400), subnormal, normal)
     return _from_bits(np.uint32(chosen | sign))
 
 
-@register_jitable
+@register_jitable(inline="always")
 def _encode_fp16(value: Any) -> Any:
     """Return `value` as fp16 bits, to nearest, ties to even; from 65520 on as infinity.
 
@@ -96,13 +107,13 @@ def _encode_fp16(value: Any) -> Any:
     normal = np.uint32(rounded >> _HALF_SHIFT)
     shifted = _from_bits(magnitude) + np.float32(0.5)  # its unit in the last place is fp16's least
     subnormal = np.uint32(_bits(shifted) - np.uint32(0x3F00_0000))
-    chosen = subnormal if magnitude < np.uint32(0x3880_0000) else normal
-    chosen = np.uint32(0x7C00) if magnitude >= np.uint32(0x477F_F000) else chosen
-    chosen = np.uint32(0x7E00) if magnitude > _INFINITY else chosen
+    chosen = _select(magnitude < np.uint32(0x3880_0000), subnormal, normal)
+    chosen = _select(magnitude >= np.uint32(0x477F_F000), np.uint32(0x7C00), chosen)
+    chosen = _select(magnitude > _INFINITY, np.uint32(0x7E00), chosen)
     return np.int16(np.uint32(chosen | sign))
 
 
-@register_jitable
+@register_jitable(inline="always")
 def _encode_bf16(value: Any) -> Any:
     """Return `value` as bf16 bits, to nearest, ties to even, as torch casts."""
     bits = _bits(value)
@@ -110,7 +121,7 @@ def _encode_bf16(value: Any) -> Any:
     rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
     high = np.uint32(rounded >> _WORD_SHIFT)
     not_a_number = np.uint32(bits & _MAGNITUDE) > _INFINITY
-    return np.uint16(np.uint32(0x7FC0) if not_a_number else high)
+    return np.uint16(_select(not_a_number, np.uint32(0x7FC0), high))
 
 
 # An overload and its implementations must agree in their annotations, too: numba compares them.
@@ -134,20 +145,25 @@ def _load_overload(array: Any, i: Any) -> Any:
     return {types.uint16: load_bf16, types.int16: load_fp16, types.float32: load_fp32}[array.dtype]
 
 
-def _store(array: Any, i: Any, value: Any) -> Any:  # rounds to the array's format
+def _store(array: Any, i: Any, value: Any) -> Any:  # rounds; returns what is stored, as fp32
     raise NotImplementedError
 
 
 @overload(_store, inline="always")
 def _store_overload(array: Any, i: Any, value: Any) -> Any:
     def store_bf16(array: Any, i: Any, value: Any) -> Any:
-        array[i] = _encode_bf16(value)
+        half = _encode_bf16(value)
+        array[i] = half
+        return _from_bits(np.uint32(np.uint32(half) << _WORD_SHIFT))
 
     def store_fp16(array: Any, i: Any, value: Any) -> Any:
-        array[i] = _encode_fp16(value)
+        half = _encode_fp16(value)
+        array[i] = half
+        return _decode_fp16(np.uint16(half))
 
     def store_fp32(array: Any, i: Any, value: Any) -> Any:
         array[i] = value
+        return value
 
     stores = {types.uint16: store_bf16, types.int16: store_fp16, types.float32: store_fp32}
     return stores[array.dtype]
@@ -198,7 +214,7 @@ def _write_value_overload(weight: Any, master: Any, i: Any, value: Any) -> Any:
     return {types.int16: split_bf16, types.float32: write_fp16}[master.dtype]
 
 
-@register_jitable
+@register_jitable(inline="always")
 def _magnitude(value: Any) -> Any:
     """Return the pattern of the absolute value; see [Note: largest pattern]."""
     return np.uint32(_bits(value) & _MAGNITUDE)
@@ -310,8 +326,8 @@ def merge(weight: Any, master: Any, values: Any) -> None:
 # --- gradients: `sums` has one fp64 a block of BLOCK_NUMEL elements -------------------------------
 
 
-@register_jitable
-def _sum_block(lanes: Any) -> Any:
+@register_jitable(inline="always")
+def _sum_lanes(lanes: Any) -> Any:
     """Add up the lanes of a block pairwise and clear them; the order is fixed."""
     half = _LANES // 2
     while half >= 1:
@@ -323,6 +339,10 @@ def _sum_block(lanes: Any) -> Any:
     return total
 
 
+# The index is unsigned because numba lets a signed one count from the end, which costs the loop
+# its vectors.
+
+
 def copy_gradient(target: Any, source: Any, sums: Any) -> None:
     """Set target = source, in target's format, and the sums of squares of the target."""
     lanes = np.zeros(_LANES, np.float64)
@@ -330,10 +350,10 @@ def copy_gradient(target: Any, source: Any, sums: Any) -> None:
         stop = min(len(target), (block + 1) * BLOCK_NUMEL)
         for row in range(block * BLOCK_NUMEL, stop, _LANES):
             for k in range(min(_LANES, stop - row)):
-                _store(target, row + k, _load(source, row + k))
-                written = np.float64(_load(target, row + k))
+                i = np.uint64(row) + np.uint64(k)
+                written = np.float64(_store(target, i, _load(source, i)))
                 lanes[k] += written * written
-        sums[block] = _sum_block(lanes)
+        sums[block] = _sum_lanes(lanes)
 
 
 def add_gradient(target: Any, source: Any, sums: Any) -> None:
@@ -343,10 +363,10 @@ def add_gradient(target: Any, source: Any, sums: Any) -> None:
         stop = min(len(target), (block + 1) * BLOCK_NUMEL)
         for row in range(block * BLOCK_NUMEL, stop, _LANES):
             for k in range(min(_LANES, stop - row)):
-                _store(target, row + k, _load(target, row + k) + _load(source, row + k))
-                written = np.float64(_load(target, row + k))
+                i = np.uint64(row) + np.uint64(k)
+                written = np.float64(_store(target, i, _load(target, i) + _load(source, i)))
                 lanes[k] += written * written
-        sums[block] = _sum_block(lanes)
+        sums[block] = _sum_lanes(lanes)
 
 
 def sum_squares(source: Any, sums: Any) -> None:
@@ -356,9 +376,9 @@ def sum_squares(source: Any, sums: Any) -> None:
         stop = min(len(source), (block + 1) * BLOCK_NUMEL)
         for row in range(block * BLOCK_NUMEL, stop, _LANES):
             for k in range(min(_LANES, stop - row)):
-                value = np.float64(_load(source, row + k))
+                value = np.float64(_load(source, np.uint64(row) + np.uint64(k)))
                 lanes[k] += value * value
-        sums[block] = _sum_block(lanes)
+        sums[block] = _sum_lanes(lanes)
 
 
 # --- compilation ----------------------------------------------------------------------------------
