@@ -1,1 +1,1 @@
-"""Deferred initialization, streaming load, export and checkpoints."""
+"""Saving and loading: checkpoints, export, and the engine's public class that offers them."""

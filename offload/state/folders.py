@@ -1,0 +1,152 @@
+"""Checkpoint folders: created hidden, published by one rename, swept when their writer died.
+
+[Note: publishing a checkpoint] A save writes into `.tmp-*`, holding that folder's flock. When all
+of it is synced, the folder gets its tag by rename and the parent is synced; only then is the save
+acknowledged. Where the tag exists already, the old checkpoint steps aside to `.old-*` first:
+killed between the two renames, there is still the old one, and loading finds it by the tag in its
+manifest. A later save removes what killed writers left: `.tmp-*` whose lock is free, and `.old-*`
+whose successor stands.
+Source: RELIABILITY promises P1, P2, P8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from offload.errors import CheckpointError
+from offload.state import durable, manifest
+
+PENDING_PREFIX = ".tmp-"
+REPLACED_PREFIX = ".old-"
+
+
+@contextlib.contextmanager
+def pending_folder(root: Path, tag: str) -> Iterator[Path]:
+    """A locked, empty, private folder in `root`; removed at the end unless `publish` has renamed
+    it.
+
+    Raises:
+        StorageError: it cannot be created.
+    """
+    with durable.storage_errors("create", root, what=tag):
+        folder, lock = _create_locked(root, tag)
+    try:
+        yield folder
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _create_locked(root: Path, tag: str) -> tuple[Path, int]:
+    while True:
+        folder = root / f"{PENDING_PREFIX}{tag}-{os.getpid()}-{secrets.token_hex(4)}"
+        folder.mkdir(mode=durable.PRIVATE_FOLDER_MODE)
+        # A sweep of another process may remove the folder before the lock is held: then make
+        # another.
+        with contextlib.suppress(FileNotFoundError):
+            lock = _lock(folder)
+            if lock is not None and folder.exists():
+                return folder, lock
+            if lock is not None:
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Descriptor that holds the folder's lock, or None where another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def publish(pending: Path, root: Path, tag: str) -> Path:
+    """Give a complete, synced folder its tag, durably; see [Note: publishing a checkpoint].
+
+    Raises:
+        CheckpointError: something that is no checkpoint has that name.
+        StorageError: a rename or sync failed; what the tag named before is intact, under the tag
+            or aside.
+    """
+    final = root / tag
+    replaced: Path | None = None
+    if final.is_symlink() or (final.exists() and not (final / manifest.MANIFEST_NAME).exists()):
+        raise CheckpointError(
+            f"{final} exists and is no checkpoint", remedy="save under another tag, or move it away"
+        )
+    with durable.storage_errors("rename", pending, what=tag):
+        if final.exists():
+            replaced = root / f"{REPLACED_PREFIX}{tag}-{secrets.token_hex(4)}"
+            final.rename(replaced)
+        pending.rename(final)
+    durable.sync_folder(root)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed saves left in `root`; a folder that another process is writing is not
+    touched.
+    """
+    for folder in subfolders(root):
+        if folder.name.startswith(PENDING_PREFIX):
+            with contextlib.suppress(OSError):
+                lock = _lock(folder)
+                if lock is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.close(lock)
+        elif folder.name.startswith(REPLACED_PREFIX):
+            with contextlib.suppress(CheckpointError):
+                tag = manifest.read(folder).tag
+                if manifest.read(root / tag).tag == tag:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def subfolders(root: Path) -> list[Path]:
+    """The folders in `root`, by name; symbolic links are not followed."""
+    with (
+        durable.storage_errors("list", root, what="checkpoint directory"),
+        os.scandir(root) as entries,
+    ):
+        return sorted(Path(e.path) for e in entries if e.is_dir(follow_symlinks=False))
+
+
+def candidates(
+    root: Path, tag: str | None
+) -> tuple[list[tuple[Path, manifest.Manifest]], list[str]]:
+    """Checkpoint folders whose manifest verifies, newest first, and a line about each that does
+    not.
+
+    With a tag: that folder, or what a killed save under that tag had moved aside.
+    """
+    found: list[tuple[Path, manifest.Manifest]] = []
+    damaged: list[str] = []
+    for folder in subfolders(root):
+        if folder.name.startswith(PENDING_PREFIX):
+            continue
+        aside = folder.name.startswith(REPLACED_PREFIX)
+        if tag is not None and folder.name != tag and not aside:
+            continue
+        if not (folder / manifest.MANIFEST_NAME).exists():
+            continue
+        try:
+            parsed = manifest.read(folder)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        if tag is None or tag in {folder.name, parsed.tag}:
+            found.append((folder, parsed))
+    if tag is not None and any(folder.name == tag for folder, _ in found):
+        found = [(folder, parsed) for folder, parsed in found if folder.name == tag]
+    found.sort(key=lambda item: (item[1].sequence, item[0].name), reverse=True)
+    return found, damaged
