@@ -1,0 +1,205 @@
+"""The bytes that a placement takes of each tier: homes, and what moves between them.
+
+[Note: Footprint]
+  home      the block of a bucket's state class in its tier, from the start to the end of the run.
+  device    homes + working set + gradients in flight. The working set are the paged weights: two
+            buckets at least (one in use, one arriving), at most all of them.
+  host      homes + staging. The phases of a step do not overlap, so staging is their maximum:
+    passes  (forward and backward) a ring of weight chunks on their way from nvme; the open gradient
+            chunks whose home is nvme; landing room for gradients that leave an accelerator.
+    update  as many chunks as are read ahead, computed and written behind, each with the blocks of
+            the classes that the cores cannot update where they live.
+  nvme      homes + spare extents: new state goes to another extent than the one it came from.
+            `roll_forward` has a few for each block size, `atomic` one for each block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    # Bytes of each chunk block of one bucket, by state class; frozen buckets have weights only.
+    BlockBytes = Mapping[str, Sequence[int]]
+
+STATE_CLASSES = ("weights", "gradients", "optimizer")
+TIERS = ("device", "host", "nvme")
+
+MIN_WORKING_BUCKETS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """How many buffers each flow may hold; the engine leases no more.
+
+    Attributes:
+        weights: chunk buffers of the ring nvme -> host -> device.
+        update: chunks in flight in the optimizer step (read ahead, compute, write behind).
+        gradients: open gradient chunk buffers when their home is nvme.
+        landing: gradient chunk buffers when gradients leave a device that is not host memory.
+        spare_extents: spare nvme extents of each block size in `roll_forward`.
+    """
+
+    weights: int = 4
+    update: int = 3
+    gradients: int = 4
+    landing: int = 2
+    spare_extents: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the tiers offer.
+
+    Attributes:
+        device_bytes: hard budget of engine-held bytes.
+        host_bytes: the same, staging included.
+        nvme_bytes: room for extents; None when the tier is not used.
+        host_addressable: the cores can update state on the device where it is.
+        nvme_mode: how new state replaces old on nvme.
+        staging: buffer counts.
+    """
+
+    device_bytes: int
+    host_bytes: int
+    nvme_bytes: int | None = None
+    host_addressable: bool = True
+    nvme_mode: Literal["roll_forward", "atomic"] = "roll_forward"
+    staging: Staging = Staging()
+
+    def budget_bytes(self, tier: str) -> int:
+        """The budget of a tier; 0 for nvme that is not used."""
+        budgets = {"device": self.device_bytes, "host": self.host_bytes, "nvme": self.nvme_bytes}
+        return budgets[tier] or 0
+
+    def is_staged(self, tier: str) -> bool:
+        """Whether state that lives in `tier` comes to host memory for its update."""
+        return tier == "nvme" or (tier == "device" and not self.host_addressable)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one placement; see [Note: Footprint].
+
+    Attributes:
+        homes: bytes[tier][state_class] of the homes.
+        paged_bytes: weights without a home on the device, all of them.
+        min_working_bytes: the least working set.
+        gradient_bytes: gradients between their production and departure.
+        passes_staging_bytes: host staging of forward and backward.
+        update_staging_bytes: host staging of the optimizer step.
+        spare_bytes: spare nvme extents.
+    """
+
+    homes: dict[str, dict[str, int]]
+    paged_bytes: int
+    min_working_bytes: int
+    gradient_bytes: int
+    passes_staging_bytes: int
+    update_staging_bytes: int
+    spare_bytes: int
+
+    @property
+    def staging_bytes(self) -> int:
+        """Host staging: the phases do not overlap."""
+        return max(self.passes_staging_bytes, self.update_staging_bytes)
+
+    def home_bytes(self, tier: str) -> int:
+        """Bytes of all homes in a tier."""
+        return sum(self.homes[tier].values())
+
+    def need_bytes(self, tier: str) -> int:
+        """The least budget of a tier with which this placement runs."""
+        extra = {
+            "device": self.min_working_bytes + self.gradient_bytes,
+            "host": self.staging_bytes,
+            "nvme": self.spare_bytes,
+        }
+        return self.home_bytes(tier) + extra[tier]
+
+    def working_bytes(self, device_bytes: int) -> int:
+        """Room for paged weights under a device budget: what is left, at most all of them."""
+        left = device_bytes - self.home_bytes("device") - self.gradient_bytes
+        return min(self.paged_bytes, max(left, self.min_working_bytes))
+
+
+def footprint(
+    blocks: Sequence[BlockBytes],
+    tier_of: Mapping[tuple[int, str], str],
+    machine: Machine,
+    *,
+    gradient_bytes: int,
+) -> Footprint:
+    """Counts what a placement takes.
+
+    Args:
+        blocks: the chunk block bytes of each bucket.
+        tier_of: home tier by (bucket, state class), complete.
+        machine: the tiers; only its staging, mode and addressability are read.
+        gradient_bytes: gradients in flight on the device.
+    """
+    homes = {tier: dict.fromkeys(STATE_CLASSES, 0) for tier in TIERS}
+    paged: list[int] = []
+    for bucket, classes in enumerate(blocks):
+        for state_class, sizes in classes.items():
+            homes[tier_of[bucket, state_class]][state_class] += sum(sizes)
+        if tier_of[bucket, "weights"] != "device":
+            paged.append(sum(classes["weights"]))
+    return Footprint(
+        homes=homes,
+        paged_bytes=sum(paged),
+        min_working_bytes=sum(sorted(paged)[-MIN_WORKING_BUCKETS:]),
+        gradient_bytes=gradient_bytes,
+        passes_staging_bytes=_passes_staging_bytes(blocks, tier_of, machine),
+        update_staging_bytes=_update_staging_bytes(blocks, tier_of, machine),
+        spare_bytes=_spare_bytes(blocks, tier_of, machine),
+    )
+
+
+def _passes_staging_bytes(
+    blocks: Sequence[BlockBytes], tier_of: Mapping[tuple[int, str], str], machine: Machine
+) -> int:
+    weights = gradients = landing = 0
+    for bucket, classes in enumerate(blocks):
+        if tier_of[bucket, "weights"] == "nvme":
+            weights = max(weights, *classes["weights"])
+        gradient_tier = tier_of.get((bucket, "gradients"))
+        if gradient_tier == "nvme":
+            gradients = max(gradients, *classes["gradients"])
+        if gradient_tier in {"host", "nvme"} and not machine.host_addressable:
+            # A gradient leaves the device in the dtype of the weights.
+            landing = max(landing, *classes["weights"])
+    staging = machine.staging
+    return weights * staging.weights + gradients * staging.gradients + landing * staging.landing
+
+
+def _update_staging_bytes(
+    blocks: Sequence[BlockBytes], tier_of: Mapping[tuple[int, str], str], machine: Machine
+) -> int:
+    largest = 0
+    for bucket, classes in enumerate(blocks):
+        if "optimizer" not in classes:
+            continue
+        staged = [
+            sizes
+            for state_class, sizes in classes.items()
+            if machine.is_staged(tier_of[bucket, state_class])
+        ]
+        largest = max(largest, *(sum(chunk) for chunk in zip(*staged, strict=True)), 0)
+    return largest * machine.staging.update
+
+
+def _spare_bytes(
+    blocks: Sequence[BlockBytes], tier_of: Mapping[tuple[int, str], str], machine: Machine
+) -> int:
+    counts: Counter[int] = Counter()
+    for bucket, classes in enumerate(blocks):
+        for state_class, sizes in classes.items():
+            if tier_of[bucket, state_class] == "nvme":
+                counts.update(sizes)
+    if machine.nvme_mode == "atomic":
+        return sum(size * count for size, count in counts.items())
+    return sum(size * min(machine.staging.spare_extents, n) for size, n in counts.items())

@@ -1,0 +1,312 @@
+"""The plan: pure, frozen, made once before anything is allocated.
+
+    specs -> buckets (partition.layout) -> chunk blocks -> placement -> Plan
+
+A plan that does not fit is still a plan: it tells what is missing. The engine calls
+`Plan.require_fit()` before it allocates anything, then holds at most `peak_bytes` of each tier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offload.errors import DoesNotFitError, format_bytes
+from offload.partition.layout import (
+    MIN_BUCKET_ELEMENTS,
+    Bucket,
+    ClassLayout,
+    ParamSpec,
+    pack,
+    resolve_bucket_elements,
+    state_fields,
+)
+from offload.schedule.cost import LaneSpeeds, bound_seconds, compute_flops, lane_seconds
+from offload.schedule.footprint import STATE_CLASSES, TIERS, Machine
+from offload.schedule.placement import (
+    Placement,
+    PlacementChoice,
+    Shortfall,
+    assign,
+    shortfall_table,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from offload.config import OffloadConfig
+    from offload.schedule.footprint import BlockBytes
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What one optimizer step computes; it changes `step_seconds` only.
+
+    Attributes:
+        tokens: of one optimizer step, all micro-batches together; None leaves compute out.
+        recompute: the forward pass is done twice (gradient checkpointing).
+    """
+
+    tokens: int | None = None
+    recompute: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Home tier of each bucket's state, and what the run takes of each tier.
+
+    Attributes:
+        fits: whether every tier's budget is large enough.
+        bytes: bytes[tier][state_class]: where the state lives.
+        peak_bytes: by tier: the most that the engine holds, staging and spare extents included.
+        need_bytes: by tier: the least budget with which this placement runs.
+        budget_bytes: by tier; 0 for nvme that is not used.
+        staging_bytes: the part of the host's peak that is staging.
+        working_bytes: device room for paged weights: the capacity of the lookahead.
+        gradient_bytes: device room for gradients between production and departure.
+        step_seconds: estimate of one optimizer step: passes, then update, each at its bound.
+        bottleneck: the lane that is busy longest.
+        placement: the home tiers.
+        buckets: in order of their first parameter.
+        layouts: by bucket: the `ClassLayout` of each state class.
+        shortfalls: what is missing when it does not fit.
+    """
+
+    fits: bool
+    bytes: dict[str, dict[str, int]]
+    peak_bytes: dict[str, int]
+    need_bytes: dict[str, int]
+    budget_bytes: dict[str, int]
+    staging_bytes: int
+    working_bytes: int
+    gradient_bytes: int
+    step_seconds: float
+    bottleneck: str
+    placement: Placement
+    buckets: tuple[Bucket, ...]
+    layouts: tuple[dict[str, ClassLayout], ...]
+    shortfalls: tuple[Shortfall, ...]
+
+    def tier(self, bucket: int, state_class: str) -> str:
+        """The home tier of one class of one bucket."""
+        return self.placement.tier(bucket, state_class)
+
+    def require_fit(self) -> None:
+        """Does nothing when the plan fits.
+
+        Raises:
+            DoesNotFitError: the table tells need, budget and remedy of each tier that is short.
+        """
+        if not self.fits:
+            raise DoesNotFitError(table=str(self))
+
+    def __str__(self) -> str:
+        columns = (*STATE_CLASSES, "peak", "budget")
+        lines = ["tier    " + "".join(f"{name:>14}" for name in columns)]
+        for tier in TIERS:
+            amounts = [self.bytes[tier][name] for name in STATE_CLASSES]
+            amounts += [self.peak_bytes[tier], self.budget_bytes[tier]]
+            lines.append(f"{tier:<8}" + "".join(f"{format_bytes(n):>14}" for n in amounts))
+        lines.append(
+            f"{len(self.buckets)} buckets; host staging {format_bytes(self.staging_bytes)}; "
+            f"device room for paged weights {format_bytes(self.working_bytes)}"
+        )
+        lines.append(f"about {self.step_seconds:.3g} s a step, bound by {self.bottleneck}")
+        if not self.fits:
+            lines += ["does not fit:", shortfall_table(self.shortfalls)]
+        return "\n".join(lines)
+
+
+def plan_buckets(
+    specs: Sequence[ParamSpec],
+    config: OffloadConfig,
+    *,
+    machine: Machine,
+    moments: Sequence[str],
+    speeds: LaneSpeeds | None = None,
+    workload: Workload | None = None,
+) -> Plan:
+    """Packs the parameters and plans their state.
+
+    With `auto` bucket elements the buckets are halved while the plan does not fit: working set and
+    staging shrink with them.
+
+    Args:
+        specs: the parameters, in registration order, in the dtype they compute in.
+        config: reads `partition`, `placement`, `training`.
+        machine: resolved budgets; `config.tiers` is not read.
+        moments: names of the fp32 state of the update rule.
+        speeds: measured lane speeds; by default conservative ones.
+        workload: what a step computes; by default its transfers and updates only.
+    """
+    gradient_dtype = resolve_gradient_dtype(config)
+
+    def plan(elements: int) -> Plan:
+        buckets = pack(specs, bucket_elements=elements)
+        return plan_layouts(
+            specs,
+            buckets,
+            layout_state(buckets, gradient_dtype=gradient_dtype, moments=moments),
+            config,
+            machine=machine,
+            speeds=speeds or LaneSpeeds(),
+            workload=workload or Workload(),
+        )
+
+    if config.partition.bucket_elements != "auto":
+        return plan(config.partition.bucket_elements)
+    elements = resolve_bucket_elements(specs, machine.device_bytes)
+    planned = plan(elements)
+    while not planned.fits and elements > MIN_BUCKET_ELEMENTS:
+        elements //= 2
+        planned = plan(elements)
+    return planned
+
+
+def layout_state(
+    buckets: Sequence[Bucket], *, gradient_dtype: str, moments: Sequence[str]
+) -> tuple[dict[str, ClassLayout], ...]:
+    """Lays out every state class of every bucket; arguments as of `state_fields`."""
+    return tuple(
+        {
+            state_class: ClassLayout(bucket, fields)
+            for state_class, fields in state_fields(
+                bucket, gradient_dtype=gradient_dtype, moments=moments
+            ).items()
+        }
+        for bucket in buckets
+    )
+
+
+def resolve_gradient_dtype(config: OffloadConfig) -> str:
+    """What gradients accumulate in: "compute" or "fp32"; `auto` is fp32 only if they do add up."""
+    if config.training.gradient_dtype != "auto":
+        return config.training.gradient_dtype
+    return "compute" if config.training.gradient_accumulation_steps == 1 else "fp32"
+
+
+def plan_layouts(
+    specs: Sequence[ParamSpec],
+    buckets: tuple[Bucket, ...],
+    layouts: tuple[dict[str, ClassLayout], ...],
+    config: OffloadConfig,
+    *,
+    machine: Machine,
+    speeds: LaneSpeeds,
+    workload: Workload,
+) -> Plan:
+    """Plans buckets whose state is laid out already; arguments as of `plan_buckets`."""
+    blocks: list[BlockBytes] = [
+        {state_class: layout.chunk_nbytes for state_class, layout in classes.items()}
+        for classes in layouts
+    ]
+    gradient_bytes = max((spec.nbytes for spec in specs if spec.trainable), default=0)
+    choice = PlacementChoice(
+        weights=config.placement.weights,
+        gradients=config.placement.gradients,
+        optimizer=config.placement.optimizer,
+    )
+    placement = assign(blocks, machine, choice, gradient_bytes=gradient_bytes)
+    taken = placement.footprint
+    working_bytes = taken.working_bytes(machine.device_bytes)
+    need_bytes = {tier: taken.need_bytes(tier) for tier in TIERS}
+    step_seconds, bottleneck = _estimate(
+        specs,
+        step_traffic(
+            blocks,
+            placement.tier_of,
+            host_addressable=machine.host_addressable,
+            accumulation_steps=config.training.gradient_accumulation_steps,
+        ),
+        speeds,
+        workload,
+        shared_cores=machine.host_addressable,
+    )
+    return Plan(
+        fits=not placement.shortfalls,
+        bytes=taken.homes,
+        peak_bytes=need_bytes
+        | {"device": taken.home_bytes("device") + working_bytes + gradient_bytes},
+        need_bytes=need_bytes,
+        budget_bytes={tier: machine.budget_bytes(tier) for tier in TIERS},
+        staging_bytes=taken.staging_bytes,
+        working_bytes=working_bytes,
+        gradient_bytes=gradient_bytes,
+        step_seconds=step_seconds,
+        bottleneck=bottleneck,
+        placement=placement,
+        buckets=buckets,
+        layouts=layouts,
+        shortfalls=placement.shortfalls,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepTraffic:
+    """Bytes by lane of one optimizer step; `cpu` counts DRAM bytes of the update."""
+
+    passes: dict[str, int]
+    update: dict[str, int]
+
+
+def step_traffic(
+    blocks: Sequence[BlockBytes],
+    tier_of: Mapping[tuple[int, str], str],
+    *,
+    host_addressable: bool,
+    accumulation_steps: int,
+) -> StepTraffic:
+    """Counts what moves; paged weights are fetched once in each forward and each backward."""
+    passes = dict.fromkeys(("h2d", "d2h", "nvme_read", "nvme_write"), 0)
+    update = dict.fromkeys((*passes, "cpu"), 0)
+    for bucket, classes in enumerate(blocks):
+        size = {state_class: sum(sizes) for state_class, sizes in classes.items()}
+        weights_tier = tier_of[bucket, "weights"]
+        fetched = 2 * accumulation_steps * size["weights"]
+        if weights_tier != "device":
+            passes["h2d"] += fetched
+        if weights_tier == "nvme":
+            passes["nvme_read"] += fetched
+        if "gradients" not in size:
+            continue
+        gradient_tier = tier_of[bucket, "gradients"]
+        if gradient_tier != "device" and not host_addressable:
+            passes["d2h"] += accumulation_steps * size["weights"]
+        if gradient_tier == "nvme":
+            passes["nvme_write"] += accumulation_steps * size["gradients"]
+            passes["nvme_read"] += (accumulation_steps - 1) * size["gradients"]
+        update["cpu"] += 2 * size["optimizer"] + 2 * size["weights"] + size["gradients"]
+        for state_class in STATE_CLASSES:
+            tier = tier_of[bucket, state_class]
+            # Gradients are read by the update, the other two are read and written.
+            if tier == "nvme":
+                update["nvme_read"] += size[state_class]
+                update["nvme_write"] += size[state_class] if state_class != "gradients" else 0
+            elif tier == "device" and not host_addressable:
+                update["d2h"] += size[state_class]
+                update["h2d"] += size[state_class] if state_class != "gradients" else 0
+    return StepTraffic(passes, update)
+
+
+def _estimate(
+    specs: Sequence[ParamSpec],
+    traffic: StepTraffic,
+    speeds: LaneSpeeds,
+    workload: Workload,
+    *,
+    shared_cores: bool,
+) -> tuple[float, str]:
+    """Seconds of passes and update, one after the other, and the lane busy longest in both."""
+    flops = compute_flops(
+        tokens=workload.tokens or 0,
+        trainable_numel=sum(spec.numel for spec in specs if spec.trainable),
+        frozen_numel=sum(spec.numel for spec in specs if not spec.trainable),
+        recompute=workload.recompute,
+    )
+    compute_seconds = flops / speeds.flops
+    passes, _ = bound_seconds(traffic.passes, speeds, compute_seconds, shared_cores=shared_cores)
+    update, _ = bound_seconds(traffic.update, speeds, shared_cores=shared_cores)
+    in_passes = lane_seconds(traffic.passes, speeds, compute_seconds=compute_seconds)
+    in_update = lane_seconds(traffic.update, speeds)
+    bottleneck = max(in_passes, key=lambda lane: in_passes[lane] + in_update[lane])
+    return passes + update, bottleneck
