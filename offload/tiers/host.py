@@ -1,0 +1,238 @@
+"""The host tier: one arena of memory, leased in exact sizes.
+
+[Note: host arena]
+
+The arena is one anonymous mapping, so it can be page-locked for the accelerator once and
+registered with the I/O engine once. Leases are first fit, rounded up to whole pages; the rounded
+size counts.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from offload.errors import BudgetError, UnsupportedPlatformError, format_bytes
+from offload.tiers.extents import PAGE_BYTES, FreeRanges, round_up_to_page
+from offload.tiers.memory import map_shared
+from offload.tiers.owners import OwnerBytes
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, Linux 5.14
+
+
+class RegistersMemory(Protocol):
+    """An I/O engine, seen as something to register a buffer with."""
+
+    def register(self, address: int, nbytes: int) -> str:
+        """Prepare memory that many requests will use; return "ok" or why it did not work."""
+
+
+class HostArena:
+    """`budget_bytes` of host memory in one mapping; see [Note: host arena]. Thread-safe.
+
+    After `close()` no lease can be taken; tensors that still exist stay readable, as zeros.
+
+    Raises:
+        ValueError: the budget is below one page.
+        BudgetError: the system refuses to map that much.
+    """
+
+    tier = "host"
+
+    def __init__(self, budget_bytes: int, *, alignment: int = PAGE_BYTES) -> None:
+        if alignment % PAGE_BYTES or alignment <= 0:
+            raise ValueError(f"alignment {alignment} is not a multiple of {PAGE_BYTES}")
+        if budget_bytes < alignment:
+            raise ValueError(
+                f"a host budget of {budget_bytes} bytes is below one lease's alignment"
+            )
+        self.budget_bytes = budget_bytes // alignment * alignment
+        self.alignment = alignment
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._owners = OwnerBytes()
+        self._free = FreeRanges(self.budget_bytes)
+        self._page_locked = False
+        self._mapping: mmap.mmap | None = self._map()
+        self._memory = torch.frombuffer(self._mapping, dtype=torch.uint8)  # (budget_bytes,)
+        self.address = self._memory.data_ptr()
+
+    def _map(self) -> mmap.mmap:
+        try:
+            return map_shared(self.budget_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            raise BudgetError(
+                tier=self.tier,
+                requested_bytes=self.budget_bytes,
+                free_bytes=0,
+                budget_bytes=self.budget_bytes,
+                owner="the arena",
+                remedy=f"the system maps no more ({error}): lower tiers.host.memory",
+            ) from error
+
+    def lease(self, nbytes: int, owner: str) -> HostLease:
+        """Lease `nbytes`, rounded up to pages; `owner` is who asks, for messages.
+
+        Raises:
+            BudgetError: no free range is that long; it says who holds what.
+        """
+        lease = self.try_lease(nbytes, owner)
+        if lease is None:
+            with self._lock:
+                raise self._exceeded(nbytes, owner)
+        return lease
+
+    def try_lease(self, nbytes: int, owner: str) -> HostLease | None:
+        """Lease `nbytes`, or return None where `lease` would raise."""
+        size = self._rounded(nbytes)
+        with self._lock:
+            assert self._mapping is not None, "lease from a closed arena"
+            start = self._free.take(size)
+            if start is None:
+                return None
+            self.used_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            self._owners.add(owner, size)
+        return HostLease(self, start, nbytes, owner)
+
+    def pretouch(self) -> None:
+        """Back the whole arena with physical pages now; call it before the first lease."""
+        assert self._mapping is not None
+        try:
+            self._mapping.madvise(_MADV_POPULATE_WRITE)
+        except OSError:  # older kernel
+            assert self.used_bytes == 0, "pretouch writes; it must come before the first lease"
+            self._memory[::PAGE_BYTES] = 0
+
+    def register_with(self, io: RegistersMemory) -> str:
+        """Register the whole arena with an I/O engine; return "ok" or why it did not work."""
+        return io.register(self.address, self.budget_bytes)
+
+    def page_lock(self) -> None:
+        """Page-lock the arena, so that the accelerator copies from and to it asynchronously.
+
+        Raises:
+            UnsupportedPlatformError: CUDA refuses, e.g. because of a limit on locked memory.
+        """
+        assert not self._page_locked
+        result = torch.cuda.cudart().cudaHostRegister(self.address, self.budget_bytes, 0)
+        if int(result) != 0:
+            raise UnsupportedPlatformError(
+                f"CUDA cannot page-lock a host arena of {self.budget_bytes} bytes: {result}",
+                remedy="lower tiers.host.memory, or raise the limit of locked memory (ulimit -l)",
+            )
+        self._page_locked = True
+
+    def owners(self) -> str:
+        """Who holds what, for messages."""
+        with self._lock:
+            return self._owners.table()
+
+    def close(self) -> None:
+        """Give the memory back. In a forked child, and the second time, this does nothing.
+
+        No transfer may be in flight on a lease.
+        """
+        with self._lock:
+            if self._mapping is None or os.getpid() != self._pid:
+                return
+            mapping, self._mapping = self._mapping, None
+        if self._page_locked:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+        # Tensors of forgotten leases may keep the mapping; they do not keep its pages.
+        mapping.madvise(mmap.MADV_REMOVE)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def _rounded(self, nbytes: int) -> int:
+        assert nbytes > 0, "a lease of nothing"
+        return -(-nbytes // self.alignment) * self.alignment
+
+    def _exceeded(self, nbytes: int, owner: str) -> BudgetError:
+        free_bytes = self.budget_bytes - self.used_bytes
+        broken = (
+            ""
+            if self._free.largest == free_bytes
+            else (f" (the longest free range is {format_bytes(self._free.largest)})")
+        )
+        return BudgetError(
+            tier=self.tier,
+            requested_bytes=self._rounded(nbytes),
+            free_bytes=free_bytes,
+            budget_bytes=self.budget_bytes,
+            owner=owner,
+            remedy="raise tiers.host.memory, or place less state on the host"
+            f"{broken}; held now: {self._owners.table()}",
+        )
+
+    def _bytes_at(self, start: int, nbytes: int) -> torch.Tensor:
+        return self._memory.narrow(0, start, nbytes)
+
+    def _take_back(self, lease: HostLease, start: int) -> None:
+        size = self._rounded(lease.nbytes)
+        with self._lock:
+            if lease.released:
+                raise AssertionError(f"host lease of {lease.owner} released twice")
+            lease.released = True
+            self._free.put_back(start, size)
+            self.used_bytes -= size
+            self._owners.remove(lease.owner, size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class HostLease:
+    """The right to use `nbytes` of the arena at `address`, until `release()`.
+
+    `tensor` is uint8, 1-D, of exactly `nbytes`; its contents are undefined at first. The memory
+    past it, up to the next page, is the lease's too: `padded` shows it.
+    """
+
+    __slots__ = ("_arena", "_start", "address", "nbytes", "owner", "released", "tensor")
+
+    def __init__(self, arena: HostArena, start: int, nbytes: int, owner: str) -> None:
+        self._arena = arena
+        self._start = start
+        self.address = arena.address + start
+        self.nbytes = nbytes
+        self.owner = owner
+        self.released = False
+        self.tensor = arena._bytes_at(start, nbytes)
+
+    @property
+    def padded(self) -> torch.Tensor:
+        """The lease's memory up to the end of its last page; uint8, 1-D."""
+        return self._arena._bytes_at(self._start, round_up_to_page(self.nbytes))
+
+    def view(self, dtype: torch.dtype, offset_bytes: int, numel: int) -> torch.Tensor:
+        """Return a 1-D tensor of `numel` elements of `dtype` over the lease at `offset_bytes`."""
+        assert not self.released
+        end = offset_bytes + numel * dtype.itemsize
+        assert 0 <= offset_bytes <= end <= self.nbytes, "view beyond the lease"
+        return self.tensor[offset_bytes:end].view(dtype)
+
+    def release(self) -> None:
+        """Return the lease; exactly once, with no transfer in flight on it."""
+        self._arena._take_back(self, self._start)
+
+    def __repr__(self) -> str:
+        state = ", released" if self.released else ""
+        return f"HostLease({self.owner!r}, {self.nbytes} bytes{state})"

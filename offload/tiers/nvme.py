@@ -1,0 +1,441 @@
+"""The NVMe tier: records in preallocated extents of files, never overwritten in place.
+
+A write goes to a shadow extent ([Note: extents]). Until it settles, and if it fails, reads return
+the last committed version; when it settles well the record's current extent flips to the one just
+written ([Note: records]).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from offload.errors import (
+    BudgetError,
+    DeadlineError,
+    DiskFullError,
+    EngineStateError,
+    StorageError,
+)
+from offload.tiers.extents import Extent, ExtentPool, num_shadow_extents
+from offload.tiers.records import (
+    Record,
+    buffer_address,
+    checksum_error,
+    checksum_seed,
+    named_error,
+)
+from offload.tiers.run_folder import StorePath
+from offload.tiers.transfer import (
+    DEFAULT_DEADLINE_SECONDS,
+    AsyncIo,
+    Ticket,
+    TicketTransfer,
+    Transfer,
+    wait_all,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    import torch
+
+    from offload.native.files import IoFile
+
+Mode = Literal["roll_forward", "atomic"]
+_SALT_BYTES = 8
+
+
+class NvmeStore:
+    """Records on one or several paths. Thread-safe, except that a record has one user at a time.
+
+    `capacity_bytes` bounds what all backing files take; None = what is free when the store is made.
+    `mode`: how many shadow extents `reserve` allocates. The I/O engine is the caller's and is
+    closed after the store.
+
+    Raises:
+        StorageError: a path does not exist, or is not usable.
+    """
+
+    tier = "nvme"
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        io: AsyncIo,
+        *,
+        capacity_bytes: int | None = None,
+        mode: Mode = "roll_forward",
+        deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
+        checksum: bool = True,
+    ) -> None:
+        if not paths:
+            raise ValueError("an NVMe store needs at least one path")
+        self._io = io
+        self._atomic = mode == "atomic"
+        self._deadline_seconds = deadline_seconds
+        self._checksum = checksum
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._paths: list[StorePath] = []
+        # Runs at exit too; in a forked child StorePath.close does nothing.
+        self._finalizer = weakref.finalize(self, _close_paths, self._paths)
+        for path in paths:
+            self._paths.append(StorePath(path))
+        _warn_of_memory(self._paths)
+        self._reserving = threading.Lock()  # one `reserve` at a time; taken before `_lock`
+        self._num_dealt = Counter[int]()  # extent bytes -> records and shadows dealt to paths
+        self._files: list[IoFile] = []
+        self._salts: list[bytes] = []  # by file
+        self._pools: dict[int, ExtentPool] = {}  # by extent bytes
+        self._in_flight: dict[int, dict[Transfer, None]] = {}  # by extent bytes, oldest first
+        self.used_bytes = 0
+        self.capacity_bytes = self._disk_bytes_free() if capacity_bytes is None else capacity_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was allocated so far: extents are given back by `close()` only."""
+        return self.used_bytes
+
+    def bytes_free(self) -> int:
+        """Bytes that `reserve` could still allocate, within the capacity and on the disks."""
+        return max(0, min(self.capacity_bytes - self.used_bytes, self._disk_bytes_free()))
+
+    def reserve(self, sizes: Sequence[tuple[str, int]], *, spare: int) -> list[Record]:
+        """Allocate extents on the disks for records of (name, nbytes), and shadow extents.
+
+        Each class of one extent size gets `min(spare, its records)` shadow extents, in mode atomic
+        one a record; `spare` is the number of writes in flight. The records of a class are dealt
+        round-robin over the paths. After an error nothing is allocated.
+
+        Raises:
+            BudgetError: more than the capacity.
+            DiskFullError: more than a disk has room for.
+            StorageError: a path refuses files.
+        """
+        with self._reserving:
+            self._check_open()
+            dealt = Counter(self._num_dealt)
+            records = [self._deal_record(name, nbytes, dealt) for name, nbytes in sizes]
+            extents = [(record.home, record.extent_bytes) for record in records]
+            extents += self._deal_shadows(records, spare, dealt)
+            needed: Counter[int] = Counter()  # path -> bytes
+            for home, nbytes in extents:
+                needed[home] += nbytes
+            self._check_room(needed)
+            files = self._create_files(needed)
+            with self._lock:
+                self._add_extents(extents, files)
+                self._num_dealt = dealt
+                self.used_bytes += needed.total()
+        return records
+
+    def start_read(self, record: Record, tensor: torch.Tensor) -> Transfer:
+        """Start to read the last committed version into `tensor`.
+
+        `tensor` is uint8, 1-D, on the host, of `record.nbytes` or `record.extent_bytes`; the first
+        `record.nbytes` are filled. `wait()` raises ChecksumError if they are not what was written;
+        the contents must not be used before it has returned.
+
+        Raises:
+            EngineStateError: the record was never written, or the store is closed.
+            StorageError: the request cannot be started.
+        """
+        address = buffer_address(record, tensor)
+        with self._lock:
+            self._check_open()
+            extent = record.current
+            if extent is None:
+                raise EngineStateError(
+                    f"read of {record.name} in {record.path}, which was never written",
+                    expected="a write that has settled",
+                )
+            transfer = self._start(record, "read", extent, record.generation, tensor, address)
+            transfer.expected = record.checksum
+            self._pools[extent.nbytes].begin_read(extent)
+        return transfer
+
+    def start_write(self, record: Record, tensor: torch.Tensor) -> Transfer:
+        """Start to write `tensor` as the next version; `wait()` commits it.
+
+        `tensor` as in `start_read`; it must not change before the transfer has settled. If that
+        fails the record keeps its version. This call waits for an earlier write of the record, and
+        while no extent of the class is free for the class's oldest transfer.
+
+        Raises:
+            DeadlineError: it waited too long; nothing was started.
+            EngineStateError: no shadow extent was reserved, or the store is closed.
+            StorageError: the request cannot be started.
+        """
+        address = buffer_address(record, tensor)
+        limit = time.monotonic() + self._deadline_seconds
+        while True:
+            with self._lock:
+                self._check_open()
+                pool = self._pools[record.extent_bytes]
+                blocker = record.pending
+                if blocker is None and (extent := pool.take(record.home)) is not None:
+                    try:
+                        record.pending = self._start(
+                            record, "write", extent, record.generation + 1, tensor, address
+                        )
+                    except BaseException:
+                        pool.put_back(extent)
+                        raise
+                    return record.pending
+                if blocker is None:
+                    blocker = next(iter(self._in_flight[record.extent_bytes]), None)
+            self._wait_for(blocker, record, limit)
+
+    def close(self) -> None:
+        """Settle what is in flight, then give all files up. A second call does nothing.
+
+        In a forked child it does nothing at all: the files are the parent's.
+
+        Raises:
+            StorageError: a transfer that nobody had waited for failed; the store is closed.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            in_flight = [transfer for each in self._in_flight.values() for transfer in each]
+        try:
+            wait_all(in_flight)
+        finally:
+            for file in self._files:
+                file.close()  # its descriptors outlive this while a request is in flight
+            self._finalizer()
+
+    def finish(
+        self, transfer: StoreTransfer, checksum: int, failure: StorageError | None
+    ) -> StorageError | None:
+        """Take over the outcome of a transfer, once; called by the transfer. Returns its error."""
+        record, extent = transfer.record, transfer.extent
+        with self._lock:
+            pool = self._pools[extent.nbytes]
+            del self._in_flight[extent.nbytes][transfer]
+            if transfer.operation == "read":
+                pool.end_read(extent)
+            else:
+                record.pending = None
+                left: Extent | None = extent
+                if failure is None:
+                    left, record.current = record.current, extent
+                    record.checksum = checksum
+                    record.generation += 1
+                if left is not None:
+                    pool.put_back(left)
+        path = self._files[extent.file].path
+        if failure is not None:
+            return named_error(failure, record, transfer.operation, extent, path)
+        if transfer.operation == "read" and checksum != transfer.expected:
+            return checksum_error(record, path, extent, found=checksum, expected=transfer.expected)
+        return None
+
+    def _start(
+        self,
+        record: Record,
+        operation: Literal["read", "write"],
+        extent: Extent,
+        generation: int,
+        tensor: torch.Tensor,
+        address: int,
+    ) -> StoreTransfer:
+        """Queue one request, under the lock.
+
+        Queueing does not block, and the extent, the request and the list of what is in flight must
+        change together.
+        """
+        file = self._files[extent.file]
+        seed = None
+        if self._checksum:
+            seed = checksum_seed(self._salts[extent.file], extent.offset, generation)
+        start = self._io.start_read if operation == "read" else self._io.start_write
+        try:
+            ticket = start(file, extent.offset, address, record.nbytes, checksum_seed=seed)
+        except StorageError as error:
+            raise named_error(error, record, operation, extent, file.path) from error
+        transfer = StoreTransfer(
+            ticket, self, record, operation, extent, tensor, self._deadline_seconds
+        )
+        self._in_flight[extent.nbytes][transfer] = None
+        return transfer
+
+    def _wait_for(self, blocker: Transfer | None, record: Record, limit: float) -> None:
+        """Settle `blocker`, so that `record` may get an extent; its error is for its owner."""
+        if blocker is None:
+            raise EngineStateError(
+                f"no shadow extent for a write of {record.name}: none of "
+                f"{record.extent_bytes} bytes is free or in flight",
+                remedy="reserve with spare >= 1",
+            )
+        try:
+            blocker.wait(max(0.0, limit - time.monotonic()))
+        except DeadlineError as error:
+            raise DeadlineError(
+                operation="write",
+                path=record.path,
+                nbytes=record.nbytes,
+                what=record.name,
+                detail=f"not started, because in {self._deadline_seconds:g} s no extent became "
+                f"free: {error}",
+                remedy="look whether the disk hangs, or raise io.deadline_seconds",
+            ) from error
+        except StorageError:
+            pass
+
+    def _deal_record(self, name: str, nbytes: int, dealt: Counter[int]) -> Record:
+        """Make a record on the next path of its class; classes start on different paths."""
+        record = Record(name, nbytes)
+        record.home = self._deal(record.extent_bytes, dealt)
+        record.path = self._paths[record.home].path
+        return record
+
+    def _deal(self, extent_bytes: int, dealt: Counter[int]) -> int:
+        if extent_bytes not in dealt:
+            dealt[extent_bytes] = len(dealt)
+        dealt[extent_bytes] += 1
+        return dealt[extent_bytes] % len(self._paths)
+
+    def _deal_shadows(
+        self, records: Sequence[Record], spare: int, dealt: Counter[int]
+    ) -> list[tuple[int, int]]:
+        """Return (path, bytes) of the shadow extents for these records."""
+        classes = Counter(record.extent_bytes for record in records)
+        return [
+            (self._deal(extent_bytes, dealt), extent_bytes)
+            for extent_bytes, num_records in classes.items()
+            for _ in range(num_shadow_extents(num_records, spare=spare, atomic=self._atomic))
+        ]
+
+    def _check_room(self, needed: Counter[int]) -> None:
+        """Refuse before anything is allocated, which would fill the disk for everybody else."""
+        if needed.total() > self.capacity_bytes - self.used_bytes:
+            raise BudgetError(
+                tier=self.tier,
+                requested_bytes=needed.total(),
+                free_bytes=self.capacity_bytes - self.used_bytes,
+                budget_bytes=self.capacity_bytes,
+                owner="the extents of records and their shadows",
+                remedy="raise tiers.nvme.capacity, or place less state on nvme",
+            )
+        on_device: Counter[int] = Counter()
+        for home, nbytes in needed.items():
+            path = self._paths[home]
+            on_device[path.device] += nbytes
+            free_bytes = path.bytes_free()
+            if on_device[path.device] > free_bytes:
+                raise DiskFullError(
+                    path=path.path,
+                    needed_bytes=sum(
+                        amount
+                        for each, amount in needed.items()
+                        if self._paths[each].device == path.device
+                    ),
+                    free_bytes=free_bytes,
+                )
+
+    def _create_files(self, needed: Mapping[int, int]) -> dict[int, IoFile]:
+        """Allocate one backing file a path; all or none."""
+        files: dict[int, IoFile] = {}
+        try:
+            for home, nbytes in needed.items():
+                path = self._paths[home]
+                files[home] = self._io.from_fd(path.create(nbytes), path.path)
+        except BaseException:
+            for file in files.values():
+                file.close()
+            raise
+        return files
+
+    def _add_extents(self, extents: list[tuple[int, int]], files: Mapping[int, IoFile]) -> None:
+        """Lay the extents out in the files, one after the other."""
+        indices: dict[int, int] = {}  # path -> file
+        for home, file in files.items():
+            indices[home] = len(self._files)
+            self._files.append(file)
+            self._salts.append(secrets.token_bytes(_SALT_BYTES))
+        offsets: Counter[int] = Counter()  # by path
+        for home, nbytes in extents:
+            pool = self._pools.setdefault(nbytes, ExtentPool(nbytes))
+            self._in_flight.setdefault(nbytes, {})
+            pool.add(Extent(indices[home], offsets[home], nbytes), home)
+            offsets[home] += nbytes
+
+    def _disk_bytes_free(self) -> int:
+        return sum({path.device: path.bytes_free() for path in self._paths}.values())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineStateError("the NVMe store is closed", remedy="make a new one")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class StoreTransfer(TicketTransfer):
+    """A read or write of one record's extent."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        store: NvmeStore,
+        record: Record,
+        operation: Literal["read", "write"],
+        extent: Extent,
+        tensor: torch.Tensor,
+        deadline_seconds: float,
+    ) -> None:
+        super().__init__(
+            ticket,
+            f"nvme_{operation}",
+            record.nbytes,
+            what=record.name,
+            buffers=(tensor,),
+            deadline_seconds=deadline_seconds,
+        )
+        self.record = record
+        self.operation = operation
+        self.extent = extent
+        self.expected = 0  # CRC32C of what is read
+        self._store = store
+
+    def _settled(self, checksum: int, failure: StorageError | None) -> StorageError | None:
+        return self._store.finish(self, checksum, failure)
+
+
+def _warn_of_memory(paths: Sequence[StorePath]) -> None:
+    """Warn once of all paths that are no disks."""
+    names = ", ".join(path.path for path in paths if path.is_memory)
+    if names:
+        warnings.warn(
+            f"tiers.nvme.paths {names}: tmpfs is memory, which this tier does not save; it counts "
+            "against the machine's memory, not against tiers.host.memory",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _close_paths(paths: list[StorePath]) -> None:
+    for path in paths:
+        path.close()

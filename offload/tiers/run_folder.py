@@ -1,0 +1,252 @@
+"""Backing files that leave nothing behind, and the paths they lie on.
+
+[Note: backing files]
+
+A backing file has no name: O_TMPFILE, so its blocks are free when its last descriptor is closed,
+also by SIGKILL. Where the file system has no O_TMPFILE the file is made in a run folder
+`offload-<pid>-<random>` (0700) and unlinked at once; a kill in between, or a file system that
+cannot unlink open files, leaves the folder. The folder holds a file `lock` that its process keeps
+locked with flock: whoever can take the lock of a folder knows that its process is gone and sweeps
+it. That holds across containers and reused process numbers, so jobs share a path safely (P7).
+
+A creator and a sweeper can meet between mkdir, open and flock. The creator therefore looks again,
+with the lock in hand, whether the lock file is still the one in the folder, and starts over if not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno as errno_codes
+import fcntl
+import os
+import re
+import secrets
+from pathlib import Path
+
+from offload.errors import DiskFullError, StorageError
+
+_RUN_FOLDER_NAME = re.compile(r"offload-\d+-[0-9a-f]{16}")
+_BACKING_FILE_NAME = re.compile(r"extents-\d+")
+_LOCK_NAME = "lock"
+_CREATE_FLAGS = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_TMPFILE = (errno_codes.EOPNOTSUPP, errno_codes.EISDIR, errno_codes.EINVAL)
+_NO_ROOM = (errno_codes.ENOSPC, errno_codes.EDQUOT)
+_MAX_ATTEMPTS = 16
+_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
+
+
+class StorePath:
+    """One folder that the user gave for backing files; holds a descriptor of it until `close()`.
+
+    Raises:
+        StorageError: it does not exist, is no folder, or cannot be opened; with the remedy.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._pid = os.getpid()
+        self._run_folder: RunFolder | None = None
+        try:
+            # The user's own path may go through links; nothing below it may.
+            self._fd = os.open(Path(path).resolve(strict=True), _FOLDER_FLAGS)
+        except OSError as error:
+            raise _refusal(error, "open", self.path) from error
+        self.device = os.fstat(self._fd).st_dev  # paths on one device share its free bytes
+        self.file_system = _file_system(self.device)
+        sweep(self._fd)
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether files here are in memory (tmpfs) and count against it."""
+        return self.file_system in _MEMORY_FILE_SYSTEMS
+
+    def bytes_free(self) -> int:
+        """Bytes that a user without privileges may still allocate here.
+
+        The reserve of the super-user is left alone, also by the super-user.
+        """
+        status = os.fstatvfs(self._fd)
+        return status.f_bavail * status.f_frsize
+
+    def create(self, nbytes: int) -> int:
+        """Create a nameless backing file with `nbytes` allocated on the disk; return a descriptor.
+
+        Raises:
+            DiskFullError: there is no room; everything was given back.
+            StorageError: the path refuses files; nothing is left.
+        """
+        try:
+            fd = self._create()
+        except OSError as error:
+            raise _refusal(error, "create", self.path) from error
+        try:
+            # Allocated, not truncated to size, which would promise blocks that are not there
+            # (P12). Where the file system cannot do it, glibc writes to every block.
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            os.close(fd)  # a failed fallocate keeps the blocks it got, as long as the file lives
+            if error.errno in _NO_ROOM:
+                raise DiskFullError(
+                    path=self.path,
+                    needed_bytes=nbytes,
+                    free_bytes=self.bytes_free(),
+                    errno=error.errno,
+                ) from error
+            raise _refusal(error, "allocate", self.path, nbytes) from error
+        return fd
+
+    def close(self) -> None:
+        """Remove the run folder, if there is one. A forked child leaves everything alone."""
+        if self._fd < 0 or os.getpid() != self._pid:
+            return
+        if self._run_folder is not None:
+            self._run_folder.close()
+        os.close(self._fd)
+        self._fd = -1
+
+    def _create(self) -> int:
+        if self._run_folder is None:
+            flags = os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+            try:
+                return os.open(".", flags, 0o600, dir_fd=self._fd)
+            except OSError as error:
+                if error.errno not in _NO_TMPFILE:
+                    raise
+            self._run_folder = RunFolder(self._fd)
+        return self._run_folder.create()
+
+
+class RunFolder:
+    """A locked folder of this process; see [Note: backing files]. Raises OSError."""
+
+    def __init__(self, parent_fd: int) -> None:
+        self._parent_fd = parent_fd
+        self._pid = os.getpid()
+        self._num_files = 0
+        for _ in range(_MAX_ATTEMPTS):
+            self.name = f"offload-{self._pid}-{secrets.token_hex(8)}"
+            os.mkdir(self.name, 0o700, dir_fd=parent_fd)
+            try:
+                if self._lock():
+                    return
+            except BaseException:
+                _remove_folder(parent_fd, self.name, None)
+                raise
+        raise OSError(errno_codes.EBUSY, "every new run folder was swept by another process")
+
+    def _lock(self) -> bool:
+        """Open and lock the new folder; False = a sweeper was faster."""
+        with contextlib.ExitStack() as cleanup:
+            try:
+                self._fd = os.open(self.name, _FOLDER_FLAGS, dir_fd=self._parent_fd)
+                cleanup.callback(os.close, self._fd)
+                self._lock_fd = os.open(_LOCK_NAME, _CREATE_FLAGS, 0o600, dir_fd=self._fd)
+                cleanup.callback(os.close, self._lock_fd)
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                there = os.stat(_LOCK_NAME, dir_fd=self._fd, follow_symlinks=False)
+            except (FileNotFoundError, BlockingIOError):
+                return False
+            if not os.path.samestat(there, os.fstat(self._lock_fd)):
+                return False
+            cleanup.pop_all()
+            return True
+
+    def create(self) -> int:
+        """Create a file, unlinked at once; return its descriptor."""
+        name = f"extents-{self._num_files}"
+        self._num_files += 1
+        fd = os.open(name, _CREATE_FLAGS, 0o600, dir_fd=self._fd)
+        with contextlib.suppress(OSError):  # where open files cannot be unlinked, close() does it
+            os.unlink(name, dir_fd=self._fd)
+        return fd
+
+    def close(self) -> None:
+        """Remove the folder; a second call, or one in a forked child, does nothing.
+
+        The lock goes with its last descriptor: LOCK_UN in a child would free it for the parent too.
+        """
+        if self._fd < 0 or os.getpid() != self._pid:
+            return
+        _remove_folder(self._parent_fd, self.name, self._fd)
+        os.close(self._fd)
+        os.close(self._lock_fd)
+        self._fd = -1
+
+
+def sweep(parent_fd: int) -> list[str]:
+    """Remove the run folders of processes that are gone; return their names.
+
+    Only folders of this user that carry the name pattern are looked at; foreign files in them stay.
+    """
+    with os.scandir(parent_fd) as entries:
+        names = [entry.name for entry in entries if _RUN_FOLDER_NAME.fullmatch(entry.name)]
+    return [name for name in names if _sweep_one(parent_fd, name)]
+
+
+def _sweep_one(parent_fd: int, name: str) -> bool:
+    """Remove one run folder unless its process lives; never raises for what others do to it."""
+    with contextlib.ExitStack() as cleanup, contextlib.suppress(OSError):
+        folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=parent_fd)
+        cleanup.callback(os.close, folder_fd)
+        if os.fstat(folder_fd).st_uid != os.geteuid():
+            return False
+        try:
+            lock_fd = os.open(
+                _LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder_fd
+            )
+        except FileNotFoundError:  # killed between mkdir and open, or a creator that will retry
+            os.rmdir(name, dir_fd=parent_fd)
+            return True
+        cleanup.callback(os.close, lock_fd)
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_folder(parent_fd, name, folder_fd)
+        return True
+    return False
+
+
+def _remove_folder(parent_fd: int, name: str, folder_fd: int | None) -> None:
+    """Unlink what run folders contain, the lock last, and the folder if it is empty then."""
+    if folder_fd is not None:
+        with os.scandir(folder_fd) as entries:
+            names = [entry.name for entry in entries if _BACKING_FILE_NAME.fullmatch(entry.name)]
+        for file_name in (*names, _LOCK_NAME):
+            with contextlib.suppress(OSError):
+                os.unlink(file_name, dir_fd=folder_fd)
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=parent_fd)
+
+
+def _file_system(device: int) -> str:
+    """Return the type of the mounted file system with this `st_dev`; "" if it is not listed.
+
+    Source: proc_pid_mountinfo(5).
+    """
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+            mount, _, source = line.partition(" - ")
+            if mount.split()[2] == wanted:
+                return source.split()[0]
+    return ""
+
+
+def _refusal(error: OSError, operation: str, path: str, nbytes: int | None = None) -> StorageError:
+    """Translate what the system said about a path, with what to do about it."""
+    code = error.errno or errno_codes.EIO
+    remedies = {
+        errno_codes.ENOENT: "create the folder, and check that its disk is mounted",
+        errno_codes.ENOTDIR: "give a folder in tiers.nvme.paths, not a file",
+        errno_codes.ELOOP: "mend the circle of symbolic links",
+        errno_codes.EROFS: "mount the file system for writing, or give another path",
+        errno_codes.EACCES: f"give user {os.geteuid()} the right to write there",
+        errno_codes.EPERM: f"give user {os.geteuid()} the right to write there",
+        errno_codes.EFBIG: "raise the limit of file sizes (ulimit -f), or stripe over more paths",
+    }
+    return StorageError(
+        operation=operation,
+        path=path,
+        nbytes=nbytes,
+        errno=code,
+        remedy=remedies.get(code, "give another folder in tiers.nvme.paths"),
+    )

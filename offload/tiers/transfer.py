@@ -1,0 +1,192 @@
+"""Transfers: started movements of bytes, each finished by a wait.
+
+[Note: transfer]
+
+A Transfer is in flight from the call that starts it until it settles. It settles once, as a success
+or as an error, and only inside `wait()`: whatever a completion changes (an extent map, a budget)
+changes there, in the caller's thread. Until then its buffers belong to it (P18), so it holds
+references to them, and a lease must not be released while a transfer uses it. A deadline that
+passes settles nothing: the bytes are still moving.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from offload.errors import DeadlineError, OffloadError, StorageError
+
+if TYPE_CHECKING:
+    from offload.native.files import IoFile
+
+DEFAULT_DEADLINE_SECONDS = 60.0
+CopyLane = Literal["h2d", "d2h"]
+LaneTotals = dict[str, tuple[int, float]]  # lane: (bytes, busy seconds), both since the start
+
+
+class Ticket(Protocol):
+    """What an I/O engine returns for a started request."""
+
+    def done(self) -> bool:
+        """Whether the request has ended; never blocks or raises."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Block until the end; return the CRC32C of the bytes moved, 0 if none was asked for."""
+
+
+class AsyncIo(Protocol):
+    """The part of an I/O engine that tiers use.
+
+    `offload.native.IoEngine` is the real one, `SimulatedIo` runs on a virtual clock.
+    """
+
+    def from_fd(self, fd: int, path: str) -> IoFile:
+        """Take ownership of an open descriptor; `path` is its name in messages."""
+
+    def start_read(
+        self,
+        file: IoFile,
+        offset: int,
+        address: int,
+        nbytes: int,
+        *,
+        checksum_seed: int | None = None,
+    ) -> Ticket:
+        """Start to read `nbytes` at `offset` of a file into memory at `address`."""
+
+    def start_write(
+        self,
+        file: IoFile,
+        offset: int,
+        address: int,
+        nbytes: int,
+        *,
+        checksum_seed: int | None = None,
+    ) -> Ticket:
+        """Start to write `nbytes` from memory at `address` to `offset` of a file."""
+
+    def start_copy(
+        self, dst_address: int, src_address: int, nbytes: int, *, lane: CopyLane
+    ) -> Ticket:
+        """Start a memory copy that is counted on `lane`."""
+
+    def lanes(self) -> LaneTotals:
+        """Bytes and busy seconds of each lane since the start."""
+
+
+class Transfer(ABC):
+    """One movement of bytes on one lane; see [Note: transfer]."""
+
+    lane: str  # "h2d", "d2h", "nvme_read" or "nvme_write"
+    nbytes: int
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether `wait()` would return or raise at once. Never blocks or raises."""
+
+    @abstractmethod
+    def wait(self, timeout: float | None = None) -> None:
+        """Settle the transfer; a second call returns, or raises the same error, again.
+
+        Args:
+            timeout: seconds; None = the deadline it was started with.
+
+        Raises:
+            DeadlineError: it is still in flight and still owns its buffers; wait again.
+            StorageError: it failed; its buffers are free.
+        """
+
+
+class CompletedTransfer(Transfer):
+    """A transfer that needed no movement."""
+
+    def __init__(self, lane: str, nbytes: int = 0) -> None:
+        self.lane = lane
+        self.nbytes = nbytes
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout: float | None = None) -> None:
+        del timeout
+
+
+class TicketTransfer(Transfer):
+    """A transfer that one request of an I/O engine carries out.
+
+    Subclasses say in `_settled` what its end changes.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        lane: str,
+        nbytes: int,
+        *,
+        what: str,
+        buffers: tuple[object, ...],
+        deadline_seconds: float,
+    ) -> None:
+        self.lane = lane
+        self.nbytes = nbytes
+        self._what = what
+        self._deadline_seconds = deadline_seconds
+        self._lock = threading.Lock()  # settling happens once; taken before any other lock
+        self._ticket: Ticket | None = ticket  # None = settled
+        self._buffers = buffers
+        self._error: StorageError | None = None
+
+    def done(self) -> bool:
+        ticket = self._ticket
+        return ticket is None or ticket.done()
+
+    def wait(self, timeout: float | None = None) -> None:
+        ticket = self._ticket
+        if ticket is not None:
+            self._settle(ticket, self._deadline_seconds if timeout is None else timeout)
+        if self._error is not None:
+            raise self._error.with_traceback(None)  # else every raise would lengthen it
+
+    def _settle(self, ticket: Ticket, timeout: float) -> None:
+        checksum = 0
+        failure: StorageError | None = None
+        try:
+            checksum = ticket.wait(timeout)
+        except DeadlineError as error:
+            raise self._late(error, timeout) from error
+        except StorageError as error:
+            failure = error
+        with self._lock:
+            if self._ticket is not None:
+                self._error = self._settled(checksum, failure)
+                self._ticket = None
+                self._buffers = ()
+
+    def _late(self, error: DeadlineError, timeout: float) -> DeadlineError:
+        return DeadlineError(
+            operation=self.lane,
+            path=error.path,
+            offset=error.offset,
+            nbytes=self.nbytes,
+            what=self._what,
+            detail=f"not done after {timeout:g} s; it is still in flight and owns its buffer",
+            remedy="wait again, or look whether the device hangs (dmesg, iostat)",
+        )
+
+    def _settled(self, checksum: int, failure: StorageError | None) -> StorageError | None:
+        """Take over the outcome; called once, under this transfer's lock. Returns the error."""
+        del checksum
+        return failure
+
+
+def wait_all(transfers: list[Transfer]) -> None:
+    """Settle every transfer, then raise the first error there was."""
+    first: OffloadError | None = None
+    for transfer in transfers:
+        try:
+            transfer.wait()
+        except OffloadError as error:
+            first = first or error
+    if first is not None:
+        raise first
