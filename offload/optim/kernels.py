@@ -65,18 +65,19 @@ def _bitcast(argument: Any, result: Any) -> Any:
     return intrinsic(typing)
 
 
-_bits = _bitcast(types.float32, types.uint32)  # the bits of an fp32
-_from_bits = _bitcast(types.uint32, types.float32)  # the fp32 that has these bits
+_bits: Any = _bitcast(types.float32, types.uint32)  # the bits of an fp32
+_from_bits: Any = _bitcast(types.uint32, types.float32)  # the fp32 that has these bits
 
 
-@intrinsic  # type: ignore[misc, unused-ignore]
-def _select(_context: Any, _condition: Any, _first: Any, _second: Any) -> Any:
-    """Return `first if condition else second` for uint32, without the branch: it vectorises."""
-
+def _typed_select(_context: Any, _condition: Any, _first: Any, _second: Any) -> Any:
     def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.select(*arguments)
 
     return types.uint32(types.boolean, types.uint32, types.uint32), codegen
+
+
+# First if condition else second, without the branch that would keep a loop from vectorising.
+_select: Any = intrinsic(_typed_select)
 
 
 @register_jitable(inline="always")

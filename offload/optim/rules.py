@@ -48,7 +48,7 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def scalars(self, hyper: Hyper, step: int) -> tuple[float, ...]:
-        """Return the kernel's scalars after the gradient scale, from the group and step count."""
+        """Return the kernel's scalars after the gradient scale, from a full group and step."""
 
     def compile(self, precision: Precision, *, gradient_fp32: bool) -> kernels.Kernel:
         """Compile this rule's kernel, or load it from the disk cache; later calls return at once.
@@ -89,7 +89,7 @@ class UpdateRule(ABC):
             master: None (fp32), int16 remainder (bf16) or float32 values (fp16).
             gradient: float32, or uint16 bits in the weight's format.
             state: A float32 array for each of `state_fields`.
-            hyper: The parameter's group.
+            hyper: The parameter's group; what is absent is as in `hyper_defaults`.
             step: How many updates the parameter has had, with this one.
             gradient_scale: The gradient is multiplied by this first.
 
@@ -97,7 +97,7 @@ class UpdateRule(ABC):
             Whether all updated weights are finite. If not, the arrays have been written.
         """
         kernel = self.compile(precision, gradient_fp32=gradient.dtype == np.float32)
-        scalars = (gradient_scale, *self.scalars(hyper, step))
+        scalars = (gradient_scale, *self.scalars({**self.hyper_defaults, **hyper}, step))
         assert len(scalars) == self.num_scalars
         largest = kernel(
             kernel_view(weight, precision),
@@ -127,7 +127,7 @@ class AdamRule(UpdateRule):
     def scalars(self, hyper: Hyper, step: int) -> tuple[float, ...]:
         lr, eps, weight_decay = (float(hyper[key]) for key in ("lr", "eps", "weight_decay"))
         beta1, beta2 = (float(beta) for beta in hyper["betas"])
-        decoupled = {**self.hyper_defaults, **hyper}["decoupled_weight_decay"]
+        decoupled = hyper["decoupled_weight_decay"]
         return (
             1 - lr * weight_decay if decoupled else 1.0,
             0.0 if decoupled else weight_decay,
