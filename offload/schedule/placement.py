@@ -252,7 +252,9 @@ def _remedy(tier: str, taken: Footprint, choice: PlacementChoice, machine: Machi
     named = [f"placement.{name}" for name, at in asked.items() if at == tier]
     release = f", or set {' and '.join(named)} to auto" if named else ""
     if tier == "device":
-        smaller = "" if named else ", or lower partition.bucket_elements"
+        # Two buckets of one parameter each are no larger than twice the largest gradient.
+        splittable = taken.min_working_bytes > 2 * taken.gradient_bytes
+        smaller = ", or lower partition.bucket_elements" if splittable else ""
         return f"tiers.device.memory of at least {need} bytes{release}{smaller}"
     if tier == "host":
         smaller = ", or lower partition.bucket_elements" if taken.staging_bytes else ""
