@@ -23,6 +23,7 @@ from offload.config.host_budget import HOST_SHARE, available_host_bytes
 from offload.config.problems import describe_problems
 from offload.config.sections import (
     DeviceTierSection,
+    ExpectSection,
     GuardSection,
     HostTierSection,
     IoSection,
@@ -44,6 +45,7 @@ from offload.errors import ConfigError
 __all__ = [
     "HOST_SHARE",
     "DeviceTierSection",
+    "ExpectSection",
     "GuardSection",
     "HostTierSection",
     "IoSection",

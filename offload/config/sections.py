@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
@@ -268,13 +268,34 @@ class GuardSection(Section):
     and kernels that take raw pointers."""
 
 
+class ExpectSection(Section):
+    """What a run states about itself; `offload train` fails at its end where it does not hold."""
+
+    weights_over_device: NotNegative | None = None
+    """The weights have at least this many times the bytes of the device budget."""
+    state_over_host: NotNegative | None = None
+    """Weights and optimizer state have at least this many times the bytes of the host budget."""
+    nvme_reads_cover_state: bool = False
+    """Every step reads at least as many bytes from nvme as weights, gradients and optimizer state
+    have beyond the host budget."""
+    held_out_loss_fall: Fraction | None = None
+    """The held-out loss falls by at least this share of what it was before the first step."""
+
+
 class RunSection(Section):
     """What `offload train` does."""
 
     model: str | None = None
     """A Hugging Face directory (its weights are loaded), or a config.json (weights are new)."""
+    architecture: str | None = None
+    """Class in `transformers`, e.g. `LlamaForCausalLM`. Needed beside `hf_config`; for `model` the
+    default is the architecture that its config.json names."""
+    hf_config: dict[str, Any] = {}
+    """Fields of the architecture's configuration: a model with new weights, instead of `model`."""
     data: str | None = None
-    """Text: a file (.txt, .jsonl, .py) or a folder of them; cut into sequences."""
+    """`stdlib` (the source text of Python's standard library), or a file (.txt, .jsonl with a field
+    `text`, .py) or a folder of them. Tokens are those of the tokenizer beside `model`; without
+    one, bytes. One document in 20 is held out."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps to train."""
     batch: Annotated[int, Field(ge=1)] = 1
@@ -282,16 +303,26 @@ class RunSection(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens in one sequence."""
     output: Directory | None = None
-    """Folder of the run: log, report, checkpoints, export."""
+    """Folder of the run: metrics, checkpoints, export. Default: `runs/` and the config's name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of new weights and of the order of the data."""
     eval_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between evaluations on held-out data; 0 = never."""
+    """Steps between evaluations on held-out data; 0 = before the first step and after the last."""
+    eval_batches: Annotated[int, Field(ge=1)] = 4
+    """Batches of one evaluation."""
     save_every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints; 0 = never."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `output`, if there is one."""
     log_every: Annotated[int, Field(ge=1)] = 1
-    """Steps between lines of the log."""
+    """Steps between lines on a console that is no terminal; the metrics file has every step."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward instead of keeping them."""
     export: bool = False
-    """Write the trained model at the end, for transformers' from_pretrained."""
+    """At the end write the model for transformers' from_pretrained, load that and generate text."""
+    prompt: str = "def "
+    """What the generated text starts with."""
+    generate_tokens: Annotated[int, Field(ge=0)] = 200
+    """Tokens to generate from the export."""
+    expect: ExpectSection = ExpectSection()
+    """What must hold at the end."""
