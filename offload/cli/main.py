@@ -1,0 +1,114 @@
+"""The command line: `offload COMMAND`.
+
+Every command imports what it needs when it runs, so that `--help` needs neither torch nor numpy.
+Errors of offload are printed as their message, without a traceback; the exit code is then 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from offload import __version__
+from offload.errors import OffloadError
+
+_FAILURE = 1  # the command ran, and its answer is no
+_ERROR = 2  # an offload error; also click's code for wrong usage
+
+
+class _Commands(click.Group):
+    """Prints offload's errors as one message."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OffloadError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(_ERROR)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="offload")
+def main() -> None:
+    """Train models larger than memory: state lives on device, host and NVMe."""
+
+
+@main.command()
+@click.argument("config", type=click.Path(dir_okay=False))
+def train(config: str) -> None:
+    """Train as CONFIG (TOML or JSON) says."""
+    from offload.config import load_config
+
+    loaded = load_config(config)
+    from offload.cli.train import run
+
+    run(loaded)
+
+
+@main.command()
+@click.argument("config", type=click.Path(dir_okay=False))
+def plan(config: str) -> None:
+    """Show where CONFIG's training state would live, without loading weights."""
+    import offload
+    from offload.errors import ConfigError
+
+    loaded = offload.load_config(config)
+    if loaded.run is None or loaded.run.model is None:
+        raise ConfigError(problems=["run.model is missing: the model to plan for"], source=config)
+    made = offload.plan(loaded.run.model, loaded)
+    click.echo(str(made))
+    if not made.fits:
+        sys.exit(_FAILURE)
+
+
+@main.command()
+@click.argument("config", type=click.Path(dir_okay=False), required=False)
+@click.option("--path", "paths", multiple=True, help="Check this directory too; may be repeated.")
+def doctor(config: str | None, paths: tuple[str, ...]) -> None:
+    """Check that training can run here, with CONFIG if given; name a remedy for each trouble."""
+    from offload.cli.doctor import FAILED, examine, render
+    from offload.config import load_config
+
+    checks = examine(load_config(config), paths)
+    render(checks)
+    if any(check.status == FAILED for check in checks):
+        sys.exit(_FAILURE)
+
+
+@main.command()
+@click.argument("config", type=click.Path(dir_okay=False), required=False)
+@click.option("--path", "paths", multiple=True, help="Measure this directory; may be repeated.")
+@click.option("--size", default="256MiB", show_default=True, help="Bytes moved in one pass.")
+@click.option("--passes", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(
+    config: str | None, paths: tuple[str, ...], size: str, passes: int, as_json: bool
+) -> None:
+    """Measure the bandwidth of memory and of CONFIG's disks, with CONFIG's I/O settings."""
+    from offload.cli.bench import measure, render
+    from offload.config import load_config
+    from offload.config.sizes import parse_size
+
+    try:
+        size_bytes = parse_size(size)
+    except ValueError as error:
+        raise click.BadParameter(f"{size!r} {error}", param_hint="--size") from None
+    render(
+        measure(load_config(config), paths, size_bytes=size_bytes, passes=passes), as_json=as_json
+    )
+
+
+@main.command("config-schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a configuration file."""
+    import json
+
+    from offload.config import config_json_schema
+
+    click.echo(json.dumps(config_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()
