@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.config import OffloadConfig, load_config
+from offload.errors import DoesNotFitError
+from offload.partition.layout import MIN_BUCKET_ELEMENTS, ParamSpec
+from offload.schedule.cost import LaneSpeeds
+from offload.schedule.footprint import STATE_CLASSES, TIERS, Machine
+from offload.schedule.plan import Plan, StepTraffic, Workload, plan_buckets, step_traffic
+
+MIB = 1 << 20
+ADAM = ("exp_avg", "exp_avg_sq")
+ROOMY = Machine(device_bytes=1 << 40, host_bytes=1 << 40, nvme_bytes=1 << 40)
+
+
+def spec(*shape: int, trainable: bool = True, dtype: str = "bf16") -> ParamSpec:
+    itemsize = 4 if dtype == "fp32" else 2
+    return ParamSpec("weight", shape, math.prod(shape), dtype, itemsize, trainable)
+
+
+MODEL = [spec(500, 256), *([spec(256, 256), spec(256), spec(256, 1024), spec(1024)] * 6)]
+
+
+def plan(
+    specs: list[ParamSpec], machine: Machine, workload: Workload | None = None, **sections: object
+) -> Plan:
+    config = load_config({"tiers": {"nvme": {"paths": ["."]}}, **sections})
+    return plan_buckets(specs, config, machine=machine, moments=ADAM, workload=workload)
+
+
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    numels=st.lists(st.integers(0, 200_000), min_size=1, max_size=12),
+    device=st.integers(0, 8 * MIB),
+    host=st.integers(0, 8 * MIB),
+    nvme=st.none() | st.integers(0, 16 * MIB),
+)
+def test_a_plan_fits_exactly_when_every_peak_is_within_its_budget(
+    data: st.DataObject, numels: list[int], device: int, host: int, nvme: int | None
+) -> None:
+    specs = [spec(n, trainable=data.draw(st.booleans())) for n in numels]
+    machine = Machine(device, host, nvme, host_addressable=data.draw(st.booleans()))
+    planned = plan(specs, machine)
+    within = all(planned.peak_bytes[t] <= planned.budget_bytes[t] for t in TIERS)
+    assert planned.fits == within == (not planned.shortfalls)
+    for tier in TIERS:
+        assert planned.peak_bytes[tier] >= planned.need_bytes[tier]
+        assert planned.need_bytes[tier] >= sum(planned.bytes[tier].values())
+    trainable = sum(s.numel for s in specs if s.trainable)
+    total = {c: sum(planned.bytes[t][c] for t in TIERS) for c in STATE_CLASSES}
+    padding = 4 * 4096 * sum(len(b.chunks) for b in planned.buckets) + 64 * 12 * len(specs)
+    exact = {
+        "weights": 2 * sum(s.numel for s in specs),
+        "gradients": 2 * trainable,
+        "optimizer": (2 + 4 + 4) * trainable,
+    }
+    for state_class in STATE_CLASSES:
+        assert exact[state_class] <= total[state_class] <= exact[state_class] + padding
+
+
+def test_with_room_for_all_everything_is_on_the_device() -> None:
+    planned = plan(MODEL, ROOMY)
+    assert planned.fits
+    assert planned.peak_bytes["host"] == planned.peak_bytes["nvme"] == 0
+    assert planned.working_bytes == 0
+    assert {planned.tier(b.index, "optimizer") for b in planned.buckets} == {"device"}
+    planned.require_fit()
+
+
+def test_gradients_accumulate_in_fp32_only_when_they_add_up() -> None:
+    one = plan(MODEL, ROOMY)
+    two = plan(MODEL, ROOMY, training={"gradient_accumulation_steps": 2})
+    kept = plan(
+        MODEL, ROOMY, training={"gradient_accumulation_steps": 2, "gradient_dtype": "compute"}
+    )
+    ratio = two.bytes["device"]["gradients"] / one.bytes["device"]["gradients"]
+    assert ratio == pytest.approx(2, rel=0.01)
+    assert kept.bytes == one.bytes
+
+
+def test_buckets_get_smaller_until_the_plan_fits() -> None:
+    machine = Machine(device_bytes=64 * MIB, host_bytes=12 * MIB, nvme_bytes=1 << 40)
+    nvme = dict.fromkeys(STATE_CLASSES, "nvme")
+    large = plan(MODEL, machine, placement=nvme, partition={"bucket_elements": 1 << 20})
+    small = plan(MODEL, machine, placement=nvme)
+    assert not large.fits
+    assert small.fits
+    assert len(small.buckets) > len(large.buckets)
+    tiny = plan(MODEL, replace(machine, host_bytes=4096), placement=nvme)
+    assert not tiny.fits
+    assert max(c.numel for b in tiny.buckets for c in b.chunks) <= MIN_BUCKET_ELEMENTS
+
+
+def test_a_plan_that_does_not_fit_says_what_would() -> None:
+    machine = Machine(device_bytes=2 * MIB, host_bytes=4 * MIB)
+    planned = plan(MODEL, machine)
+    with pytest.raises(DoesNotFitError) as caught:
+        planned.require_fit()
+    assert caught.value.table == str(planned)
+    for text in ("host", "budget", "tiers.host.memory of at least", "tiers.nvme.paths with"):
+        assert text in caught.value.table
+    host = replace(machine, host_bytes=planned.need_bytes["host"])
+    plan(MODEL, host).require_fit()
+
+
+def test_the_table_is_readable() -> None:
+    lines = str(plan(MODEL, ROOMY)).splitlines()
+    assert lines[0].split() == ["tier", *STATE_CLASSES, "peak", "budget"]
+    assert [line.split()[0] for line in lines[1:4]] == list(TIERS)
+    assert "bound by" in lines[-1]
+
+
+def test_traffic_of_a_bucket_by_home() -> None:
+    blocks = [{"weights": (2,), "gradients": (30,), "optimizer": (500,)}]
+
+    def traffic(w: str, g: str, o: str, *, cpu: bool, steps: int = 1) -> StepTraffic:
+        tier_of = {(0, "weights"): w, (0, "gradients"): g, (0, "optimizer"): o}
+        return step_traffic(blocks, tier_of, host_addressable=cpu, accumulation_steps=steps)
+
+    moved = traffic("device", "device", "device", cpu=True)
+    assert not any(moved.passes.values())
+    assert {k: v for k, v in moved.update.items() if v} == {"cpu": 2 * 500 + 2 * 2 + 30}
+    moved = traffic("nvme", "nvme", "nvme", cpu=False, steps=3)
+    assert moved.passes == {
+        "h2d": 3 * 2 * 2,
+        "d2h": 3 * 2,
+        "nvme_read": 3 * 2 * 2 + 2 * 30,
+        "nvme_write": 3 * 30,
+    }
+    assert moved.update["nvme_read"] == 532
+    assert moved.update["nvme_write"] == 502
+    moved = traffic("device", "device", "device", cpu=False)
+    assert (moved.update["d2h"], moved.update["h2d"]) == (532, 502)
+
+
+def test_slower_homes_cost_time_and_name_the_lane() -> None:
+    fast = plan(MODEL, ROOMY)
+    slow = plan(MODEL, ROOMY, placement={"optimizer": "nvme"})
+    assert slow.step_seconds > fast.step_seconds
+    assert slow.bottleneck.startswith("nvme")
+    busy = plan(MODEL, ROOMY, Workload(tokens=10**9))
+    assert busy.bottleneck == "compute"
+    flops = 6 * 10**9 * sum(s.numel for s in MODEL)
+    assert busy.step_seconds == pytest.approx(flops / LaneSpeeds().flops, rel=0.01)
+
+
+def test_config_defaults_make_a_plan() -> None:
+    planned = plan_buckets(MODEL, OffloadConfig(), machine=ROOMY, moments=())
+    assert planned.fits
+
+
+def test_planning_imports_no_torch() -> None:
+    code = "import offload.schedule, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
