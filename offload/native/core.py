@@ -87,6 +87,9 @@ class Core(Protocol):
     def register(self, address: int, nbytes: int) -> str:
         """Prepare a buffer for reuse, best effort; return "ok" or the reason why it is not."""
 
+    def unregister(self, address: int) -> None:
+        """Undo `register`; nothing if there is nothing to undo."""
+
     def fsync(self, fd: int) -> None:
         """Raises OSError."""
 

@@ -201,9 +201,15 @@ class IoEngine:
     def register(self, address: int, nbytes: int) -> str:
         """Prepare memory that many requests will use (io_uring: fixed buffers, pages locked).
 
-        Best effort: returns "ok", or the reason why it is used unprepared.
+        Best effort: returns "ok", or the reason why it is used unprepared. Memory that is
+        registered must be unregistered before it is unmapped, or the engine be closed.
         """
         return self._living_core().register(address, nbytes)
+
+    def unregister(self, address: int) -> None:
+        """Undo `register(address, ...)`; no request on that memory may be in flight."""
+        if not self._closed and self._pid == os.getpid():
+            self._core.unregister(address)
 
     def start_read(
         self,

@@ -138,6 +138,9 @@ class PythonCore:
         del address, nbytes
         return "the python backend has no fixed buffers"
 
+    def unregister(self, address: int) -> None:
+        """Nothing was registered."""
+
     def fsync(self, fd: int) -> None:
         action = self._fault.next("fsync")
         if action is not None and action.kind == "errno":
