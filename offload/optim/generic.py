@@ -27,7 +27,6 @@ import torch
 from offload.errors import OffloadError
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-_PER_CLONE = {"state", "param_groups", *_HOOKS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,8 @@ class GenericRule:
         self._state_in_constructor = any(prototype.state.values())
         self._layouts: dict[tuple[tuple[int, ...], str], StateLayout] = {}
         parameters = list(inspect.signature(type(prototype).step).parameters.values())[1:]
-        required = [p for p in parameters if p.default is p.empty and p.kind not in {2, 4}]
+        variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        required = [p for p in parameters if p.default is p.empty and p.kind not in variadic]
         if required or isinstance(prototype, torch.optim.LBFGS):
             raise OffloadError(
                 f"{self.name} evaluates the loss several times a step",
@@ -194,17 +194,17 @@ class GenericRule:
         states: Sequence[dict[str, Any]],
     ) -> None:
         """Step a clone that has just these parameters; changes them and the states in place."""
-        before = [_settings(group) for group in groups]
+        settings = [_settings(group) for group in groups]
         clone: Any = object.__new__(type(self._prototype))
         clone.__dict__.update(self._prototype.__dict__)
         clone.__dict__.update({name: OrderedDict() for name in _HOOKS})
         clone.__dict__.pop("step", None)  # a learning rate scheduler has wrapped the prototype's
         clone.param_groups = [
-            {**settings, "params": [parameter]}
-            for settings, parameter in zip(before, parameters, strict=True)
+            {**own, "params": [parameter]}
+            for own, parameter in zip(settings, parameters, strict=True)
         ]
         clone.state = defaultdict(dict, zip(parameters, states, strict=True))
-        own = {key: value for key, value in clone.__dict__.items() if key not in _PER_CLONE}
+        attributes = dict(clone.__dict__)
         try:
             with torch.no_grad():
                 clone.step()
@@ -215,9 +215,9 @@ class GenericRule:
                 expected="an optimizer that steps dense fp32 parameters one by one",
                 remedy="use another optimizer, or leave these parameters out of it",
             ) from error
-        changed = _changed_keys(own, clone.__dict__)
-        for settings, group in zip(before, clone.param_groups, strict=True):
-            changed += _changed_keys(settings, group)
+        changed = _changed_keys(attributes, clone.__dict__)
+        for own, group in zip(settings, clone.param_groups, strict=True):
+            changed += _changed_keys(own, _settings(group))
         if changed:
             raise OffloadError(
                 f"{self.name} changes its own {', '.join(sorted(set(changed)))} in a step",
@@ -235,12 +235,12 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return the keys of `before` whose value is another object of another value in `after`."""
-    return [
-        key
-        for key, value in before.items()
-        if after.get(key) is not value and not _equal(after.get(key), value)
+    """Return the keys that came, went, or whose value is another object of another value."""
+    kept = before.keys() & after.keys()
+    changed = [
+        key for key in kept if after[key] is not before[key] and not _equal(after[key], before[key])
     ]
+    return changed + list(before.keys() ^ after.keys())
 
 
 def _equal(one: Any, other: Any) -> bool:
