@@ -287,6 +287,8 @@ class CpuDeviceTier(DeviceTier):
         super().__init__(torch.device("cpu"), budget_bytes, host_addressable=True)
         self._io = io_engine
         self._deadline_seconds = deadline_seconds
+        # A transfer that its starter dropped still owns its buffers (P18).
+        self._in_flight: list[Transfer] = []
 
     def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
         return self._start_copy(dst, src, "h2d")
@@ -313,7 +315,7 @@ class CpuDeviceTier(DeviceTier):
         if nbytes == 0:
             return CompletedTransfer(lane)
         ticket = self._io.start_copy(dst.data_ptr(), src.data_ptr(), nbytes, lane=lane)
-        return TicketTransfer(
+        transfer = TicketTransfer(
             ticket,
             lane,
             nbytes,
@@ -321,3 +323,7 @@ class CpuDeviceTier(DeviceTier):
             buffers=(dst, src),
             deadline_seconds=self._deadline_seconds,
         )
+        with self._lock:
+            self._in_flight = [each for each in self._in_flight if not each.done()]
+            self._in_flight.append(transfer)
+        return transfer

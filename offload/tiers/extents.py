@@ -13,7 +13,8 @@ retired extent  was current until a commit; free again when the last read of it 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 PAGE_BYTES = 4096  # unit of leases and extents: page size, and the alignment O_DIRECT wants
@@ -160,10 +161,38 @@ class ExtentPool:
         self._free.setdefault(self._home[extent], deque()).append(extent)
 
 
-def num_shadow_extents(num_records: int, *, spare: int, atomic: bool) -> int:
-    """Return how many shadow extents a class of `num_records` records gets.
+class RoundRobin:
+    """Deals the extents of each class to paths in turn; classes start on different paths.
 
-    atomic: one for each record (twice the state). roll-forward: `spare`, the writes in flight, but
-    never more than one a record.
+    Dealing per class keeps the bytes of a path even when the sizes alternate.
     """
-    return num_records if atomic else min(spare, num_records)
+
+    def __init__(self, num_paths: int) -> None:
+        self.num_paths = num_paths
+        self._next: dict[int, int] = {}  # by extent bytes
+
+    def copy(self) -> RoundRobin:
+        """Return one that goes on from here by itself."""
+        other = RoundRobin(self.num_paths)
+        other._next = dict(self._next)
+        return other
+
+    def deal(self, extent_bytes: int) -> int:
+        """Return the path of the next extent of a class."""
+        home = self._next.get(extent_bytes, len(self._next)) % self.num_paths
+        self._next[extent_bytes] = home + 1
+        return home
+
+    def deal_shadows(
+        self, record_extent_bytes: Iterable[int], *, spare: int, atomic: bool
+    ) -> list[tuple[int, int]]:
+        """Return (path, bytes) of the shadow extents for records of these extent sizes.
+
+        atomic: one a record (twice the state). roll-forward: `spare` a class, the writes in
+        flight, but never more than one a record.
+        """
+        return [
+            (self.deal(extent_bytes), extent_bytes)
+            for extent_bytes, num_records in Counter(record_extent_bytes).items()
+            for _ in range(num_records if atomic else min(spare, num_records))
+        ]

@@ -24,7 +24,7 @@ from offload.errors import (
     EngineStateError,
     StorageError,
 )
-from offload.tiers.extents import Extent, ExtentPool, num_shadow_extents
+from offload.tiers.extents import Extent, ExtentPool, RoundRobin
 from offload.tiers.records import (
     Record,
     buffer_address,
@@ -93,7 +93,7 @@ class NvmeStore:
             self._paths.append(StorePath(path))
         _warn_of_memory(self._paths)
         self._reserving = threading.Lock()  # one `reserve` at a time; taken before `_lock`
-        self._num_dealt = Counter[int]()  # extent bytes -> records and shadows dealt to paths
+        self._dealer = RoundRobin(len(self._paths))
         self._files: list[IoFile] = []
         self._salts: list[bytes] = []  # by file
         self._pools: dict[int, ExtentPool] = {}  # by extent bytes
@@ -124,10 +124,12 @@ class NvmeStore:
         """
         with self._reserving:
             self._check_open()
-            dealt = Counter(self._num_dealt)
-            records = [self._deal_record(name, nbytes, dealt) for name, nbytes in sizes]
+            dealer = self._dealer.copy()
+            records = [self._deal(name, nbytes, dealer) for name, nbytes in sizes]
             extents = [(record.home, record.extent_bytes) for record in records]
-            extents += self._deal_shadows(records, spare, dealt)
+            extents += dealer.deal_shadows(
+                (record.extent_bytes for record in records), spare=spare, atomic=self._atomic
+            )
             needed: Counter[int] = Counter()  # path -> bytes
             for home, nbytes in extents:
                 needed[home] += nbytes
@@ -135,7 +137,7 @@ class NvmeStore:
             files = self._create_files(needed)
             with self._lock:
                 self._add_extents(extents, files)
-                self._num_dealt = dealt
+                self._dealer = dealer
                 self.used_bytes += needed.total()
         return records
 
@@ -296,29 +298,11 @@ class NvmeStore:
         except StorageError:
             pass
 
-    def _deal_record(self, name: str, nbytes: int, dealt: Counter[int]) -> Record:
-        """Make a record on the next path of its class; classes start on different paths."""
+    def _deal(self, name: str, nbytes: int, dealer: RoundRobin) -> Record:
         record = Record(name, nbytes)
-        record.home = self._deal(record.extent_bytes, dealt)
+        record.home = dealer.deal(record.extent_bytes)
         record.path = self._paths[record.home].path
         return record
-
-    def _deal(self, extent_bytes: int, dealt: Counter[int]) -> int:
-        if extent_bytes not in dealt:
-            dealt[extent_bytes] = len(dealt)
-        dealt[extent_bytes] += 1
-        return dealt[extent_bytes] % len(self._paths)
-
-    def _deal_shadows(
-        self, records: Sequence[Record], spare: int, dealt: Counter[int]
-    ) -> list[tuple[int, int]]:
-        """Return (path, bytes) of the shadow extents for these records."""
-        classes = Counter(record.extent_bytes for record in records)
-        return [
-            (self._deal(extent_bytes, dealt), extent_bytes)
-            for extent_bytes, num_records in classes.items()
-            for _ in range(num_shadow_extents(num_records, spare=spare, atomic=self._atomic))
-        ]
 
     def _check_room(self, needed: Counter[int]) -> None:
         """Refuse before anything is allocated, which would fill the disk for everybody else."""

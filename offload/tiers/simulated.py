@@ -1,0 +1,295 @@
+"""Tiers without hardware: real bytes, modelled time.
+
+[Note: virtual clock]
+
+Nothing here sleeps. Time is a number that moves only when somebody waits for a transfer, or says
+with `advance` that something else took time (compute). Every started transfer is an entry in one
+queue with the virtual time of its end; the seeded jitter of the lanes decides the order.
+
+A transfer's bytes move at its end and not before. Until then the target holds 0xFF, which is NaN in
+every float type. So a wait that is missing shows as wrong data, in every run with the same seed.
+A queue that is empty while somebody waits is a deadlock, and raises as a passed deadline.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno as errno_codes
+import heapq
+import itertools
+import math
+import os
+import random
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from offload.errors import DeadlineError, StorageError
+from offload.native import crc32c
+from offload.native.fault_spec import FaultAction, FaultSpec
+from offload.native.files import IoFile
+from offload.tiers.device import CpuDeviceTier
+from offload.tiers.transfer import CopyLane, LaneTotals
+
+_POISON = 0xFF
+_LANES = ("h2d", "d2h", "nvme_read", "nvme_write")
+
+
+class VirtualClock:
+    """Time in seconds that stands still unless it is moved; see [Note: virtual clock].
+
+    Thread-safe; ends run in the thread that moves the time, one after the other.
+    """
+
+    def __init__(self) -> None:
+        self.now_seconds = 0.0
+        self._lock = threading.RLock()
+        self._order = itertools.count()  # ends at one time run in the order of their start
+        self._ends: list[tuple[float, int, Callable[[], None]]] = []
+
+    def at(self, seconds: float, end: Callable[[], None]) -> None:
+        """Call `end` when the time is `seconds`."""
+        with self._lock:
+            heapq.heappush(self._ends, (seconds, next(self._order), end))
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` pass, for work that is not a transfer; what ends meanwhile, ends."""
+        self.run_until(lambda: False, self.now_seconds + seconds)
+
+    def run_until(self, condition: Callable[[], bool], limit_seconds: float) -> bool:
+        """Move the time on until `condition`, at most to `limit_seconds`; return if it holds."""
+        with self._lock:
+            while not condition():
+                if not self._ends or self._ends[0][0] > limit_seconds:
+                    if math.isfinite(limit_seconds):
+                        self.now_seconds = max(self.now_seconds, limit_seconds)
+                    return condition()
+                seconds, _, end = heapq.heappop(self._ends)
+                self.now_seconds = max(self.now_seconds, seconds)
+                end()
+            return True
+
+
+@dataclass(frozen=True, slots=True)
+class LaneModel:
+    """A lane moves one transfer after the other; each also takes its latency, which overlaps.
+
+    `jitter_seconds` is the most that is added to a latency at random: ends change their order.
+    """
+
+    bytes_per_second: float = 1e9
+    latency_seconds: float = 1e-4
+    jitter_seconds: float = 1e-2
+
+
+class SimulatedTicket:
+    """A request on the virtual clock; the interface of the I/O engine's tickets."""
+
+    def __init__(self, clock: VirtualClock, operation: str, path: str, nbytes: int) -> None:
+        self._clock = clock
+        self._operation = operation
+        self._path = path
+        self._nbytes = nbytes
+        self.ended = False
+        self.errno = 0
+        self.checksum = 0
+
+    def done(self) -> bool:
+        return self.ended
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Move the clock on to the end, at most by `timeout` virtual seconds; return the CRC32C.
+
+        Raises:
+            StorageError: the request failed.
+            DeadlineError: it has not ended by then, or can never end.
+        """
+        limit = math.inf if timeout is None else self._clock.now_seconds + timeout
+        if not self._clock.run_until(self.done, limit):
+            raise DeadlineError(
+                operation=self._operation,
+                path=self._path,
+                nbytes=self._nbytes,
+                detail=f"still in flight at virtual time {self._clock.now_seconds:g} s",
+            )
+        if self.errno:
+            raise StorageError(
+                operation=self._operation, path=self._path, nbytes=self._nbytes, errno=self.errno
+            )
+        return self.checksum
+
+
+class SimulatedIo:
+    """An I/O engine on a virtual clock, with the interface of `offload.native.IoEngine`.
+
+    Files are real. `seed` decides the order of ends, `fault` what fails; for its language see
+    [Note: fault specification] in `offload.native.fault_spec` ("short" has no effect here).
+    """
+
+    backend = "simulated"
+
+    def __init__(
+        self,
+        clock: VirtualClock | None = None,
+        *,
+        lanes: Mapping[str, LaneModel] | None = None,
+        seed: int = 0,
+        fault: str | None = None,
+    ) -> None:
+        self.clock = clock or VirtualClock()
+        self._models = {lane: LaneModel() for lane in _LANES} | dict(lanes or {})
+        self._random = random.Random(seed)
+        self._fault = FaultSpec(fault or "")
+        self._free_at = dict.fromkeys(self._models, 0.0)  # when the lane's last transfer is through
+        self._totals: LaneTotals = dict.fromkeys(self._models, (0, 0.0))
+
+    def open(self, path: str, *, flags: int, mode: int = 0o600, direct: bool = True) -> IoFile:
+        """Open a real file; never O_DIRECT. Raises StorageError."""
+        del direct
+        return IoFile.open(path, flags=flags, mode=mode, direct=False)
+
+    def from_fd(self, fd: int, path: str, *, direct: bool = True) -> IoFile:
+        """Take over a descriptor; `path` is its name in messages."""
+        del direct
+        return IoFile(fd, path, direct=False)
+
+    def register(self, address: int, nbytes: int) -> str:
+        """There is nothing to prepare."""
+        del address, nbytes
+        return "ok"
+
+    def fsync(self, file: IoFile) -> None:
+        """Make written data durable. Raises StorageError."""
+        action = self._fault.next("fsync")
+        if action is not None and action.kind == "errno":
+            raise StorageError(operation="fsync", path=file.path, errno=action.value)
+        os.fsync(file.fd)
+
+    def start_read(
+        self,
+        file: IoFile,
+        offset: int,
+        address: int,
+        nbytes: int,
+        *,
+        checksum_seed: int | None = None,
+    ) -> SimulatedTicket:
+        """Start a read; the target is poison until it ends."""
+        ctypes.memset(address, _POISON, nbytes)
+
+        def move(action: FaultAction | None) -> int:
+            moved = nbytes
+            if not _is(action, "lost"):
+                moved = os.preadv(file.fd, [_memory(address, nbytes)], offset + _shift(action))
+            if _is(action, "corrupt"):
+                _flip(address)
+            if moved != nbytes:
+                raise OSError(errno_codes.EIO, "short")
+            return 0 if checksum_seed is None else crc32c(address, nbytes, checksum_seed)
+
+        return self._start("nvme_read", "read", file.path, nbytes, move)
+
+    def start_write(
+        self,
+        file: IoFile,
+        offset: int,
+        address: int,
+        nbytes: int,
+        *,
+        checksum_seed: int | None = None,
+    ) -> SimulatedTicket:
+        """Start a write; the source is read when it ends."""
+
+        def move(action: FaultAction | None) -> int:
+            if not _is(action, "lost"):
+                os.pwritev(file.fd, [_memory(address, nbytes)], offset + _shift(action))
+            if _is(action, "corrupt"):
+                first = ctypes.c_uint8.from_address(address).value
+                os.pwrite(file.fd, bytes([first ^ _POISON]), offset)
+            return 0 if checksum_seed is None else crc32c(address, nbytes, checksum_seed)
+
+        return self._start("nvme_write", "write", file.path, nbytes, move)
+
+    def start_copy(
+        self, dst_address: int, src_address: int, nbytes: int, *, lane: CopyLane
+    ) -> SimulatedTicket:
+        """Start a memory copy; the target is poison until it ends."""
+        ctypes.memset(dst_address, _POISON, nbytes)
+
+        def move(action: FaultAction | None) -> int:
+            if not _is(action, "lost"):
+                ctypes.memmove(dst_address, src_address, nbytes)
+            return 0
+
+        return self._start(lane, "copy", "memory", nbytes, move)
+
+    def lanes(self) -> LaneTotals:
+        """Return lane -> (bytes moved, virtual seconds in which the lane was occupied)."""
+        return dict(self._totals)
+
+    def close(self, timeout: float = 60.0) -> None:
+        """End everything that is in flight within `timeout` virtual seconds."""
+        self.clock.advance(timeout)
+
+    def _start(
+        self,
+        lane: str,
+        operation: str,
+        path: str,
+        nbytes: int,
+        move: Callable[[FaultAction | None], int],
+    ) -> SimulatedTicket:
+        ticket = SimulatedTicket(self.clock, operation, path, nbytes)
+        action = self._fault.next(operation)
+        model = self._models[lane]
+        seconds = nbytes / model.bytes_per_second
+        self._free_at[lane] = max(self.clock.now_seconds, self._free_at[lane]) + seconds
+        latency = model.latency_seconds + self._random.uniform(0.0, model.jitter_seconds)
+        if action is not None and action.kind == "delay":
+            latency += action.value / 1e3
+
+        def end() -> None:
+            try:
+                if action is not None and action.kind == "errno":
+                    raise OSError(action.value, os.strerror(action.value))
+                ticket.checksum = move(action)
+            except OSError as error:
+                ticket.errno = error.errno or errno_codes.EIO
+            else:
+                total_bytes, busy_seconds = self._totals[lane]
+                self._totals[lane] = (total_bytes + nbytes, busy_seconds + seconds)
+            ticket.ended = True
+
+        if not _is(action, "drop"):
+            self.clock.at(self._free_at[lane] + latency, end)
+        return ticket
+
+
+class SimulatedDeviceTier(CpuDeviceTier):
+    """A device whose copies take virtual time and move their bytes only when they end.
+
+    `host_addressable` may be set to False, to find code that takes a device for host memory.
+    """
+
+    def __init__(
+        self, budget_bytes: int, io: SimulatedIo, *, host_addressable: bool = True
+    ) -> None:
+        super().__init__(budget_bytes, io)
+        self.host_addressable = host_addressable
+        self.clock = io.clock
+
+
+def _is(action: FaultAction | None, kind: str) -> bool:
+    return action is not None and action.kind == kind
+
+
+def _shift(action: FaultAction | None) -> int:
+    return action.value if action is not None and action.kind == "misdirect" else 0
+
+
+def _memory(address: int, nbytes: int) -> ctypes.Array[ctypes.c_uint8]:
+    return (ctypes.c_uint8 * nbytes).from_address(address)
+
+
+def _flip(address: int) -> None:
+    ctypes.c_uint8.from_address(address).value ^= _POISON

@@ -1,0 +1,92 @@
+"""Fixtures of the tier tests: an I/O engine, an arena, and small disks on loop devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import offload
+from offload.native import IoEngine
+from offload.tiers.host import HostArena
+
+
+@pytest.fixture
+def io() -> Iterator[IoEngine]:
+    backend = "auto" if any(v == "ok" for k, v in IoEngine.probe().items() if k != "python") else "python"
+    with IoEngine(backend=backend, threads=2) as engine:
+        yield engine
+
+
+@pytest.fixture
+def arena() -> Iterator[HostArena]:
+    with HostArena(8 << 20) as arena:
+        yield arena
+
+
+RunScript = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def run_script() -> Iterator[RunScript]:
+    """Return a function that starts a Python script with this offload; kills it at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(script: str, *arguments: str) -> subprocess.Popen[str]:
+        root = str(Path(offload.__file__).parents[1])
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", script, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate(timeout=60)
+
+
+MakeDisk = Callable[..., Path]
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[MakeDisk]:
+    """Return a function that formats and mounts a small file system in a file."""
+    mounts: list[Path] = []
+    loops: list[str] = []
+
+    def run(*command: str) -> str:
+        try:
+            done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", "") or str(error)
+            pytest.skip(f"no loop devices here: {' '.join(command)}: {reason.strip()}")
+        return done.stdout.strip()
+
+    def make(file_system: str = "ext4", *, mebibytes: int = 64, sector_bytes: int = 512) -> Path:
+        if os.geteuid() != 0:
+            pytest.skip("loop devices need root")
+        image = tmp_path / f"image{len(mounts)}"
+        with image.open("wb") as file:
+            file.truncate(mebibytes << 20)
+        loop = run("losetup", "-b", str(sector_bytes), "--find", "--show", str(image))
+        loops.append(loop)
+        run(f"mkfs.{file_system}", "-q", *(["-m", "0"] if "ext" in file_system else []), loop)
+        mount = tmp_path / f"disk{len(mounts)}"
+        mount.mkdir()
+        run("mount", loop, str(mount))
+        mounts.append(mount)
+        return mount
+
+    yield make
+    for mount in mounts:
+        subprocess.run(["umount", str(mount)], check=True, timeout=60)
+    for loop in loops:
+        subprocess.run(["losetup", "-d", loop], check=True, timeout=60)

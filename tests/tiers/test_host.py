@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.errors import BudgetError
+from offload.native import IoEngine
+from offload.tiers.host import HostArena, HostLease
+from tests.tiers.conftest import RunScript
+
+PAGE = 4096
+
+
+def test_lease_is_exact_and_page_rounded_in_the_budget(arena: HostArena) -> None:
+    lease = arena.lease(5000, "weights")
+    assert lease.nbytes == 5000
+    assert lease.tensor.shape == (5000,)
+    assert lease.tensor.dtype == torch.uint8
+    assert lease.padded.shape == (8192,)
+    assert lease.address % PAGE == 0
+    assert lease.tensor.data_ptr() == lease.address
+    assert arena.used_bytes == arena.peak_bytes == 8192
+    lease.release()
+    assert (arena.used_bytes, arena.peak_bytes) == (0, 8192)
+    assert repr(lease) == "HostLease('weights', 5000 bytes, released)"
+
+
+def test_views_share_the_lease(arena: HostArena) -> None:
+    lease = arena.lease(2 * PAGE, "weights")
+    view = lease.view(torch.float32, PAGE, 8)
+    view.copy_(torch.arange(8.0))
+    assert torch.equal(lease.tensor[PAGE : PAGE + 32].view(torch.float32), torch.arange(8.0))
+    with pytest.raises(AssertionError, match="view beyond the lease"):
+        lease.view(torch.float32, 2 * PAGE - 4, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 6 * PAGE)), max_size=60))
+def test_leases_never_overlap_and_bytes_are_conserved(steps: list[tuple[bool, int]]) -> None:
+    with HostArena(16 * PAGE) as arena:
+        leases: list[HostLease] = []
+        peak = 0
+        for number, (give_back, nbytes) in enumerate(steps):
+            if give_back and leases:
+                leases.pop(nbytes % len(leases)).release()
+            elif (lease := arena.try_lease(nbytes, f"owner {number}")) is not None:
+                lease.tensor.fill_(len(leases) % 251)
+                leases.append(lease)
+            spans = sorted((each.address, each.address + each.padded.numel()) for each in leases)
+            assert all(low[1] <= high[0] for low, high in zip(spans, spans[1:], strict=False))
+            assert all(arena.address <= low and high <= arena.address + 16 * PAGE for low, high in spans)
+            assert arena.used_bytes == sum(high - low for low, high in spans) <= arena.budget_bytes
+            peak = max(peak, arena.used_bytes)
+            assert arena.peak_bytes == peak
+        for lease in leases:
+            lease.release()
+        assert arena.used_bytes == 0
+        arena.lease(16 * PAGE, "all").release()  # everything has been merged again
+
+
+def test_double_release_is_an_assertion_and_harmless(arena: HostArena) -> None:
+    lease, other = arena.lease(PAGE, "a"), arena.lease(PAGE, "b")
+    lease.release()
+    with pytest.raises(AssertionError, match="lease of a released twice"):
+        lease.release()
+    assert arena.used_bytes == PAGE
+    other.release()
+
+
+def test_budget_error_says_who_holds_what(arena: HostArena) -> None:
+    held = [arena.lease(1 << 20, "staging") for _ in range(3)] + [arena.lease(1 << 20, "weights 7")]
+    assert arena.try_lease(5 << 20, "bucket 9") is None
+    with pytest.raises(BudgetError) as caught:
+        arena.lease(5 << 20, "bucket 9")
+    error = caught.value
+    assert (error.tier, error.owner) == ("host", "bucket 9")
+    assert (error.requested_bytes, error.free_bytes, error.budget_bytes) == (5 << 20, 4 << 20, 8 << 20)
+    assert "staging 3 x (3.00 MiB in all), weights 7 1 x (1.00 MiB in all)" in str(error)
+    assert "longest free range" not in str(error)
+    held[0].release()
+    with pytest.raises(BudgetError, match=r"longest free range is 4\.00 MiB"):
+        arena.lease(5 << 20, "bucket 9")  # 5 MiB are free, but in two pieces
+    assert arena.used_bytes == 3 << 20
+
+
+def test_many_owners_are_summed_up() -> None:
+    with HostArena(16 * PAGE) as arena:
+        for number in range(11):
+            arena.lease(PAGE, f"owner {number}")
+        assert arena.owners().endswith(", 3 more owners")
+
+
+def test_budget_is_rounded_down_to_pages_and_has_a_minimum() -> None:
+    with HostArena(3 * PAGE - 1) as arena:
+        assert arena.budget_bytes == 2 * PAGE
+    with pytest.raises(ValueError, match="below one lease"):
+        HostArena(PAGE - 1)
+    with pytest.raises(BudgetError, match="the system maps no more"):
+        HostArena(1 << 60)
+
+
+def test_leases_from_many_threads() -> None:
+    with HostArena(64 * PAGE) as arena:
+        errors: list[BaseException] = []
+
+        def work(value: int) -> None:
+            try:
+                for _ in range(200):
+                    lease = arena.try_lease(1 + value * PAGE, f"thread {value}")
+                    if lease is not None:
+                        lease.tensor.fill_(value)
+                        assert bool((lease.tensor == value).all())
+                        lease.release()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(value,)) for value in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert arena.used_bytes == 0
+
+
+def _resident_kib() -> int:
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Rss:"))
+
+
+def test_pretouch_keeps_contents_and_close_gives_the_pages_back() -> None:
+    arena = HostArena(64 << 20)
+    lease = arena.lease(PAGE, "weights")
+    lease.tensor.fill_(7)
+    before = _resident_kib()
+    arena.pretouch()
+    assert _resident_kib() - before > 60 << 10
+    assert bool((lease.tensor == 7).all())
+    arena.close()
+    arena.close()
+    assert _resident_kib() - before < 4 << 10  # although `lease` still exists
+    with pytest.raises(AssertionError, match="closed arena"):
+        arena.lease(PAGE, "late")
+
+
+def test_registers_with_an_io_engine(io: IoEngine, arena: HostArena) -> None:
+    assert isinstance(arena.register_with(io), str)
+
+
+def test_a_forked_child_does_not_take_the_memory_away(run_script: RunScript) -> None:
+    script = """
+import os, sys
+from offload.tiers.host import HostArena
+arena = HostArena(1 << 20)
+lease = arena.lease(4096, "weights")
+lease.tensor.fill_(7)
+if (child := os.fork()) == 0:
+    arena.close()
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert bool((lease.tensor == 7).all())
+"""
+    assert run_script(script).wait(timeout=60) == 0
