@@ -201,9 +201,7 @@ class _Pager:
         for bucket in upcoming:
             if bucket in self.present:
                 continue
-            # The opened bucket's own open is over: count from the next event.
-            after = position if opened is None else position + 1
-            victims = self._victims(after, bucket, self._trace.next_open(after, bucket))
+            victims = self._victims(position, bucket, self._trace.next_open(position, bucket))
             if victims is None:
                 break
             self._exchange(victims, bucket, evicted, fetched)

@@ -167,6 +167,14 @@ def test_small_parameters_share_a_bucket_around_large_ones() -> None:
     assert [slot.offset for slot in buckets[0].slots] == [0, 32, 64]
 
 
+def test_only_a_parameter_that_is_alone_is_cut() -> None:
+    shared, alone = pack(
+        [spec(50_000), spec(40_000), spec(90_000)], bucket_elements=100_000, chunk_elements=65_536
+    )
+    assert [chunk.numel for chunk in shared.chunks] == [90_016]
+    assert [chunk.numel for chunk in alone.chunks] == [65_536, 90_016 - 65_536]
+
+
 def test_a_bucket_of_empty_parameters_is_not_empty() -> None:
     (bucket,) = pack([spec(0), spec(0)], bucket_elements=100)
     assert bucket.nbytes == SLOT_ALIGNMENT_BYTES

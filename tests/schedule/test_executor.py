@@ -103,8 +103,9 @@ def test_several_threads_share_the_pool(pool: ComputePool) -> None:
 def _run_in_fork(pool: ComputePool, parent_pid: int, out: Connection) -> None:
     assert os.getpid() != parent_pid
     results = pool.run([lambda i=i: i * i for i in range(20)])
+    started = pool_threads()
     pool.close()
-    out.send((results, pool_threads()))
+    out.send((results, started, pool_threads()))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -115,7 +116,11 @@ def test_a_fork_gets_threads_of_its_own(pool: ComputePool) -> None:
     child = context.Process(target=_run_in_fork, args=(pool, os.getpid(), send))
     child.start()
     assert receive.poll(20), "the child hangs"
-    assert receive.recv() == ([i * i for i in range(20)], [])
+    assert receive.recv() == (
+        [i * i for i in range(20)],
+        ["offload-compute-0", "offload-compute-1"],
+        [],
+    )
     child.join(20)
     assert child.exitcode == 0
     assert len(pool_threads()) == 2, "the parent keeps its threads"

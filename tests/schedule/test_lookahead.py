@@ -82,7 +82,10 @@ def replay(
             fresh = kind is OPEN and bucket not in resident and not open_counts[bucket]
             if fresh and bucket not in upcoming:
                 upcoming.append(bucket)
-        assert fetch - opening <= set(upcoming[:depth]), "prefetches stay within the window"
+        ahead = [b for b in upcoming[:depth] if b in fetch]
+        assert fetch - opening == set(ahead), "prefetches stay within the window"
+        nearer = upcoming[: upcoming.index(ahead[-1])] if ahead else []
+        assert held.issuperset(nearer), "the nearest are fetched first"
     assert held == plan.present_at_end
 
 
@@ -164,11 +167,11 @@ def test_forward_and_backward_keep_the_turning_point() -> None:
 def test_buckets_that_are_open_together_are_refused_by_name() -> None:
     trace = Trace((Event(OPEN, 0), Event(OPEN, 2), Event(CLOSE, 2), Event(CLOSE, 0)))
     with pytest.raises(DoesNotFitError) as caught:
-        plan_lookahead(trace, {0: 30, 2: 80}, capacity_bytes=100, depth=2)
+        plan_lookahead(trace, {0: 30, 2: 80}, capacity_bytes=109, depth=2)
     assert "110 bytes" in str(caught.value)
     assert "bucket 0: 30 bytes" in caught.value.table
     assert "bucket 2: 80 bytes" in caught.value.table
-    assert "at least 10 bytes" in caught.value.table
+    assert "at least 1 bytes" in caught.value.table
     assert plan_lookahead(
         trace, {0: 30, 2: 80}, capacity_bytes=30, resident=frozenset({2}), depth=2
     ).start == ((), (0,))

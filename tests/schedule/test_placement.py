@@ -147,6 +147,16 @@ def test_the_device_keeps_its_working_set_and_spreads_its_homes() -> None:
     assert placement.footprint.working_bytes(machine.device_bytes) == 4 * PAGE
 
 
+def test_one_bucket_in_use_and_one_arriving_is_the_least() -> None:
+    blocks = [bucket(2), bucket(3), bucket(1)]
+    machine = Machine(device_bytes=5 * PAGE + 1, host_bytes=6 * PAGE)
+    on_host = PlacementChoice(weights="host")
+    with pytest.raises(DoesNotFitError, match=f"at least {5 * PAGE + 2} bytes"):
+        place(blocks, machine, on_host, gradient_bytes=2)
+    placement = place(blocks, machine, on_host, gradient_bytes=1)
+    assert placement.footprint.working_bytes(machine.device_bytes) == 5 * PAGE
+
+
 def test_the_host_takes_what_fits_beside_staging_and_the_disk_the_rest() -> None:
     blocks = [bucket(1, 1, 4)] * 10
     machine = Machine(device_bytes=2 * PAGE, host_bytes=38 * PAGE, nvme_bytes=100 * PAGE)
