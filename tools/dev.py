@@ -49,7 +49,8 @@ OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 LINTERS = ("ruff", "mypy", "clang-format")  # their pins hold whatever the system has
-NATIVE_SUFFIXES = {".cpp", ".hpp", ".h", ".c", ".txt", ".cmake"}
+CXX_SUFFIXES = {".cpp", ".hpp", ".h"}
+NATIVE_SUFFIXES = {*CXX_SUFFIXES, ".txt", ".cmake"}
 LIBRARY_CHECK = (
     "import importlib.resources as r, sys;"
     "sys.exit(not (r.files('offload.native') / 'liboffload_native.so').is_file())"
@@ -117,24 +118,18 @@ def test_suite(*, slow: bool, further: Sequence[str]) -> int:
 def lint() -> int:
     """Run every linter, also after one has failed; 0 when all are content."""
     set_up("hf", "test", "dev")
-    sources = [str(path.relative_to(ROOT)) for path in native_sources() if path.suffix != ".txt"]
-    steps = [
-        ("ruff check", ["ruff", "check", "."]),
-        ("ruff format", ["ruff", "format", "--check", "."]),
-        ("mypy", ["mypy"]),
-    ]
-    if sources:
-        steps.append(("clang-format", ["clang_format", "--dry-run", "-Werror", *sources]))
+    sources = [str(path) for path in native_sources() if path.suffix in CXX_SUFFIXES]
+    steps = {
+        "ruff check": ["ruff", "check", "."],
+        "ruff format": ["ruff", "format", "--check", "."],
+        "mypy": ["mypy"],
+        "clang-format": ["clang-format", "--dry-run", "-Werror", *sources],
+    }
     failed = []
-    for name, command in steps:
+    for name, (tool, *arguments) in steps.items():
         say(name)
-        tool = VENV / "bin" / "clang-format"
-        code = (
-            subprocess.run([str(tool), *command[1:]], cwd=ROOT, check=False).returncode
-            if name == "clang-format"
-            else run("-m", *command)
-        )
-        if code:
+        command = [str(VENV / "bin" / tool), *arguments]
+        if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(name)
     say(f"failed: {', '.join(failed)}" if failed else "lint: all good")
     return 1 if failed else 0
