@@ -16,8 +16,10 @@ present already. With `depth` 0 and equal sizes the number of fetches is the lea
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from offload.errors import DoesNotFitError, format_bytes
@@ -84,20 +86,16 @@ def plan_lookahead(
     """
     validate_open_sets(trace, sizes, capacity_bytes=capacity_bytes, resident=resident)
     pager = _Pager(trace, sizes, capacity_bytes, set(present - resident))
-    opens = [
-        position
-        for position, event in enumerate(trace.events)
-        if event.kind is OPEN and event.bucket not in resident
-    ]
-    window = _Windows(trace, opens, depth)
-    start = pager.move(0, None, window.after(-1, pager.open_counts))
+    window = _Window(trace, resident, depth)
+    start = pager.move(0, None, window.buckets(pager.open_counts))
     actions = []
     for position, event in enumerate(trace.events):
         if event.bucket in resident:
             actions.append(NO_ACTIONS)
         elif event.kind is OPEN:
             pager.open_counts[event.bucket] += 1
-            upcoming = window.after(position, pager.open_counts)
+            window.pass_open(position)
+            upcoming = window.buckets(pager.open_counts)
             actions.append(pager.move(position, event.bucket, upcoming))
         else:
             pager.open_counts[event.bucket] -= 1
@@ -148,27 +146,27 @@ def validate_open_sets(
         )
 
 
-class _Windows:
-    """The upcoming distinct paged buckets at each open."""
+class _Window:
+    """The next open of each paged bucket, while the trace is walked."""
 
-    def __init__(self, trace: Trace, opens: list[int], depth: int) -> None:
+    def __init__(self, trace: Trace, resident: AbstractSet[int], depth: int) -> None:
         self._trace = trace
-        self._opens = opens
         self._depth = depth
-        self._at = 0
+        # Positions of opens, ascending, one for each bucket that opens again in this step.
+        self._next_opens = sorted(trace.next_open(0, b) for b in trace.buckets - resident)
 
-    def after(self, position: int, open_counts: Counter[int]) -> Iterator[int]:
-        """Buckets that open after `position` and are not open, nearest first, `depth` at most."""
-        while self._at < len(self._opens) and self._opens[self._at] <= position:
-            self._at += 1
-        seen: set[int] = set()
-        for ahead in range(self._at, len(self._opens)):
-            if len(seen) == self._depth:
-                return
-            bucket = self._trace.events[self._opens[ahead]].bucket
-            if bucket not in seen and not open_counts[bucket]:
-                seen.add(bucket)
-                yield bucket
+    def pass_open(self, position: int) -> None:
+        """The nearest open takes place."""
+        assert self._next_opens[0] == position, "opens are passed in order"
+        del self._next_opens[0]
+        following = self._trace.next_open(position + 1, self._trace.events[position].bucket)
+        if following < len(self._trace):
+            insort(self._next_opens, following)
+
+    def buckets(self, open_counts: Counter[int]) -> Iterator[int]:
+        """The next buckets that are not open, nearest first, `depth` at most."""
+        upcoming = (self._trace.events[position].bucket for position in self._next_opens)
+        return islice((bucket for bucket in upcoming if not open_counts[bucket]), self._depth)
 
 
 class _Pager:

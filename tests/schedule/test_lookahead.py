@@ -164,6 +164,13 @@ def test_forward_and_backward_keep_the_turning_point() -> None:
     assert plan.present_at_end == {0, 1}
 
 
+def test_nothing_overtakes_a_bucket_that_finds_no_room() -> None:
+    plan = plan_lookahead(sequential([0, 1, 2]), {0: 3, 1: 5, 2: 1}, capacity_bytes=5, depth=2)
+    # Bucket 2 would fit beside 0, but 1 would throw it out again.
+    assert [a for a in plan.actions if a != ((), ())] == [((0,), (1,)), ((1,), (2,))]
+    assert plan.num_fetches == 3
+
+
 def test_buckets_that_are_open_together_are_refused_by_name() -> None:
     trace = Trace((Event(OPEN, 0), Event(OPEN, 2), Event(CLOSE, 2), Event(CLOSE, 0)))
     with pytest.raises(DoesNotFitError) as caught:
