@@ -53,8 +53,8 @@ void RingBackend::run() noexcept {
   while (!stopped_.load()) {
     run_registrations();
     take_blocks();
-    const bool is_left = ring_->submit(completions_);
     release_due();
+    const bool is_left = ring_->submit(completions_);
     if (completions_.empty()) {
       wait_for_work(is_left);
       ring_->reap(completions_);
