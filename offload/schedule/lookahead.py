@@ -16,7 +16,7 @@ present already. With `depth` 0 and equal sizes the number of fetches is the lea
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
@@ -85,7 +85,7 @@ def plan_lookahead(
         DoesNotFitError: buckets that are open at the same time exceed the capacity; names them.
     """
     validate_open_sets(trace, sizes, capacity_bytes=capacity_bytes, resident=resident)
-    pager = _Pager(trace, sizes, capacity_bytes, set(present - resident))
+    pager = _Pager(trace, sizes, capacity_bytes, present - resident)
     window = _Window(trace, resident, depth)
     start = pager.move(0, None, window.buckets(pager.open_counts))
     actions = []
@@ -177,12 +177,14 @@ class _Pager:
         trace: Trace,
         sizes: Mapping[int, int],
         capacity_bytes: int,
-        present: set[int],
+        present: AbstractSet[int],
     ) -> None:
         self._trace = trace
         self._sizes = sizes
         self._capacity_bytes = capacity_bytes
-        self.present = present
+        self.present = {bucket: trace.next_open(0, bucket) for bucket in present}
+        # The same as (next open, bucket), ascending: the best victim is last.
+        self._ranked = sorted((opens_at, bucket) for bucket, opens_at in self.present.items())
         self.present_bytes = sum(sizes[bucket] for bucket in present)
         self.peak_bytes = self.present_bytes
         self.open_counts: Counter[int] = Counter()
@@ -192,53 +194,60 @@ class _Pager:
         """Makes `opened` present, then the `upcoming` buckets until one finds no room."""
         evicted: list[int] = []
         fetched: list[int] = []
-        if opened is not None and opened not in self.present:
-            victims = self._victims(position, opened, position)
-            assert victims is not None, "validate_open_sets has checked the open buckets"
-            self._exchange(victims, opened, evicted, fetched)
+        if opened is not None:
+            if opened in self.present:
+                self._drop(opened)
+            else:
+                victims = self._victims(opened, position)
+                assert victims is not None, "validate_open_sets has checked the open buckets"
+                self._evict(victims, evicted)
+                fetched.append(opened)
+            self._add(opened, self._trace.next_open(position + 1, opened))
         for bucket in upcoming:
             if bucket in self.present:
                 continue
-            victims = self._victims(position, bucket, self._trace.next_open(position, bucket))
+            opens_at = self._trace.next_open(position, bucket)
+            victims = self._victims(bucket, opens_at)
             if victims is None:
                 break
-            self._exchange(victims, bucket, evicted, fetched)
+            # What is fetched at this event opens sooner than `bucket`: it is no victim.
+            assert not set(victims) & set(fetched), "what is fetched at an event stays"
+            self._evict(victims, evicted)
+            fetched.append(bucket)
+            self._add(bucket, opens_at)
         return Actions(tuple(evicted), tuple(fetched)) if evicted or fetched else NO_ACTIONS
 
-    def _exchange(
-        self, victims: list[int], bucket: int, evicted: list[int], fetched: list[int]
-    ) -> None:
-        # A victim is never a bucket fetched at this same event: those open sooner than `bucket`.
-        assert not set(victims) & set(fetched), "what is fetched at an event stays"
-        self.present.difference_update(victims)
-        self.present.add(bucket)
-        self.present_bytes += self._sizes[bucket] - sum(self._sizes[v] for v in victims)
+    def _add(self, bucket: int, opens_at: int) -> None:
+        self.present[bucket] = opens_at
+        insort(self._ranked, (opens_at, bucket))
+        self.present_bytes += self._sizes[bucket]
         self.peak_bytes = max(self.peak_bytes, self.present_bytes)
+
+    def _drop(self, bucket: int) -> None:
+        opens_at = self.present.pop(bucket)
+        del self._ranked[bisect_left(self._ranked, (opens_at, bucket))]
+        self.present_bytes -= self._sizes[bucket]
+
+    def _evict(self, victims: list[int], evicted: list[int]) -> None:
+        for victim in victims:
+            self._drop(victim)
         evicted.extend(victims)
-        fetched.append(bucket)
 
-    def _victims(self, position: int, bucket: int, not_before: int) -> list[int] | None:
-        """The fewest evictions, farthest next open first, that make room; None if there are none.
+    def _victims(self, bucket: int, not_before: int) -> list[int] | None:
+        """Evictions, farthest next open first, that make room for `bucket`; None if too few.
 
-        Only buckets that next open after `not_before` are victims.
+        Only buckets that are not open and next open after `not_before` are victims.
         """
         excess = self.present_bytes + self._sizes[bucket] - self._capacity_bytes
         if excess <= 0:
             return []
-        ranked = sorted(
-            (
-                (self._trace.next_open(position, candidate), candidate)
-                for candidate in self.present
-                if not self.open_counts[candidate]
-            ),
-            reverse=True,
-        )
         chosen: list[int] = []
-        for opens_at, candidate in ranked:
+        for opens_at, candidate in reversed(self._ranked):
             if excess <= 0 or opens_at <= not_before:
                 break
-            chosen.append(candidate)
-            excess -= self._sizes[candidate]
+            if not self.open_counts[candidate]:
+                chosen.append(candidate)
+                excess -= self._sizes[candidate]
         if excess > 0:
             return None
         return self._spare(chosen, -excess)
