@@ -22,7 +22,7 @@ _HOME_OF = {
     "GuardError": "offload.errors",
     "NonFiniteError": "offload.errors",
     "OffloadConfig": "offload.config",
-    "OffloadEngine": "offload.engine",
+    "OffloadEngine": "offload.state.session",
     "OffloadError": "offload.errors",
     "Plan": "offload.schedule.plan",
     "StepReport": "offload.telemetry",
@@ -30,7 +30,7 @@ _HOME_OF = {
     "UnsupportedPlatformError": "offload.errors",
     "deferred_init": "offload.state",
     "from_pretrained": "offload.state",
-    "initialize": "offload.engine",
+    "initialize": "offload.state.session",
     "load_config": "offload.config",
     "plan": "offload.engine",
 }
@@ -63,7 +63,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from offload.config import OffloadConfig, load_config
-    from offload.engine import OffloadEngine, initialize, plan
+    from offload.engine import plan
     from offload.errors import (
         BudgetError,
         CheckpointError,
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     )
     from offload.schedule.plan import Plan
     from offload.state import deferred_init, from_pretrained
+    from offload.state.session import OffloadEngine, initialize
     from offload.telemetry import StepReport
 
 

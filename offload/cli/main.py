@@ -39,25 +39,24 @@ def main() -> None:
 @click.argument("config", type=click.Path(dir_okay=False))
 def train(config: str) -> None:
     """Train as CONFIG (TOML or JSON) says."""
-    from offload.config import load_config
-
-    loaded = load_config(config)
     from offload.cli.train import run
 
-    run(loaded)
+    sys.exit(run(config))
 
 
 @main.command()
 @click.argument("config", type=click.Path(dir_okay=False))
 def plan(config: str) -> None:
     """Show where CONFIG's training state would live, without loading weights."""
-    import offload
+    from offload.config import load_config
     from offload.errors import ConfigError
 
-    loaded = offload.load_config(config)
+    loaded = load_config(config)
     if loaded.run is None or loaded.run.model is None:
         raise ConfigError(problems=["run.model is missing: the model to plan for"], source=config)
-    made = offload.plan(loaded.run.model, loaded)
+    from offload.engine import plan as plan_model
+
+    made = plan_model(loaded.run.model, loaded)
     click.echo(str(made))
     if not made.fits:
         sys.exit(_FAILURE)
