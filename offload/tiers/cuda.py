@@ -17,6 +17,7 @@ buckets early can still run beside the kernels of those d buckets.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import cast
@@ -128,6 +129,9 @@ class CudaDeviceTier(DeviceTier):
             "d2h": torch.cuda.Stream(self.device),  # overlaps departures with kernels and fetches
         }
         self._lanes = {"h2d": (0, 0.0), "d2h": (0, 0.0)}
+        # Copies that were only ordered (make_current_wait) are counted when they are found done;
+        # until then they own their buffers (P18).
+        self._in_flight: list[CudaTransfer] = []
 
     def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
         return self._start_copy(dst, src, "h2d", on_device=dst)
@@ -142,6 +146,7 @@ class CudaDeviceTier(DeviceTier):
             transfer.wait()
 
     def lanes(self) -> LaneTotals:
+        self._settle_done()
         with self._lock:
             return dict(self._lanes)
 
@@ -169,7 +174,19 @@ class CudaDeviceTier(DeviceTier):
             end.record(stream)
         # torch's allocator must not hand the memory to the compute stream while the copy runs.
         on_device.record_stream(stream)
-        return CudaTransfer(self, lane, begin, end, (dst, src))
+        transfer = CudaTransfer(self, lane, begin, end, (dst, src))
+        self._settle_done()
+        with self._lock:
+            self._in_flight.append(transfer)
+        return transfer
+
+    def _settle_done(self) -> None:
+        with self._lock:
+            done = [transfer for transfer in self._in_flight if transfer.done()]
+            self._in_flight = [each for each in self._in_flight if each not in done]
+        for transfer in done:
+            with contextlib.suppress(StorageError):  # its owner's wait() raises it
+                transfer.wait()
 
 
 def open_device_tier(

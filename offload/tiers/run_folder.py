@@ -49,7 +49,7 @@ class StorePath:
         self._run_folder: RunFolder | None = None
         try:
             # The user's own path may go through links; nothing below it may.
-            self._fd = os.open(Path(path).resolve(strict=True), _FOLDER_FLAGS)
+            self._fd = os.open(os.path.realpath(path, strict=True), _FOLDER_FLAGS)
         except OSError as error:
             raise _refusal(error, "open", self.path) from error
         self.device = os.fstat(self._fd).st_dev  # paths on one device share its free bytes

@@ -17,7 +17,9 @@ from offload.tiers.host import HostArena
 
 @pytest.fixture
 def io() -> Iterator[IoEngine]:
-    backend = "auto" if any(v == "ok" for k, v in IoEngine.probe().items() if k != "python") else "python"
+    backend = (
+        "auto" if any(v == "ok" for k, v in IoEngine.probe().items() if k != "python") else "python"
+    )
     with IoEngine(backend=backend, threads=2) as engine:
         yield engine
 
@@ -40,6 +42,7 @@ def run_script() -> Iterator[RunScript]:
         root = str(Path(offload.__file__).parents[1])
         process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", script, *arguments],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": root},

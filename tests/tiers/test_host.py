@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,8 +52,10 @@ def test_leases_never_overlap_and_bytes_are_conserved(steps: list[tuple[bool, in
                 lease.tensor.fill_(len(leases) % 251)
                 leases.append(lease)
             spans = sorted((each.address, each.address + each.padded.numel()) for each in leases)
-            assert all(low[1] <= high[0] for low, high in zip(spans, spans[1:], strict=False))
-            assert all(arena.address <= low and high <= arena.address + 16 * PAGE for low, high in spans)
+            assert all(low[1] <= high[0] for low, high in pairwise(spans))
+            assert all(
+                arena.address <= low and high <= arena.address + 16 * PAGE for low, high in spans
+            )
             assert arena.used_bytes == sum(high - low for low, high in spans) <= arena.budget_bytes
             peak = max(peak, arena.used_bytes)
             assert arena.peak_bytes == peak
@@ -78,7 +81,11 @@ def test_budget_error_says_who_holds_what(arena: HostArena) -> None:
         arena.lease(5 << 20, "bucket 9")
     error = caught.value
     assert (error.tier, error.owner) == ("host", "bucket 9")
-    assert (error.requested_bytes, error.free_bytes, error.budget_bytes) == (5 << 20, 4 << 20, 8 << 20)
+    assert (error.requested_bytes, error.free_bytes, error.budget_bytes) == (
+        5 << 20,
+        4 << 20,
+        8 << 20,
+    )
     assert "staging 3 x (3.00 MiB in all), weights 7 1 x (1.00 MiB in all)" in str(error)
     assert "longest free range" not in str(error)
     held[0].release()

@@ -105,7 +105,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert len(set(current)) == len(current)
         for nbytes, pool in self.store._pools.items():
             num_current = sum(1 for extent in current if extent.nbytes == nbytes)
-            num_written = sum(1 for record, *_ in self.writes.values() if record.extent_bytes == nbytes)
+            num_written = sum(
+                1 for record, *_ in self.writes.values() if record.extent_bytes == nbytes
+            )
             num_retired = len(pool._retired)
             assert pool.num_free == pool.num_extents - num_current - num_written - num_retired
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -30,19 +31,35 @@ def refuse(path, flags, *args, **kwargs):
     return real_open(path, flags, *args, **kwargs)
 os.open = refuse
 """
+MAKE_FILE = """
+import sys
+from offload.tiers.run_folder import StorePath
+path = StorePath(sys.argv[1])
+fd = path.create(2 << 20)
+print("ready", flush=True)
+input()
+"""
+# Forks one child for each way to end, from a parent that has imported torch.
 USE_STORE = """
 import os, sys, torch
 from offload.native import IoEngine
 from offload.tiers.nvme import NvmeStore
-io = IoEngine(backend="python", threads=1)
-store = NvmeStore([sys.argv[1]], io)
-record, = store.reserve([("bucket", 1 << 20)], spare=1)
-data = torch.full((1 << 20,), 7, dtype=torch.uint8)
-store.start_write(record, data).wait()
+from offload.tiers.run_folder import StorePath
+folder = sys.argv[1]
+backend = "threads" if IoEngine.probe()["threads"] == "ok" else "python"
+def use():
+    global io, store, record, data
+    io = IoEngine(backend=backend, threads=1)
+    store = NvmeStore([folder], io, checksum=False)
+    record, = store.reserve([("bucket", 1 << 20)], spare=1)
+    data = torch.full((1 << 20,), 7, dtype=torch.uint8)
+    store.start_write(record, data).wait()
 def check():
     data.zero_()
     store.start_read(record, data).wait()
     assert bool((data == 7).all())
+def wait_for(child, status):
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
 """
 
 
@@ -56,7 +73,7 @@ def file_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def script(file_kind: str, body: str) -> str:
-    return (REFUSE_TMPFILE if file_kind == "run_folder" else "") + USE_STORE + body
+    return (REFUSE_TMPFILE if file_kind == "run_folder" else "") + body
 
 
 def use(store: NvmeStore, value: int) -> None:
@@ -67,9 +84,7 @@ def use(store: NvmeStore, value: int) -> None:
     assert bool((buffer == value).all())
 
 
-def test_files_are_private_and_leave_nothing(
-    io: IoEngine, tmp_path: Path, file_kind: str
-) -> None:
+def test_files_are_private_and_leave_nothing(io: IoEngine, tmp_path: Path, file_kind: str) -> None:
     with NvmeStore([tmp_path], io) as store:
         use(store, 1)
         status = os.fstat(store._files[0].fd)
@@ -102,7 +117,7 @@ def test_two_stores_share_a_path(io: IoEngine, tmp_path: Path, file_kind: str) -
 def test_two_processes_share_a_path(
     io: IoEngine, tmp_path: Path, kind: str, run_script: RunScript
 ) -> None:
-    process = run_script(script(kind, 'print("ready", flush=True)\ninput()\ncheck()'), str(tmp_path))
+    process = run_script(script(kind, MAKE_FILE), str(tmp_path))
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     theirs = set(tmp_path.iterdir())
@@ -111,16 +126,21 @@ def test_two_processes_share_a_path(
         assert set(tmp_path.iterdir()) == theirs
 
 
-@pytest.mark.parametrize("ending", ["", "sys.exit(3)", "raise SystemExit", "os.kill(os.getpid(), 15)"])
 @pytest.mark.parametrize("kind", FILE_KINDS)
 def test_any_end_of_the_process_leaves_nothing(
-    tmp_path: Path, kind: str, ending: str, run_script: RunScript
+    tmp_path: Path, kind: str, run_script: RunScript
 ) -> None:
-    run_script(script(kind, ending), str(tmp_path)).wait(timeout=60)
-    if "kill" in ending and kind == "run_folder":
-        with IoEngine(backend="python") as io, NvmeStore([tmp_path], io):
-            pass
-    assert list(tmp_path.iterdir()) == []
+    body = """
+for ending in ("pass", "sys.exit(3)", "raise ValueError", "store.close(); sys.exit(3)"):
+    if (child := os.fork()) == 0:
+        use()
+        sys.stderr = None
+        exec(ending)
+        sys.exit(3)
+    wait_for(child, 1 if "Value" in ending else 3)
+    assert os.listdir(folder) == [], ending
+"""
+    assert run_script(script(kind, USE_STORE + body), str(tmp_path)).wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize("kind", FILE_KINDS)
@@ -128,7 +148,7 @@ def test_sigkill_leaves_no_bytes(make_disk: MakeDisk, kind: str, run_script: Run
     disk = make_disk()
     lost_and_found = set(disk.iterdir())
     free = os.statvfs(disk).f_bfree
-    process = run_script(script(kind, 'print("ready", flush=True)\ninput()'), str(disk))
+    process = run_script(script(kind, MAKE_FILE), str(disk))
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     assert free - os.statvfs(disk).f_bfree >= 2 << 8  # 2 MiB in blocks of 4 KiB
@@ -142,29 +162,35 @@ def test_sigkill_leaves_no_bytes(make_disk: MakeDisk, kind: str, run_script: Run
     assert os.statvfs(disk).f_bfree == free
 
 
-@pytest.mark.parametrize("child_ending", ["sys.exit(0)", "store.close(); sys.exit(0)", "os._exit(0)"])
 @pytest.mark.parametrize("kind", FILE_KINDS)
 def test_a_forked_child_takes_nothing_away(
-    tmp_path: Path, kind: str, child_ending: str, run_script: RunScript
+    tmp_path: Path, kind: str, run_script: RunScript
 ) -> None:
     """A data loader's worker ends; the parent's files, folder and lock stay."""
-    body = f"""
-import gc
-before = os.listdir(sys.argv[1])
-if (child := os.fork()) == 0:
-    {child_ending}
-assert os.waitpid(child, 0)[1] == 0
-assert os.listdir(sys.argv[1]) == before
-from offload.tiers.run_folder import StorePath
-StorePath(sys.argv[1]).close()  # sweeps what is not locked
-assert os.listdir(sys.argv[1]) == before
-check()
-print("good")
+    body = """
+use()
+before = os.listdir(folder)
+for ending in ("sys.exit(0)", "store.close(); sys.exit(0)", "del store, record; os._exit(0)"):
+    if (child := os.fork()) == 0:
+        exec(ending)
+    wait_for(child, 0)
+    assert os.listdir(folder) == before
+    StorePath(folder).close()  # sweeps what is not locked
+    assert os.listdir(folder) == before
+    check()
+store.close()
+assert os.listdir(folder) == []
 """
-    process = run_script(script(kind, body), str(tmp_path))
-    assert process.communicate(timeout=60)[0] == "good\n"
-    assert process.returncode == 0
-    assert list(tmp_path.iterdir()) == []
+    assert run_script(script(kind, USE_STORE + body), str(tmp_path)).wait(timeout=60) == 0
+
+
+def open_files(folder: Path) -> set[str]:
+    """What this process has open in `folder`, by the names that /proc gives."""
+    names = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.add(str(link.readlink()))
+    return {name for name in names if name.startswith(str(folder))}
 
 
 def dead_folder(parent: Path, name: str, *, lock: bool = True) -> Path:
@@ -207,41 +233,39 @@ def test_another_users_run_folder_is_left_alone(tmp_path: Path) -> None:
     assert folder.exists()
 
 
+@pytest.mark.parametrize("strike_at", ["open folder", "open lock", "flock"])
 def test_a_sweeper_that_is_faster_than_the_creator(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strike_at: str
 ) -> None:
-    """It strikes at each point between mkdir and flock; the creator starts over, with a lock."""
+    """It strikes at one point between mkdir and flock; the creator starts over, with a lock."""
     parent_fd = os.open(tmp_path, os.O_RDONLY)
-    for strike_at in ("open folder", "open lock", "flock"):
-        strikes = [strike_at]
+    real_open, real_flock = os.open, fcntl.flock
+    swept: list[str] = []
 
-        def strike(point: str, strikes: list[str] = strikes) -> None:
-            if strikes == [point]:
-                strikes.clear()
-                with monkeypatch.context() as quiet:
-                    quiet.setattr(run_folder.os, "open", real_open)
-                    quiet.setattr(run_folder.fcntl, "flock", real_flock)
-                    assert len(run_folder.sweep(parent_fd)) == 1
+    def strike(point: str) -> None:
+        if point == strike_at and not swept:
+            with monkeypatch.context() as quiet:
+                quiet.setattr(run_folder.os, "open", real_open)
+                quiet.setattr(run_folder.fcntl, "flock", real_flock)
+                swept.extend(run_folder.sweep(parent_fd))
 
-        real_open, real_flock = os.open, fcntl.flock
+    def spying_open(path: str, flags: int, *args: int, dir_fd: int | None = None) -> int:
+        strike("open lock" if path == "lock" else "open folder")
+        return real_open(path, flags, *args, dir_fd=dir_fd)
 
-        def spying_open(path: str, flags: int, *args: int, dir_fd: int | None = None) -> int:
-            strike("open lock" if path == "lock" else "open folder")
-            return real_open(path, flags, *args, dir_fd=dir_fd)
+    def spying_flock(fd: int, operation: int) -> None:
+        strike("flock")
+        real_flock(fd, operation)
 
-        def spying_flock(fd: int, operation: int) -> None:
-            strike("flock")
-            real_flock(fd, operation)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(run_folder.os, "open", spying_open)
-            patch.setattr(run_folder.fcntl, "flock", spying_flock)
-            folder = RunFolder(parent_fd)
-        assert strikes == [], f"no strike at {strike_at}"
-        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-        assert run_folder.sweep(parent_fd) == [], "the new folder is not locked"
-        folder.close()
-        assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.os, "open", spying_open)
+        patch.setattr(run_folder.fcntl, "flock", spying_flock)
+        folder = RunFolder(parent_fd)
+    assert len(swept) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert run_folder.sweep(parent_fd) == [], "the new folder is not locked"
+    folder.close()
+    assert list(tmp_path.iterdir()) == []
     os.close(parent_fd)
 
 
@@ -296,8 +320,7 @@ except Exception as error:
     tmp_path.chmod(0o555)
     for parent in tmp_path.parents[:2]:
         parent.chmod(0o755)
-    process = run_script(body, str(tmp_path))
-    printed = process.communicate(timeout=60)[0]
+    printed = run_script(body, str(tmp_path)).communicate(timeout=60)[0]
     assert printed.startswith("StorageError create of ")
     assert "the right to write there" in printed
 
@@ -390,19 +413,12 @@ def test_without_loop_devices_a_refused_allocation_leaves_no_descriptor(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with NvmeStore([tmp_path], io) as store:
-        open_before = set(os.listdir("/proc/self/fd"))
+        before = open_files(tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(run_folder.os, "posix_fallocate", refuse)
             with pytest.raises(DiskFullError):
                 store.reserve([("bucket", PAGE)], spare=1)
-        left = [
-            fd
-            for fd in set(os.listdir("/proc/self/fd")) - open_before
-            if os.path.exists(f"/proc/self/fd/{fd}")
-            and stat.S_ISREG(os.stat(f"/proc/self/fd/{fd}").st_mode)
-            and os.stat(f"/proc/self/fd/{fd}").st_size
-        ]
-        assert left == []
+        assert len(open_files(tmp_path) - before) == (2 if file_kind == "run_folder" else 0)
         use(store, 1)
 
 

@@ -1,0 +1,63 @@
+"""What can be known of the CUDA tier without CUDA; the rest runs where there is a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offload.errors import BudgetError, UnsupportedPlatformError
+from offload.native import IoEngine
+from offload.tiers.cuda import CudaDeviceTier, open_device_tier
+from offload.tiers.device import CpuDeviceTier
+from offload.tiers.host import HostArena
+
+MEBIBYTE = 1 << 20
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def test_the_kind_chooses_the_device(io: IoEngine) -> None:
+    tier = open_device_tier("cpu", MEBIBYTE, io)
+    assert isinstance(tier, CpuDeviceTier)
+    assert (tier.device.type, tier.budget_bytes, tier.host_addressable) == ("cpu", MEBIBYTE, True)
+    kind = CudaDeviceTier if torch.cuda.is_available() else CpuDeviceTier
+    assert isinstance(open_device_tier("auto", MEBIBYTE, io), kind)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cuda:0", "cuda:7"])
+def test_a_missing_device_is_an_error(
+    io: IoEngine, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedPlatformError, match=r"torch sees 0 .*tiers\.device\.kind"):
+        open_device_tier(kind, MEBIBYTE, io)
+
+
+@needs_cuda
+def test_copies_there_and_back_are_exact(io: IoEngine) -> None:
+    tier = open_device_tier("cuda", 64 * MEBIBYTE, io)
+    with HostArena(16 * MEBIBYTE) as arena:
+        arena.page_lock()
+        source = arena.lease(4 * MEBIBYTE, "weights").tensor
+        back = arena.lease(4 * MEBIBYTE, "gradients").tensor
+        source.copy_(torch.randint(0, 256, source.shape, dtype=torch.uint8))
+        lease = tier.lease(4 * MEBIBYTE, "bucket")
+        tier.make_current_wait(tier.start_copy_in(lease.tensor, source))
+        lease.tensor.bitwise_not_()  # on the compute stream, after the copy
+        transfer = tier.start_copy_out(back, lease.tensor)
+        transfer.wait()
+        assert transfer.done()
+        assert torch.equal(back, ~source)
+        tier.start_copy_in(lease.tensor, source).wait()
+        totals = tier.lanes()
+        assert {lane: total for lane, (total, _) in totals.items()} == {
+            "h2d": 8 * MEBIBYTE,  # also the one that was ordered and not waited for
+            "d2h": 4 * MEBIBYTE,
+        }
+        assert all(seconds > 0 for _, seconds in totals.values())
+        storage = lease.storage_at(512, 1024)
+        assert storage.data_ptr() == lease.tensor.data_ptr() + 512
+        assert storage.device.type == "cuda"
+        lease.release()
+        with pytest.raises(BudgetError):
+            tier.lease(65 * MEBIBYTE, "too much")
+    tier.close()
