@@ -85,6 +85,18 @@ class StepReport:
             "lanes": {name: dataclasses.asdict(lane) for name, lane in self.lanes.items()},
         }
 
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Self:
+        """Return the report that `to_dict` has turned into `entry`."""
+        return cls(
+            step=entry["step"],
+            tiers={name: TierReport(**tier) for name, tier in entry["tiers"].items()},
+            lanes={name: LaneReport(**lane) for name, lane in entry["lanes"].items()},
+            bound_seconds=entry["bound_seconds"],
+            measured_seconds=entry["measured_seconds"],
+            faults=entry["faults"],
+        )
+
 
 def lanes_between(
     earlier: Mapping[str, LaneReport], later: Mapping[str, LaneReport]

@@ -99,6 +99,18 @@ def bench(
     )
 
 
+@main.command()
+@click.argument("run_dir", type=click.Path(file_okay=False))
+def report(run_dir: str) -> None:
+    """Sum up the run whose output folder is RUN_DIR, also while it is running."""
+    from rich.console import Console
+
+    from offload.cli.report import read_outcome
+    from offload.cli.summary import print_summary
+
+    print_summary(Console(), read_outcome(run_dir))
+
+
 @main.command("config-schema")
 def config_schema() -> None:
     """Print the JSON Schema of a configuration file."""

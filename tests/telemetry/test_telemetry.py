@@ -113,6 +113,7 @@ def test_step_report_is_json() -> None:
     assert entry["tiers"]["host"]["peak_bytes"] == 8
     assert entry["lanes"]["cpu"] == {"bytes": 6, "busy_seconds": 2.0}
     assert (entry["efficiency"], entry["bottleneck"], entry["faults"]) == (0.75, "cpu", 1)
+    assert StepReport.from_dict(entry) == report()
 
 
 def test_a_line_is_in_the_file_when_write_returns(tmp_path: Path) -> None:

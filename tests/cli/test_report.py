@@ -1,0 +1,73 @@
+"""`offload report` reads a run's metrics, whole, cut off or continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from offload.cli.main import main
+from offload.cli.report import read_outcome
+from offload.errors import OffloadError
+from offload.telemetry import JsonlWriter, LaneReport, StepReport, TierReport
+
+
+def step(number: int, *, loss: float, faults: int = 0) -> dict[str, Any]:
+    report = StepReport(
+        step=number,
+        tiers={"device": TierReport(1 << 20, 1 << 10, 1 << 19)},
+        lanes={"nvme_read": LaneReport(4096, 0.25), "cpu": LaneReport(0, 0.5)},
+        bound_seconds=0.5,
+        measured_seconds=2.0,
+        faults=faults,
+    )
+    return {
+        "kind": "step",
+        "step": number,
+        "loss": loss,
+        "tokens_per_second": 50.0,
+        "report": report.to_dict(),
+    }
+
+
+def write_run(folder: Path, *entries: dict[str, Any]) -> Path:
+    placed_bytes = {"device": {"weights": 1 << 20}, "nvme": {"optimizer": 3 << 20}}
+    with JsonlWriter(folder / "metrics.jsonl") as metrics:
+        metrics.write({"kind": "start", "step": 0, "placed_bytes": placed_bytes})
+        for entry in entries:
+            metrics.write(entry)
+    return folder
+
+
+def test_a_run_that_was_resumed_counts_a_repeated_step_once(tmp_path: Path) -> None:
+    first = {"kind": "eval", "step": 0, "held_out_loss": 4.0}
+    last = {"kind": "eval", "step": 2, "held_out_loss": 3.0}
+    steps = [step(1, loss=3.5), step(2, loss=9.0, faults=7), step(2, loss=3.0)]
+    outcome = read_outcome(write_run(tmp_path, first, *steps, last))
+    assert outcome.losses == [3.5, 3.0]
+    assert [report.faults for report in outcome.reports] == [0, 0]
+    assert (outcome.tokens, outcome.seconds) == (200, 4.0)
+    assert outcome.held_out_loss_fall == 0.25
+
+
+def test_the_command_prints_the_summary(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(write_run(tmp_path, step(1, loss=3.0)))])
+    assert result.exit_code == 0, result.output
+    for part in ("nvme_read", "3.00 MiB", "efficiency 25%", "bottleneck cpu"):
+        assert part in result.output
+
+
+def test_a_run_without_a_step(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(write_run(tmp_path))])
+    assert (result.exit_code, result.output.strip()) == (0, "no step was taken")
+
+
+@pytest.mark.parametrize("content", [None, '{"kind": "other"}\n', "[1]\n", "not json\n"])
+def test_what_is_no_run(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(OffloadError, match=r"metrics\.jsonl"):
+        read_outcome(tmp_path)
+    assert CliRunner().invoke(main, ["report", str(tmp_path)]).exit_code == 2
