@@ -231,6 +231,10 @@ class ClassLayout:
         """
         return self._chunks[chunk][name]
 
+    def element_fields(self, chunk: int) -> Sequence[Field]:
+        """The fields of chunk number `chunk`; each has one element for each element of the chunk."""
+        return tuple(self._chunks[chunk].values())
+
 
 def _chunk_block(chunk: Chunk, fields: Sequence[FieldSpec]) -> tuple[dict[str, Field], int]:
     placed = {}

@@ -1,0 +1,167 @@
+"""What a module brings along: its parameters, ties resolved, as the layout needs to know them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from offload.engine.guard import guard_class_of
+from offload.errors import ConfigError, OffloadError
+from offload.partition.arrays import DTYPE_NAMES, TORCH_DTYPES
+from offload.partition.layout import ParamSpec
+
+# Frozen parameters of dtypes that nothing computes with here move as opaque bytes of their size.
+_OPAQUE = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Collected:
+    """One parameter that will be paged: every name it has, and its spec in the compute dtype."""
+
+    names: tuple[str, ...]
+    parameter: nn.Parameter
+    spec: ParamSpec
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """The parameters of a module.
+
+    Attributes:
+        paged: those that the engine moves, in registration order.
+        resident: those that it cannot move (tensor subclasses, classes that cannot be guarded): they
+            stay where the user put them, and count against the device budget.
+    """
+
+    paged: tuple[Collected, ...]
+    resident: tuple[tuple[str, nn.Parameter], ...]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the parameters that stay."""
+        return sum(parameter.numel() * parameter.element_size() for _, parameter in self.resident)
+
+
+def collect(module: nn.Module, compute: str, *, allow_meta: bool = False) -> Collection:
+    """Collect the parameters of `module`, which compute in the dtype called `compute`.
+
+    Floating-point parameters get the compute dtype; a complex64 one counts as pairs of fp32.
+
+    Raises:
+        OffloadError: a parameter is lazy, or (unless `allow_meta`) on the meta device, or of a dtype
+            that cannot be trained; names it.
+        ConfigError: the module has no parameters.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    if not names:
+        raise ConfigError(problems=["the model has no parameters: there is nothing to place"])
+    paged, resident = [], []
+    for parameter, known_as in names.items():
+        _check(known_as[0], parameter, allow_meta=allow_meta)
+        if _can_be_paged(parameter):
+            paged.append(_collected(tuple(known_as), parameter, compute))
+        else:
+            resident.append((known_as[0], parameter))
+    if resident:
+        warnings.warn(
+            f"{len(resident)} parameters stay on their device, because their classes cannot be "
+            f"paged: {_listed([name for name, _ in resident])}",
+            stacklevel=3,
+        )
+    return Collection(tuple(paged), tuple(resident))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check(name: str, parameter: nn.Parameter, *, allow_meta: bool) -> None:
+    if isinstance(parameter, UninitializedParameter):
+        raise OffloadError(
+            f"parameter {name} is lazy: it has no shape yet",
+            remedy="run one forward pass before offload.initialize",
+        )
+    if parameter.is_meta and not allow_meta:
+        raise OffloadError(
+            f"parameter {name} is on the meta device: it has no values to train",
+            remedy="build the model with its values on cpu, e.g. model.to_empty(device='cpu') and "
+            "load_state_dict",
+        )
+
+
+def _can_be_paged(parameter: nn.Parameter) -> bool:
+    if type(parameter.data) is not torch.Tensor or parameter.layout is not torch.strided:
+        return False  # a wrapper subclass: its bytes are elsewhere
+    plain = type(parameter)
+    try:
+        parameter.__class__ = guard_class_of(plain)
+        parameter.__class__ = plain
+    except TypeError:
+        return False
+    return True
+
+
+def _collected(names: tuple[str, ...], parameter: nn.Parameter, compute: str) -> Collected:
+    dtype = parameter.dtype
+    numel = parameter.numel()
+    if dtype.is_complex:
+        if dtype is not torch.complex64:
+            raise OffloadError(
+                f"parameter {names[0]} is {dtype}", expected="complex64 among complex dtypes"
+            )
+        if compute != "fp32":
+            raise OffloadError(
+                f"parameter {names[0]} is complex, which has no {compute} form",
+                remedy='set precision.compute = "fp32"',
+            )
+        kind, numel = "fp32", 2 * numel
+    elif dtype.is_floating_point and dtype.itemsize > 1:
+        kind, dtype = compute, TORCH_DTYPES[compute]
+    else:
+        kind = DTYPE_NAMES.get(dtype) or _OPAQUE[dtype.itemsize]
+    trainable = parameter.requires_grad
+    if trainable and kind not in ("fp32", "bf16", "fp16"):
+        raise OffloadError(
+            f"parameter {names[0]} of dtype {dtype} requires gradients",
+            expected="a floating-point dtype of 16 bits or more",
+        )
+    itemsize = TORCH_DTYPES[kind].itemsize
+    spec = ParamSpec(names[0], tuple(parameter.shape), numel, kind, itemsize, trainable)
+    return Collected(names, parameter, spec, dtype, _dense_stride(parameter))
+
+
+def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's stride if its elements fill their memory, else the contiguous one."""
+    order = sorted(range(parameter.dim()), key=lambda d: parameter.stride(d), reverse=True)
+    expected = 1
+    for dimension in reversed(order):
+        size = parameter.size(dimension)
+        if size != 1 and parameter.stride(dimension) != expected:
+            return torch.empty(parameter.shape, device="meta").stride()
+        expected *= size
+    return tuple(parameter.stride())
+
+
+def convert_buffers(module: nn.Module, compute: str, device: torch.device) -> None:
+    """Move buffers to the device; floating-point ones that a state dict holds get the compute dtype.
+
+    Buffers that are not persistent (rotary frequencies, masks) are tables that modules compute in a
+    precision of their own choice: they keep it.
+    """
+    dtype = TORCH_DTYPES[compute]
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is None:
+                continue
+            persistent = name not in owner._non_persistent_buffers_set
+            wide = buffer.is_floating_point() and buffer.dtype.itemsize > 1
+            owner._buffers[name] = buffer.to(device, dtype if persistent and wide else buffer.dtype)

@@ -1,0 +1,537 @@
+"""The engine: a module whose training state lives on tiers, behind the interface of the module.
+
+[Note: One step]
+    engine(...)        windows and guards bring weights in; the trace is recorded or followed
+    engine.backward    autograd; each gradient goes home as soon as it is finished
+    engine.step        norm, finite check, clipping; then the streamed update, and stale copies go
+
+An optimizer step that an error interrupts is *pending*: its settings are frozen, its gradients kept.
+`step()` completes it; until then forward and backward are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
+
+from offload.config import OffloadConfig
+from offload.engine.build import Parts
+from offload.engine.optimizer import OffloadOptimizer, configured_groups
+from offload.engine.pages import PagedParameter, forget
+from offload.engine.report import StepMeter
+from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
+from offload.engine.windows import GatheredWindow, RootWindow, Window, gathered_modules, install
+from offload.errors import EngineStateError, OffloadError
+from offload.optim.chunk_update import StepSettings
+from offload.optim.clipping import clip_coefficient, global_norm, square_sum
+from offload.optim.loss_scale import LossScale
+from offload.optim.schedulers import make_lr_scheduler
+from offload.partition.parameters import ParameterState
+from offload.telemetry import StepReport
+
+_NO_GUARD = torch._C.DisableTorchFunctionSubclass
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+class Engine:
+    """A module under the engine. Call it as the module; see [Note: One step].
+
+    Attributes:
+        module: the user's module; its parameters are its own objects, their memory comes and goes.
+        config: the configuration, frozen.
+        plan: where the state lives.
+        optimizer: the parameter groups and `step` as a torch optimizer.
+        lr_scheduler: a torch scheduler on it, stepped by `step`.
+        loss_scale: the dynamic loss scale of fp16, else None.
+        global_steps: optimizer steps taken.
+        skipped_steps: steps skipped because a gradient was not finite.
+        micro_steps: backward passes counted by `step` since the start.
+        grad_norm: L2 norm of all gradients of the last step, before clipping; None before it.
+    """
+
+    def __init__(self, parts: Parts, lr_scheduler: SchedulerFactory | None) -> None:
+        config = parts.config
+        self._parts = parts
+        self.module = parts.module
+        self.config: OffloadConfig = config
+        self.plan = parts.plan
+        self.global_steps = 0
+        self.skipped_steps = 0
+        self.micro_steps = 0
+        self.grad_norm: float | None = None
+        self.loss_scale: LossScale | None = None
+        if config.precision.compute == "fp16":
+            self.loss_scale = LossScale(
+                initial=config.precision.initial_loss_scale,
+                growth_factor=config.precision.growth_factor,
+                backoff_factor=config.precision.backoff_factor,
+                growth_interval=config.precision.growth_interval,
+            )
+        self._state = StateAccess(
+            parts.parameters, parts.plan.buckets, parts.store, parts.pager
+        )
+        self._closed = False
+        self._pending: StepSettings | None = None
+        self._meter = StepMeter(parts)
+        self._trainable = [s for s in parts.parameters if self._is_trainable(s)]
+        self.optimizer = self._make_optimizer()
+        self.lr_scheduler = self._make_scheduler(lr_scheduler)
+        self._windows, self._root = self._open_windows()
+        self._handles = [handle for w in self._windows for handle in install(w)]
+        self._handles += install(self._root)
+        self._handles += self._watch_gradients()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward; arguments and result are the module's.
+
+        Raises:
+            EngineStateError: the engine is closed, or a step is pending.
+            BudgetError, StorageError: weights could not be brought in; the engine stays usable.
+        """
+        self._check_ready("forward")
+        with self._meter.computing():
+            try:
+                return self.module(*args, **kwargs)
+            except BaseException:
+                self._unwind()
+                raise
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Run the backward of `loss`, a scalar, scaled by 1 / gradient_accumulation_steps.
+
+        `kwargs` go to `torch.autograd.backward`. Gradients are at their homes when it returns.
+
+        Raises:
+            EngineStateError: the engine is closed, or a step is pending.
+        """
+        self._check_ready("backward")
+        scale = 1.0 / self.config.training.gradient_accumulation_steps
+        if self.loss_scale is not None:
+            scale *= self.loss_scale.scale
+        with self._meter.computing():
+            try:
+                (loss if scale == 1.0 else loss * scale).backward(**kwargs)
+            except BaseException:
+                self._unwind()
+                raise
+            finally:
+                self._parts.pager.release_nodes()
+                self._release_gathered()
+        self._parts.gradients.flush()
+
+    def step(self) -> bool:
+        """Count a backward; at the boundary take an optimizer step. Returns whether one was taken.
+
+        A step with a non-finite gradient is skipped and changes no state. After a StorageError call
+        `step` again: it completes the step, applying nothing twice.
+
+        Raises:
+            StorageError: state could not be read or written; the step is pending.
+            NonFiniteError: an updated weight is not finite.
+        """
+        self._check_open()
+        if self._pending is None:
+            self.micro_steps += 1
+            if self.micro_steps % self.config.training.gradient_accumulation_steps:
+                return False
+        self.optimizer.step()
+        taken = not self.optimizer.step_was_skipped
+        self._parts.gradients.clear()
+        if taken and self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        return taken
+
+    def is_accumulation_boundary(self) -> bool:
+        """Whether the next `step` takes an optimizer step."""
+        return (self.micro_steps + 1) % self.config.training.gradient_accumulation_steps == 0
+
+    def train(self, mode: bool = True) -> Engine:
+        """Set the module's training mode; returns the engine."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Set the module's evaluation mode; returns the engine."""
+        return self.train(False)
+
+    @property
+    def training(self) -> bool:
+        """The module's training mode."""
+        return self.module.training
+
+    def report(self) -> StepReport:
+        """What the last step moved, how long it took, and what bounds it."""
+        return self._meter.report(self.global_steps)
+
+    # -- access to state ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def gathered(
+        self, names: Sequence[str] | str | None = None, *, writable: bool = False
+    ) -> Iterator[None]:
+        """Full parameters, present and plain, for the duration of a block; None is all of them.
+
+        Inside, raw pointers, torch.func and tracing work. Edits are kept if `writable`.
+
+        Raises:
+            BudgetError: they do not fit the device budget together.
+            OffloadError: a name is unknown; or, on exit, a parameter was edited without `writable`.
+        """
+        self._check_open()
+        chosen = [names] if isinstance(names, str) else names
+        states = (
+            self._parts.parameters
+            if chosen is None
+            else [self._state.parameter(name) for name in chosen]
+        )
+        paged = [self._parts.paged_of[state.index] for state in states]
+        pages = list(dict.fromkeys(parameter.page for parameter in paged))
+        pager = self._parts.pager
+        pager.pin(pages, "gathered()")
+        for page in pages:
+            pager.keep_until_step(page)
+        for parameter in paged:
+            parameter.wear_plain()
+        try:
+            yield
+        finally:
+            for parameter in paged:
+                parameter.wear_guard()
+            edited = pager.end_gathered(pages)
+            pager.unpin(pages)
+        if edited and not writable:
+            raise OffloadError(
+                f"parameter {edited[0].state.name} was edited inside gathered()",
+                remedy="use gathered(writable=True); the edit has been kept",
+            )
+
+    def named_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Each parameter's name and full state, one parameter at a time; copies on the CPU.
+
+        Keys: "weight" (compute dtype), "master" (fp32) and the optimizer's tensors for trainable
+        parameters, "gradient" if one has arrived (unscaled by the loss scale).
+        """
+        for state in self._parts.parameters:
+            yield state.name, self._full_state(state)
+
+    def set_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace parts of a parameter's state; keys as in `named_state`.
+
+        A weight without a master sets the master as well; a master sets the weight.
+
+        Raises:
+            OffloadError: a name is unknown, or a shape is another.
+        """
+        self._check_open()
+        state = self._state.parameter(name)
+        for key, tensor in tensors.items():
+            if key == "gradient":
+                scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+                state.gradient_sums = None
+                gradient = (tensor * scale).to(state.parameter.dtype)
+                self._parts.gradients.arrive(state, gradient.to(self._parts.device.device))
+                self._parts.gradients.flush()
+            elif key == "master" or (key == "weight" and "master" not in tensors):
+                self._state.set_master(state, tensor) if state in self._trainable else (
+                    self._state.write(state, "weight", tensor)
+                )
+            elif key != "weight":
+                self._state.write(state, key, tensor)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The module's state dict with full copies on the CPU; buffers included, ties shared."""
+        self._check_open()
+        copies: dict[str, torch.Tensor] = {}
+        known: dict[int, torch.Tensor] = {}
+        with _NO_GUARD():
+            entries = self.module.state_dict(keep_vars=True)
+        for name, value in entries.items():
+            if isinstance(value, nn.Parameter) and name in self._parts.names:
+                state = self._state.parameter(name)
+                if state.index not in known:
+                    known[state.index] = self._state.read(state, "weight")
+                copies[name] = known[state.index]
+            else:
+                copies[name] = value.detach().cpu().clone() if torch.is_tensor(value) else value
+        return copies
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """Load the module's state dict; masters follow the weights. Returns what torch returns."""
+        self._check_open()
+        result = self.module.load_state_dict(state_dict, strict=strict)
+        self._parts.pager.flush()
+        return result
+
+    def parameter_names(self) -> list[str]:
+        """Canonical names in registration order; a tied parameter comes once."""
+        return [state.name for state in self._parts.parameters]
+
+    def aliases(self) -> dict[str, str]:
+        """The other names of tied parameters, with the canonical name of each."""
+        return {n: s.name for s in self._parts.parameters for n in s.names[1:]}
+
+    def state_fields(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every stored field of a parameter; see [Note: State fields]."""
+        return self._state.fields(self._state.parameter(name))
+
+    def read_state(self, name: str, field: str) -> torch.Tensor:
+        """A copy of one stored field."""
+        self._check_open()
+        return self._state.read(self._state.parameter(name), field)
+
+    def write_state(self, name: str, field: str, tensor: torch.Tensor) -> None:
+        """Replace one stored field as it is; see `set_state` for one that keeps masters in step."""
+        self._check_open()
+        self._state.write(self._state.parameter(name), field, tensor)
+
+    def parameter_steps(self) -> list[int]:
+        """Updates that each parameter has had, in the order of `parameter_names`."""
+        return [state.steps for state in self._parts.parameters]
+
+    def set_parameter_steps(self, steps: Sequence[int]) -> None:
+        """Undo `parameter_steps`."""
+        for state, count in zip(self._parts.parameters, steps, strict=True):
+            state.steps = count
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups without parameters."""
+        return [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+
+    def load_optimizer_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Undo `optimizer_groups`."""
+        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(values)
+
+    def scalar_state(self) -> dict[str, Any]:
+        """What an arbitrary optimizer keeps that is no tensor; plain values."""
+        return scalar_state(self._parts.updater, self._parts.parameters)
+
+    def load_scalar_state(self, state: Mapping[str, Any]) -> None:
+        """Undo `scalar_state`."""
+        load_scalar_state(self._parts.updater, self._parts.parameters, state)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for what is in flight, then free every tier. The module is of no use afterwards.
+
+        A second call does nothing.
+
+        Raises:
+            StorageError: a write under way has failed; everything is freed all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        # A touch of a parameter stays an error for as long as the module lives.
+        weakref.finalize(self.module, _forget_all, tuple(self._parts.paged))
+        with self._parts.closing:
+            self._parts.store.drain()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _is_trainable(self, state: ParameterState) -> bool:
+        return self.plan.buckets[state.bucket].trainable
+
+    def _make_optimizer(self) -> OffloadOptimizer:
+        if self._parts.prototype is not None:
+            groups = [dict(group) for group in self._parts.prototype.param_groups]
+            defaults = dict(self._parts.prototype.defaults)
+        else:
+            groups, defaults = configured_groups(self.config.optimizer, self._trainable)
+        optimizer = OffloadOptimizer(
+            groups,
+            defaults,
+            take_step=self._take_step,
+            forget_gradients=self._parts.gradients.clear,
+        )
+        optimizer.seal()
+        return optimizer
+
+    def _make_scheduler(self, factory: SchedulerFactory | None) -> LRScheduler | None:
+        if factory is not None:
+            return factory(self.optimizer)
+        return make_lr_scheduler(self.config.lr_scheduler, self.optimizer)
+
+    def _open_windows(self) -> tuple[list[Window], RootWindow]:
+        by_parameter = {id(p.state.parameter): p for p in self._parts.paged}
+        gathered = gathered_modules(self.module, self.config.guard.gather)
+        below = {id(m) for outer in gathered.values() for m in outer.modules()}
+        windows: list[Window] = []
+        for name, module in self.module.named_modules():
+            if id(module) in below:
+                continue
+            own = self._paged_of(module.parameters(recurse=False), by_parameter)
+            if own:
+                windows.append(Window(module, name, own, self._parts.pager))
+        for name, module in gathered.items():
+            every = self._paged_of(module.parameters(), by_parameter)
+            windows.append(GatheredWindow(module, name, every, self._parts.pager))
+        resident = [p for p in self._parts.paged if not p.page.is_paged]
+        return windows, RootWindow(self.module, resident, self._parts.pager)
+
+    @staticmethod
+    def _paged_of(
+        parameters: Iterator[nn.Parameter], by_parameter: Mapping[int, PagedParameter]
+    ) -> list[PagedParameter]:
+        found = (by_parameter.get(id(parameter)) for parameter in parameters)
+        return [paged for paged in found if paged is not None and paged.page.is_paged]
+
+    def _watch_gradients(self) -> list[RemovableHandle]:
+        handles = []
+        with _NO_GUARD():
+            for state in self._trainable:
+                hook = _GradientHook(self, state)
+                handles.append(state.parameter.register_post_accumulate_grad_hook(hook))
+        return handles
+
+    def _take_gradient(self, state: ParameterState) -> None:
+        """A gradient is finished: send it home and free it."""
+        with _NO_GUARD(), torch.no_grad():
+            self._parts.pager.end_node()
+            gradient = state.parameter.grad
+            if gradient is not None:
+                self._parts.gradients.arrive(state, gradient)
+                state.parameter.grad = None
+
+    def _take_step(self) -> bool:
+        self._check_open()
+        if self._pending is None:
+            self._pending = self._settings()
+            if self._pending is None:
+                return False
+        self._parts.streamed.run(self._pending)
+        self._pending = None
+        updated = [s for s in self._trainable if s.gradient_sums is not None]
+        self._forget_stale(updated)
+        self._root.rest()
+        self._parts.pager.end_raw_access()
+        self.global_steps += 1
+        if self.loss_scale is not None:
+            self.loss_scale.update(found_nonfinite=False)
+        self._meter.end_step()
+        self._parts.pager.expect((self.module.training, True))
+        return True
+
+    def _settings(self) -> StepSettings | None:
+        """Freeze what the step applies; None when it is skipped."""
+        parts = self._parts
+        parts.pager.release_nodes()
+        self._release_gathered()
+        for state in self._trainable:
+            self._take_gradient(state)  # set by hand, not by backward
+        parts.gradients.flush()
+        parts.pager.end()
+        parts.pager.flush()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        sums = [s.gradient_sums for s in self._trainable if s.gradient_sums is not None]
+        self.grad_norm = global_norm(
+            (square_sum(block_sums.tolist()) for block_sums in sums), loss_scale=scale
+        )
+        if not math.isfinite(self.grad_norm):
+            self.skipped_steps += 1
+            if self.loss_scale is not None:
+                self.loss_scale.update(found_nonfinite=True)
+            self._root.rest()
+            return None
+        coefficient = clip_coefficient(self.grad_norm, self.config.training.max_grad_norm)
+        by_id = {
+            id(p): {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        hyper = {s.index: by_id[id(s.parameter)] for s in self._trainable if id(s.parameter) in by_id}
+        return StepSettings(hyper, coefficient / scale, self.global_steps + 1)
+
+    def _forget_stale(self, updated: Sequence[ParameterState]) -> None:
+        """The homes are newer now: device copies go, and a graph kept across the step is void."""
+        pages = {state.bucket: self._parts.pages[state.bucket] for state in updated}
+        for page in pages.values():
+            if page.is_paged:
+                self._parts.pager.drop_stale(page)
+        with _NO_GUARD():
+            for state in updated:
+                torch.autograd.graph.increment_version(state.parameter)
+                paged = self._parts.paged_of[state.index]
+                paged.version = state.parameter._version
+
+    def _release_gathered(self) -> None:
+        for window in self._windows:
+            if isinstance(window, GatheredWindow):
+                window.release()
+
+    def _unwind(self) -> None:
+        for window in (*self._windows, self._root):
+            window.unwind()
+
+    def _full_state(self, state: ParameterState) -> dict[str, torch.Tensor]:
+        found = {"weight": self._state.read(state, "weight")}
+        if state in self._trainable:
+            found["master"] = self._state.master(state)
+        for name in self._state.fields(state):
+            if name not in ("weight", "remainder", "master"):
+                found[name] = self._state.read(state, name)
+        if state.gradient_sums is not None:
+            self._parts.gradients.flush()
+            gradient = self._state.read(state, "gradient")
+            found["gradient"] = (
+                gradient if self.loss_scale is None else gradient / self.loss_scale.scale
+            )
+        return found
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineStateError("the engine is closed", remedy="make a new one")
+
+    def _check_ready(self, what: str) -> None:
+        self._check_open()
+        if self._pending is not None:
+            raise EngineStateError(
+                f"{what} while optimizer step {self._pending.step} is pending",
+                remedy="call step() until it returns: it completes the step",
+            )
+
+
+def _forget_all(parameters: Sequence[PagedParameter]) -> None:
+    for parameter in parameters:
+        forget(parameter)
+
+
+class _GradientHook:
+    """Sends a finished gradient home; copies of its parameter have none."""
+
+    __slots__ = ("_engine", "_state")
+
+    def __init__(self, engine: Engine, state: ParameterState) -> None:
+        self._engine = engine
+        self._state = state
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        self._engine._take_gradient(self._state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[torch.Tensor], None]:
+        return _no_gradient_hook
+
+
+def _no_gradient_hook(parameter: torch.Tensor) -> None:
+    """What a copied parameter has in place of the engine's hook."""
+

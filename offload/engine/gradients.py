@@ -1,0 +1,202 @@
+"""Gradients on their way home: each leaves the device as soon as backward has finished it.
+
+[Note: Gradient chunks]
+A gradient arrives whole, once for each backward that reaches its parameter. It is added into its home
+chunk in fp32 (the first one of a step replaces what was there) and `param.grad` is dropped. The sums
+of squares of the result, which the norm and the finite check need, come out of the same pass.
+
+A home that the CPU reaches is added to in place. Otherwise the chunk is *open* in host staging until
+all its parameters have arrived or its staging is wanted; then it is written home. It is read again if
+more arrives later in the step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload.errors import BudgetError
+from offload.optim.gradients import BLOCK_NUMEL, accumulate_gradient, num_blocks
+from offload.partition.arrays import field_array, memory_order, tensor_bits
+from offload.partition.blocks import Block, BlockStore, Staged
+from offload.partition.layout import Bucket, ClassLayout, Segment, segments
+from offload.partition.parameters import ParameterState
+from offload.schedule.executor import ComputePool
+
+if TYPE_CHECKING:
+    from offload.optim.split import Precision
+
+PIECE_NUMEL = 16 * BLOCK_NUMEL
+
+Key = tuple[int, int]
+
+
+@dataclass(slots=True, eq=False)
+class _OpenChunk:
+    staged: Staged
+    missing: set[int]
+
+
+class GradientHome:
+    """The gradients of one engine. Thread-safe: backward may run in several threads."""
+
+    def __init__(
+        self,
+        parameters: Sequence[ParameterState],
+        buckets: Sequence[Bucket],
+        store: BlockStore,
+        pool: ComputePool,
+        *,
+        max_open_chunks: int,
+    ) -> None:
+        self._parameters = parameters
+        self._buckets = buckets
+        self._store = store
+        self._pool = pool
+        self._max_open_chunks = max_open_chunks
+        self._open: OrderedDict[Key, _OpenChunk] = OrderedDict()
+        self._written: set[Key] = set()
+        self._lock = threading.Lock()
+        self._segments: dict[Key, tuple[Segment, ...]] = {
+            (bucket.index, chunk.index): segments(bucket, chunk)
+            for bucket in buckets
+            if bucket.trainable
+            for chunk in bucket.chunks
+        }
+
+    def arrive(self, state: ParameterState, gradient: torch.Tensor) -> None:
+        """Take a gradient of the parameter's shape; it is free for reuse on return.
+
+        Raises:
+            BudgetError: the host has no staging for its chunk.
+            StorageError: reading or writing the chunk failed; the gradient is not counted.
+        """
+        flat = memory_order(gradient, state)
+        with self._lock:
+            first = state.gradient_sums is None
+            sums = np.empty(num_blocks(state.numel), np.float64)
+            for chunk in self._buckets[state.bucket].chunks:
+                key = (state.bucket, chunk.index)
+                for segment in self._segments[key]:
+                    if segment.param == state.index:
+                        self._take(key, segment, flat, sums, first=first)
+            state.gradient_sums = sums
+
+    def flush(self) -> None:
+        """A backward has ended: start to write home what is still open."""
+        with self._lock:
+            while self._open:
+                self._close_oldest()
+
+    def clear(self) -> None:
+        """Forget every gradient: the next to arrive of each parameter is its first."""
+        with self._lock:
+            for opened in self._open.values():
+                opened.staged.release()
+            self._open.clear()
+            self._written.clear()
+            for state in self._parameters:
+                state.gradient_sums = None
+
+    def block(self, bucket: int) -> Block:
+        """The gradient block of a trainable bucket."""
+        return self._store.block(bucket, "gradients")
+
+    def array(
+        self, state: ParameterState, segment: Segment, chunk: int, tensor: torch.Tensor
+    ) -> npt.NDArray[np.generic]:
+        """The segment's gradient in a loaded chunk: float32, or the bits of the compute dtype."""
+        layout = self.block(state.bucket).layout
+        assert isinstance(layout, ClassLayout)
+        field = layout.field(chunk, "gradient")
+        return field_array(tensor, field, segment.start_in_chunk, segment.numel)
+
+    def _take(
+        self,
+        key: Key,
+        segment: Segment,
+        flat: torch.Tensor,
+        sums: npt.NDArray[np.float64],
+        *,
+        first: bool,
+    ) -> None:
+        block = self.block(key[0])
+        opened = self._reach(block, key)
+        state = self._parameters[segment.param]
+        target = self.array(state, segment, key[1], opened.staged.tensor)
+        part = flat[segment.start_in_param : segment.start_in_param + segment.numel]
+        source, landing = self._on_host(part, block)
+        precision = cast("Precision", self._buckets[key[0]].dtype)
+        calls = []
+        for start in range(0, segment.numel, PIECE_NUMEL):
+            stop = min(start + PIECE_NUMEL, segment.numel)
+            block_start = (segment.start_in_param + start) // BLOCK_NUMEL
+            calls.append(
+                partial(
+                    accumulate_gradient,
+                    target[start:stop],
+                    source[start:stop],
+                    first=first,
+                    target_dtype="fp32" if target.dtype == np.float32 else precision,
+                    source_dtype=precision,
+                    block_sums=sums[block_start : block_start + num_blocks(stop - start)],
+                )
+            )
+        self._pool.run(calls)
+        if landing is not None:
+            landing.release()
+        opened.missing.discard(segment.param)
+        if not opened.missing and key in self._open:
+            self._close(key)
+
+    def _on_host(
+        self, part: torch.Tensor, block: Block
+    ) -> tuple[npt.NDArray[np.generic], Staged | None]:
+        """The gradient's bits as an array, through a landing lease if the device is not addressable."""
+        if self._store.device.host_addressable:
+            return tensor_bits(part), None
+        raw = part.view(torch.uint8)
+        lease = self._store.host.lease(raw.numel(), f"landing of {block.name}")
+        transfer = self._store.device.start_copy_out(lease.tensor, raw)
+        transfer.wait(self._store.deadline_seconds)
+        return tensor_bits(lease.tensor.view(part.dtype)), Staged(lease.tensor, transfer, lease)
+
+    def _reach(self, block: Block, key: Key) -> _OpenChunk:
+        if self._store.in_place(block):
+            return _OpenChunk(self._store.stage_or_raise(block, key[1]), set())
+        opened = self._open.get(key)
+        if opened is None:
+            while len(self._open) >= self._max_open_chunks:
+                self._close_oldest()
+            staged = self._stage(block, key)
+            missing = {segment.param for segment in self._segments[key]}
+            opened = self._open[key] = _OpenChunk(staged, missing)
+        return opened
+
+    def _stage(self, block: Block, key: Key) -> Staged:
+        while True:
+            try:
+                if key in self._written:
+                    return self._store.load(block, key[1])
+                return self._store.stage_or_raise(block, key[1])
+            except BudgetError:
+                if not self._open:
+                    raise
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        self._close(next(iter(self._open)))
+
+    def _close(self, key: Key) -> None:
+        opened = self._open.pop(key)
+        self._written.add(key)
+        self._store.start_store(self.block(key[0]), key[1], opened.staged)
+

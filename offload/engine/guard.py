@@ -1,0 +1,294 @@
+"""The guard: a class that faults a parameter's page in before any op that takes it runs.
+
+[Note: Guard]
+An op with a guarded parameter, or a guarded view of one, arrives at `_run_guarded` instead of
+torch's dispatcher:
+
+  metadata     shape, dtype, hooks, grad, ...          answered at once, nothing moves
+  alias        detach, .data                           answered at once; the result is guarded
+  raw access   numpy, data_ptr, untyped_storage, ...   the page comes and stays until the step ends
+  refused      set_, resize_, share_memory_, .data = of another kind: GuardError
+  anything     every paged tensor among the arguments is pinned, the op runs, the pins are taken off
+
+A result that shares a paged storage becomes guarded itself. An op that changed the version of a
+paged argument has edited it. torch.func transforms and jit tracing see through Python subclasses to
+memory that may be absent, so under them a guarded op is refused; inside `gathered()` it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.engine.pages import PagedParameter, WeightPage, find_paged
+from offload.engine.saved import hooks_are_ours, page_hooks
+from offload.errors import GuardError
+
+_NO_GUARD = torch._C.DisableTorchFunctionSubclass
+_Call = Callable[..., Any]
+
+_METADATA_PROPERTIES = (
+    "shape dtype device requires_grad grad grad_fn is_leaf layout ndim names is_sparse "
+    "is_sparse_csr is_quantized is_meta is_cuda is_cpu is_mps is_xpu is_nested is_mkldnn "
+    "_version output_nr itemsize nbytes retains_grad _backward_hooks _post_accumulate_grad_hooks "
+    "grad_dtype"
+).split()
+_METADATA_METHODS = (
+    "size dim numel nelement stride storage_offset element_size is_floating_point is_complex "
+    "is_contiguous __hash__ __len__ requires_grad_ register_hook dim_order is_conj is_neg "
+    "register_post_accumulate_grad_hook retain_grad get_device is_inference has_names is_signed"
+).split()
+_METADATA_FUNCTIONS = "is_floating_point is_complex numel is_inference is_signed".split()
+_RAW_METHODS = (
+    "data_ptr const_data_ptr mutable_data_ptr numpy untyped_storage storage _typed_storage "
+    "__dlpack__ __array__ is_set_to"
+).split()
+_REFUSED_METHODS = "set_ resize_ resize_as_ share_memory_ __cuda_array_interface__".split()
+
+
+def _members(names: Iterable[str]) -> Iterator[object]:
+    for name in names:
+        member = getattr(torch.Tensor, name, None)
+        if member is not None:
+            yield member
+
+
+def _metadata() -> frozenset[object]:
+    found = set(_members(_METADATA_METHODS))
+    found.update(getattr(torch, name) for name in _METADATA_FUNCTIONS)
+    for member in _members(_METADATA_PROPERTIES):
+        found.update(getattr(member, name) for name in ("__get__",))
+    for name in ("grad", "requires_grad"):
+        member = getattr(torch.Tensor, name)
+        found.update({member.__set__, member.__delete__})
+    return frozenset(found)
+
+
+_METADATA = _metadata()
+_RAW = frozenset(_members(_RAW_METHODS))
+_REFUSED = frozenset(_members(_REFUSED_METHODS))
+_DATA: Any = torch.Tensor.data
+_SET_DATA = _DATA.__set__
+_ALIASES = frozenset({torch.Tensor.detach, torch.detach, _DATA.__get__})
+# These run a whole backward, in which guards must be on: guarded inputs become gradient edges.
+_BACKWARDS = frozenset({torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward})
+
+
+class Guarded:
+    """Mixin of every guarded class."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: _Call,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run `func` with every paged argument on the device."""
+        if func in _BACKWARDS:
+            return func(*_as_edges(args), **_as_edges(kwargs or {}))
+        with _NO_GUARD():
+            if func in _METADATA:
+                return func(*args, **(kwargs or {}))
+            return _run_guarded(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A plain copy with memory of its own, which no engine moves."""
+        assert isinstance(self, torch.Tensor)
+        known = memo.get(id(self))
+        if known is None:
+            known = memo[id(self)] = plain_copy(self)
+        return known
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle a plain copy: true values, and no trace of the engine."""
+        assert isinstance(self, torch.Tensor)
+        return plain_copy(self).__reduce_ex__(protocol)
+
+
+class GuardedTensor(Guarded, torch.Tensor):
+    """A view of a paged parameter."""
+
+
+_guard_classes: dict[type, type[torch.Tensor]] = {}
+
+
+def guard_class_of(plain: type[torch.Tensor]) -> type[torch.Tensor]:
+    """The guarded subclass of a parameter class; the same each time.
+
+    Raises:
+        TypeError: the class cannot be subclassed.
+    """
+    known = _guard_classes.get(plain)
+    if known is None:
+        body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+        known = _guard_classes[plain] = type(plain)(plain.__name__, (Guarded, plain), body)
+    return known
+
+
+def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a guarded tensor or parameter with memory of its own and the user's class."""
+    with torch.no_grad():
+        values = tensor.clone(memory_format=torch.preserve_format)
+    if isinstance(tensor, nn.Parameter):
+        copy: torch.Tensor = nn.Parameter(values, requires_grad=tensor.requires_grad)
+        with _NO_GUARD():
+            paged = find_paged(tensor)
+        if paged is not None and paged.plain_class is not nn.Parameter:
+            copy.__class__ = paged.plain_class
+        return copy
+    return values.requires_grad_(tensor.requires_grad)
+
+
+def _as_edges(value: Any) -> Any:
+    if isinstance(value, Guarded):
+        assert isinstance(value, torch.Tensor)
+        with _NO_GUARD():
+            return torch.autograd.graph.get_gradient_edge(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_as_edges(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _as_edges(item) for key, item in value.items()}
+    return value
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def _paged_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[torch.Tensor, PagedParameter]]:
+    found = []
+    for tensor in _tensors((*args, *kwargs.values())):
+        paged = find_paged(tensor)
+        if paged is not None:
+            found.append((tensor, paged))
+    return found
+
+
+def refuse_transforms(what: str) -> None:
+    """Refuse torch.func transforms and jit tracing over absent parameters.
+
+    Raises:
+        GuardError: one is active.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        active = "a torch.func transform"
+    elif torch._C._is_tracing():
+        active = "torch.jit.trace"
+    else:
+        return
+    raise GuardError(
+        f"{what} is used under {active}, which reads memory that may be absent",
+        remedy="wrap the call in `with engine.gathered():`",
+    )
+
+
+def _run_guarded(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    touched = _paged_arguments(args, kwargs)
+    if not touched:
+        return func(*args, **kwargs)
+    if func in _ALIASES:
+        return _guard_views(func(*args, **kwargs), touched)
+    if func in _REFUSED:
+        raise GuardError(
+            f"{getattr(func, '__name__', func)} of parameter {touched[0][1].state.name}: its "
+            "memory belongs to the engine",
+            remedy="use `engine.gathered(writable=True)`, or work on a clone",
+        )
+    if func == _SET_DATA and touched[0][0] is args[0]:
+        return _replace_data(args[0], args[1], touched[0][1])
+    refuse_transforms(f"parameter {touched[0][1].state.name}")
+    return _run_pinned(func, args, kwargs, touched)
+
+
+def _run_pinned(
+    func: _Call,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    touched: Sequence[tuple[torch.Tensor, PagedParameter]],
+) -> Any:
+    pages = list(dict.fromkeys(paged.page for _, paged in touched))
+    holders = _by_holder(pages)
+    name = getattr(func, "__qualname__", None) or repr(func)
+    with contextlib.ExitStack() as stack:
+        for holder, theirs in holders:
+            holder.pin(theirs, name)
+            stack.callback(holder.unpin, theirs)
+        if not hooks_are_ours():
+            stack.enter_context(page_hooks())
+            for _, paged in touched:
+                _disprove(paged)
+        versions = [_version_of(tensor) for tensor, _ in touched]
+        result = func(*args, **kwargs)
+        for (tensor, paged), version in zip(touched, versions, strict=True):
+            if _version_of(tensor) != version:
+                paged.mark_edited()
+        if func in _RAW:
+            for holder, theirs in holders:
+                for page in theirs:
+                    holder.keep_until_step(page)
+        return _guard_views(result, touched)
+
+
+def _by_holder(pages: Sequence[WeightPage]) -> list[tuple[Any, list[WeightPage]]]:
+    holders: dict[int, tuple[Any, list[WeightPage]]] = {}
+    for page in pages:
+        holders.setdefault(id(page.holder), (page.holder, []))[1].append(page)
+    return list(holders.values())
+
+
+def _disprove(paged: PagedParameter) -> None:
+    """The plain class would hide this use in its module's next forward: keep the guard there."""
+    if paged.page.windows:
+        paged.needs_guard = True
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _guard_views(result: Any, touched: Sequence[tuple[torch.Tensor, PagedParameter]]) -> Any:
+    arguments = [tensor for tensor, _ in touched]
+    for tensor in _tensors((result,)):
+        if any(tensor is argument for argument in arguments) or isinstance(tensor, Guarded):
+            continue
+        paged = find_paged(tensor)
+        if paged is not None:
+            tensor.__class__ = GuardedTensor
+            _disprove(paged)
+    return result
+
+
+def _replace_data(parameter: torch.Tensor, values: torch.Tensor, paged: PagedParameter) -> None:
+    same_kind = (
+        isinstance(values, torch.Tensor)
+        and values.shape == parameter.shape
+        and values.dtype == parameter.dtype
+        and values.device == parameter.device
+    )
+    if not same_kind:
+        raise GuardError(
+            f"the data of parameter {paged.state.name} cannot become another shape, dtype or "
+            "device: the engine has laid out its memory",
+            remedy="convert the model before offload.initialize, or change precision.compute",
+        )
+    if find_paged(values) is paged:
+        return
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(parameter):
+        _run_pinned(torch.Tensor.copy_, (parameter, values), {}, [(parameter, paged)])
+    paged.mark_edited()

@@ -1,0 +1,121 @@
+"""The engine's optimizer as PyTorch knows one: groups, schedulers and the plain idiom work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offload.errors import EngineStateError
+from offload.optim.rules import RULES
+
+if TYPE_CHECKING:
+    from offload.config import OptimizerSection
+    from offload.partition.parameters import ParameterState
+
+_NO_GUARD = torch._C.DisableTorchFunctionSubclass
+
+
+class OffloadOptimizer(torch.optim.Optimizer):
+    """Parameter groups and `step()` of an engine; the state itself lives on its tiers.
+
+    `loss.backward(); engine.optimizer.step(); engine.optimizer.zero_grad()` works as with any torch
+    optimizer. `state` is empty: see `OffloadEngine.named_state`.
+
+    Attributes:
+        step_was_skipped: the last step changed nothing, because a gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        defaults: Mapping[str, Any],
+        *,
+        take_step: Callable[[], bool],
+        forget_gradients: Callable[[], None],
+    ) -> None:
+        self._take_step = take_step
+        self._forget_gradients = forget_gradients
+        self.step_was_skipped = False
+        with _NO_GUARD():
+            super().__init__([dict(group) for group in groups], dict(defaults))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one optimizer step with the gradients that have arrived; they stay until `zero_grad`.
+
+        Args:
+            closure: evaluated first, with gradients enabled; its result is returned.
+
+        Raises:
+            StorageError: state could not be read or written; call again to complete the step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.step_was_skipped = not self._take_step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients. They have no tensors to keep, so `set_to_none` must be True.
+
+        Raises:
+            EngineStateError: `set_to_none` is False.
+        """
+        if not set_to_none:
+            raise EngineStateError(
+                "zero_grad(set_to_none=False): offloaded gradients are not kept as zeros",
+                remedy="call zero_grad()",
+            )
+        self._forget_gradients()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group while the optimizer is being made; afterwards this is an error.
+
+        Raises:
+            EngineStateError: the state of the new parameters has no place in the plan.
+        """
+        if getattr(self, "_complete", False):
+            raise EngineStateError(
+                "add_param_group: the plan has no place for the state of new parameters",
+                remedy="make a new engine, or use [[optimizer.groups]]",
+            )
+        super().add_param_group(param_group)
+
+    def seal(self) -> None:
+        """From here on the groups keep their parameters."""
+        self._complete = True
+
+
+def configured_groups(
+    section: OptimizerSection, parameters: Sequence[ParameterState]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The parameter groups and the defaults that `[optimizer]` and its groups describe.
+
+    The first group whose pattern matches any name of a parameter takes it; the rest form the default
+    group. Groups that match nothing are kept, empty ones cannot be, so they are left out.
+    """
+    keys = RULES[section.name].hyper_defaults
+    defaults = {
+        key: getattr(section, key, default) for key, default in keys.items()
+    }
+    rest: list[Any] = []
+    matched: list[list[Any]] = [[] for _ in section.groups]
+    for state in parameters:
+        group = next(
+            (
+                members
+                for members, asked in zip(matched, section.groups, strict=True)
+                if any(fnmatchcase(name, p) for name in state.names for p in asked.match)
+            ),
+            rest,
+        )
+        group.append(state.parameter)
+    groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
+    for members, asked in zip(matched, section.groups, strict=True):
+        if members:
+            given = asked.model_dump(exclude_none=True, exclude={"match"})
+            groups.append({"params": members, **{k: v for k, v in given.items() if k in keys}})
+    return groups, defaults

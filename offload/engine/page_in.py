@@ -1,0 +1,122 @@
+"""The way of a page to the device: home -> host staging -> device, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from offload.errors import OffloadError
+from offload.tiers.transfer import Transfer
+
+if TYPE_CHECKING:
+    from offload.partition.blocks import Block, BlockStore, Staged
+    from offload.tiers.device import DeviceLease
+
+
+class PageIn:
+    """Brings the weights of one bucket into a device lease.
+
+    Each chunk is read into staging (or is host memory already) and copied from there. At most `depth`
+    chunks are staged at a time; a chunk's staging is given back when its copy has ended. Whoever holds
+    a PageIn drives it: `advance` does what can be done without waiting, `finish` waits for the rest.
+    After an error all staging is given back, and the lease holds nothing of use.
+    """
+
+    def __init__(
+        self, block: Block, lease: DeviceLease, store: BlockStore, *, depth: int
+    ) -> None:
+        self._block = block
+        self._lease = lease
+        self._store = store
+        self._depth = depth
+        self._next_chunk = 0
+        self._reading: deque[tuple[int, Staged]] = deque()
+        self._copying: deque[tuple[Transfer, Staged]] = deque()
+
+    def start(self) -> bool:
+        """Stage the first chunk; False, and nothing started, while there is no staging."""
+        self._start_reads()
+        return bool(self._reading)
+
+    def advance(self) -> bool:
+        """Start what can start and collect what has ended; True when all has.
+
+        Raises:
+            StorageError: a read failed.
+        """
+        try:
+            while self._copying and self._copying[0][0].done():
+                self._end_copy()
+            while self._reading and self._reading[0][1].transfer.done():
+                self._start_copy()
+            self._start_reads()
+        except OffloadError:
+            self._abandon()
+            raise
+        return not self._reading and not self._copying and self._all_started
+
+    def finish(self) -> None:
+        """Wait until device work that is queued next finds the whole page on the device.
+
+        On an asynchronous device the last copies may still run, ordered before that work; `advance`
+        collects them.
+
+        Raises:
+            StorageError: a read failed.
+            BudgetError: there is no staging although nothing is under way.
+        """
+        self.advance()
+        try:
+            while self._reading or not self._all_started:
+                if self._reading:
+                    self._start_copy()
+                elif self._copying:
+                    self._end_copy()
+                else:
+                    self._store.stage_or_raise(self._block, self._next_chunk).release()
+                self._start_reads()
+            for transfer, _ in self._copying:
+                self._store.device.make_current_wait(transfer)
+        except OffloadError:
+            self._abandon()
+            raise
+        self.advance()
+
+    @property
+    def _all_started(self) -> bool:
+        return self._next_chunk == len(self._block.layout.chunk_nbytes)
+
+    def _start_reads(self) -> None:
+        while not self._all_started and len(self._reading) + len(self._copying) < self._depth:
+            staged = self._store.start_load(self._block, self._next_chunk)
+            if staged is None:
+                return
+            self._reading.append((self._next_chunk, staged))
+            self._next_chunk += 1
+
+    def _start_copy(self) -> None:
+        chunk, staged = self._reading[0]
+        staged.transfer.wait(self._store.deadline_seconds)
+        self._reading.popleft()
+        layout = self._block.layout
+        start = layout.chunk_offset_bytes[chunk]
+        target = self._lease.tensor[start : start + layout.chunk_nbytes[chunk]]
+        self._copying.append((self._store.device.start_copy_in(target, staged.tensor), staged))
+
+    def _end_copy(self) -> None:
+        transfer, staged = self._copying[0]
+        transfer.wait(self._store.deadline_seconds)
+        self._copying.popleft()
+        staged.release()
+
+    def _abandon(self) -> None:
+        """Wait for what is in flight, so that no transfer outlives its buffers, and release all."""
+        for transfer, staged in [*self._copying, *((s.transfer, s) for _, s in self._reading)]:
+            try:
+                transfer.wait(self._store.deadline_seconds)
+            except OffloadError:
+                if not transfer.done():
+                    continue  # a hung transfer keeps its buffer for good
+            staged.release()
+        self._copying.clear()
+        self._reading.clear()

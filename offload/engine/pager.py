@@ -1,0 +1,511 @@
+"""The pager: which pages are on the device, who keeps them there, and which one goes next.
+
+[Note: Paging]
+  fault      a page that is touched while absent is brought in, and the toucher waits for it.
+  pin        an op or an autograd node uses the page at this moment; it is never evicted.
+  window     a module whose forward is running says that it will use the page; it is evicted only if
+             nothing else can be, and only by the thread whose windows are the only ones open.
+  plan       says at each event of the trace what to evict and what to fetch. It is followed as far
+             as reality allows: an eviction of a pinned page and a fetch that finds no room are left out.
+
+Without a plan, or after the run has left its trace, only faults move pages, and the page that goes is
+the one whose next use in the trace is farthest away, or else the one that was used longest ago.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from offload.engine.node_pins import NodePins
+from offload.engine.page_in import PageIn
+from offload.engine.pages import PagedParameter, WeightPage
+from offload.errors import BudgetError, DoesNotFitError, EngineStateError
+from offload.native import crc32c
+from offload.partition.blocks import BlockStore
+from offload.partition.residency import Residency
+from offload.schedule.lookahead import Actions, LookaheadPlan, plan_lookahead
+from offload.schedule.trace import CLOSE, OPEN, EventKind, Trace, TraceCursor, TraceRecorder
+
+TraceKey = tuple[object, ...]
+
+
+class _KnownTrace:
+    """A recorded trace, its plan, and the cursor that follows it."""
+
+    def __init__(self, trace: Trace, plan: LookaheadPlan | None) -> None:
+        self.trace = trace
+        self.plan = plan
+        self.cursor = TraceCursor(trace)
+        self.position = 0
+
+
+class Pager:
+    """Moves the weight pages of one engine between their homes and the device. Thread-safe.
+
+    Attributes:
+        pages: by bucket.
+        faults: demand fetches since the engine was made.
+        stall_seconds: how long touches have waited for transfers since then.
+    """
+
+    def __init__(
+        self,
+        pages: Sequence[WeightPage],
+        store: BlockStore,
+        *,
+        capacity_bytes: int,
+        lookahead_depth: int,
+        staging_depth: int,
+    ) -> None:
+        self.pages = pages
+        self.faults = 0
+        self._store = store
+        self._capacity_bytes = capacity_bytes
+        self._lookahead_depth = lookahead_depth
+        self._staging_depth = staging_depth
+        self._lock = threading.RLock()
+        self._clock = 0
+        self._present: dict[WeightPage, PageIn | None] = {}  # paged ones that hold a lease
+        self._draining: list[PageIn] = []
+        self._node_pins = NodePins(self.unpin, self._lock)
+        self._window_threads: dict[int, int] = {}
+        self._traces: dict[TraceKey, _KnownTrace] = {}
+        self._key: TraceKey | None = None
+        self._recorder: TraceRecorder | None = None
+        self._resident: frozenset[int] = frozenset()
+        self.stall_seconds = 0.0
+        self._closed = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters say they are."""
+        return self._store.device.device
+
+    def seal(self) -> None:
+        """All pages are there."""
+        self._resident = frozenset(page.index for page in self.pages if not page.is_paged)
+
+    # -- pins and windows ------------------------------------------------------------------------
+
+    def pin(self, pages: Sequence[WeightPage], user: str) -> None:
+        """Bring the pages to the device and keep them there until `unpin`.
+
+        Raises:
+            BudgetError: the pinned pages exceed the device budget; names `user` and the bytes.
+            StorageError: a read failed; nothing is pinned.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineStateError(f"{user} on parameters of an engine that is closed")
+            for page in pages:
+                page.pins += 1
+            try:
+                for page in pages:
+                    self._use(page, pages, user)
+            except BaseException:
+                self.unpin(pages)
+                raise
+
+    def unpin(self, pages: Sequence[WeightPage]) -> None:
+        """Take one pin off each page."""
+        with self._lock:
+            for page in pages:
+                assert page.pins > 0, f"bucket {page.index}: unpinned more often than pinned"
+                page.pins -= 1
+
+    def pin_for_node(self, page: WeightPage) -> None:
+        """Pin a page for the autograd node that runs in this thread, until that node has ended."""
+        with self._lock:
+            self._node_pins.enter_node()
+            self.pin((page,), "the backward of an op")
+            self._node_pins.add(page)
+
+    def end_node(self) -> None:
+        """An autograd node has ended, because this thread has gone on to the next."""
+        with self._lock:
+            self._node_pins.enter_node()
+
+    def release_nodes(self) -> None:
+        """No backward is running: whatever a failed one has left pinned is free."""
+        with self._lock:
+            self._node_pins.release_all()
+
+    def open_window(self, pages: Sequence[WeightPage], user: str) -> None:
+        """A module that uses the pages starts its forward: follow the plan and bring them in.
+
+        Raises:
+            BudgetError, StorageError: as `pin`; the window is not open then.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            opened = 0
+            try:
+                for page in pages:
+                    page.windows += 1
+                    opened += 1
+                    self._use(page, (page,), user, closes=False)
+            except BaseException:
+                for page in pages[:opened]:
+                    page.windows -= 1
+                raise
+            self._window_threads[thread] = self._window_threads.get(thread, 0) + 1
+
+    def close_window(self, pages: Sequence[WeightPage]) -> None:
+        """The forward has ended."""
+        thread = threading.get_ident()
+        with self._lock:
+            for page in pages:
+                page.windows -= 1
+                self._event(CLOSE, page)
+            self._window_threads[thread] -= 1
+            if not self._window_threads[thread]:
+                del self._window_threads[thread]
+
+    def keep_until_step(self, page: WeightPage) -> None:
+        """A raw pointer to a page that is on the device has been given away: it stays."""
+        with self._lock:
+            page.kept = True
+            for parameter in page.parameters:
+                if parameter.raw_checksum is None:
+                    parameter.raw_checksum = _checksum(parameter)
+
+    # -- traces ----------------------------------------------------------------------------------
+
+    def begin(self, key: TraceKey) -> None:
+        """A run of the module starts; runs of one key are expected to repeat their trace."""
+        with self._lock:
+            if torch._C._current_graph_task_id() == -1:
+                self._node_pins.release_thread()
+            if self._key == key and self._recorder is None:
+                known = self._traces.get(key)  # `expect` has started it
+                self._recorder = TraceRecorder()
+                if known is not None:
+                    return
+            self.end()
+            self._key = key
+            self._recorder = TraceRecorder()
+            known = self._traces.get(key)
+            if known is not None:
+                known.cursor.rewind()
+                self._start_of(known)
+
+    def expect(self, key: TraceKey) -> None:
+        """A run of this key comes next: fetch ahead what it uses first."""
+        with self._lock:
+            self.end()
+            known = self._traces.get(key)
+            if known is not None:
+                self._key = key
+                known.cursor.rewind()
+                self._start_of(known)
+
+    def end(self) -> None:
+        """The run is over; a trace that differs from the known one replaces it."""
+        with self._lock:
+            recorder, self._recorder = self._recorder, None
+            key, self._key = self._key, None
+            if recorder is None or key is None:
+                return
+            trace = recorder.finish()
+            known = self._traces.get(key)
+            if known is None or known.trace.events != trace.events:
+                self._traces[key] = _KnownTrace(trace, self._plan(trace))
+
+    def _plan(self, trace: Trace) -> LookaheadPlan | None:
+        sizes = {page.index: page.nbytes for page in self.pages}
+        try:
+            return plan_lookahead(
+                trace,
+                sizes,
+                capacity_bytes=self._capacity_bytes,
+                resident=self._resident,
+                depth=self._lookahead_depth,
+            )
+        except DoesNotFitError:
+            return None  # windows overlap by more than there is room for: demand fetches serve them
+
+    def _start_of(self, known: _KnownTrace) -> None:
+        known.position = 0
+        if known.plan is not None:
+            self._act(known.plan.start)
+
+    def _event(self, kind: EventKind, page: WeightPage) -> None:
+        """Record an event, and do what the plan says at it."""
+        if not page.is_paged:
+            return
+        if self._recorder is not None:
+            if kind is OPEN:
+                self._recorder.open(page.index)
+            else:
+                self._recorder.close(page.index)
+        known = self._traces.get(self._key) if self._key is not None else None
+        if known is None or not known.trace.events:
+            return
+        position = known.cursor.advance(kind, page.index)
+        if position is not None:
+            known.position = position
+            if known.plan is not None:
+                self._act(known.plan.actions[position])
+
+    def _act(self, actions: Actions) -> None:
+        for bucket in actions.evict:
+            page = self.pages[bucket]
+            if page in self._present and not (page.pins or page.windows or page.kept):
+                self._evict(page)
+        for bucket in actions.fetch:
+            page = self.pages[bucket]
+            if page.residency is Residency.HOME:
+                self._start(page)
+
+    # -- movements -------------------------------------------------------------------------------
+
+    def _use(
+        self, page: WeightPage, together: Sequence[WeightPage], user: str, *, closes: bool = True
+    ) -> None:
+        """Record the use and make sure that the page is on the device."""
+        self._clock += 1
+        page.last_use = self._clock
+        if not page.is_paged:
+            return
+        was_absent = page.residency is Residency.HOME
+        self._event(OPEN, page)
+        if closes:
+            self._event(CLOSE, page)
+        self._advance()
+        if page.residency is Residency.ON_DEVICE:
+            return
+        self.faults += was_absent and page.residency is Residency.HOME
+        while page.residency is Residency.HOME and not self._start(page):
+            self._make_room(page, together, user)
+        self._bind(page)
+
+    def _start(self, page: WeightPage) -> bool:
+        """Start to bring a page in; False, and nothing changed, if device or staging has no room."""
+        lease = self._store.device.try_lease(page.nbytes, page.block.name)
+        if lease is None:
+            return False
+        page_in = PageIn(page.block, lease, self._store, depth=self._staging_depth)
+        try:
+            started = page_in.start()
+        except BaseException:
+            lease.release()
+            raise
+        if not started:
+            lease.release()
+            return False
+        page.move(Residency.LOADING)
+        page.lease = lease
+        self._present[page] = page_in
+        return True
+
+    def _bind(self, page: WeightPage) -> None:
+        """Wait for the page and let its parameters use it."""
+        page_in = self._present[page]
+        assert page_in is not None
+        started = time.perf_counter()
+        try:
+            page_in.finish()
+        except BaseException:
+            page.move(Residency.HOME)
+            del self._present[page]
+            self._release_lease(page)
+            raise
+        finally:
+            self.stall_seconds += time.perf_counter() - started
+        if not page_in.advance():
+            self._draining.append(page_in)
+        page.move(Residency.ON_DEVICE)
+        self._present[page] = None
+        page.point_parameters_at_lease()
+
+    def _evict(self, page: WeightPage) -> None:
+        """Drop the device copy; the home copy is made as new first."""
+        if page.residency is Residency.LOADING:
+            self._bind(page)
+        self.write_back(page)
+        self._drop(page)
+
+    def _drop(self, page: WeightPage) -> None:
+        page.move(Residency.HOME)
+        del self._present[page]
+        page.point_parameters_away()
+        for parameter in page.parameters:
+            if parameter.plain_depth:
+                parameter.state.parameter.__class__ = parameter.guard_class
+        self._release_lease(page)
+
+    def _release_lease(self, page: WeightPage) -> None:
+        assert page.lease is not None
+        page.lease.release()
+        page.lease = None
+
+    def _advance(self) -> None:
+        for page_in in list(self._present.values()):
+            if page_in is not None:
+                page_in.advance()
+        self._draining = [page_in for page_in in self._draining if not page_in.advance()]
+
+    def _make_room(self, page: WeightPage, together: Sequence[WeightPage], user: str) -> None:
+        """Evict one page, or wait for one transfer, so that `page` may find room.
+
+        Raises:
+            BudgetError: everything on the device is in use.
+        """
+        victim = self._victim()
+        if victim is not None:
+            self._evict(victim)
+            return
+        loading = next((p for p, page_in in self._present.items() if page_in is not None), None)
+        if loading is not None:
+            self._bind(loading)
+            return
+        if self._store.settle_one():
+            return
+        device = self._store.device
+        raise BudgetError(
+            tier="device",
+            requested_bytes=sum(each.nbytes for each in together),
+            free_bytes=device.budget_bytes - device.used_bytes,
+            budget_bytes=device.budget_bytes,
+            owner=f"{user}, which uses {_names(together)}",
+            remedy="raise tiers.device.memory: one operation needs all its parameters at once",
+        )
+
+    def _victim(self) -> WeightPage | None:
+        """The page to evict: unused, best next use farthest away; None if there is none."""
+        free = [page for page in self._present if not (page.pins or page.kept or page.windows)]
+        if not free and set(self._window_threads) <= {threading.get_ident()}:
+            free = [page for page in self._present if not (page.pins or page.kept)]
+        return max(free, key=self._distance(), default=None)
+
+    def _distance(self) -> Callable[[WeightPage], tuple[int, int]]:
+        known = self._traces.get(self._key) if self._key is not None else None
+        if known is None or known.cursor.diverged or not known.trace.events:
+            return lambda page: (0, -page.last_use)
+        trace, position = known.trace, known.position + 1
+        return lambda page: (trace.next_open(position, page.index), -page.last_use)
+
+    # -- edits and steps -------------------------------------------------------------------------
+
+    def note_edits(self, page: WeightPage) -> bool:
+        """Mark the parameters that the user has changed; whether the home copy is older now."""
+        for parameter in page.parameters:
+            version = parameter.state.parameter._version
+            raw = parameter.raw_checksum
+            if version != parameter.version or (raw is not None and raw != _checksum(parameter)):
+                parameter.mark_edited()
+            parameter.version = version
+            if raw is not None:
+                parameter.raw_checksum = _checksum(parameter)
+        return any(parameter.home_is_stale for parameter in page.parameters)
+
+    def write_back(self, page: WeightPage) -> None:
+        """Make the home copy of a page that is on the device as new as the device copy.
+
+        Raises:
+            StorageError: the write could not be started; the device copy is kept.
+        """
+        if not self.note_edits(page) or not page.is_paged:
+            return
+        assert page.lease is not None
+        block, store = page.block, self._store
+        for chunk, nbytes in enumerate(block.layout.chunk_nbytes):
+            start = block.layout.chunk_offset_bytes[chunk]
+            staged = store.stage_or_raise(block, chunk)
+            source = page.lease.tensor[start : start + nbytes]
+            store.device.start_copy_out(staged.tensor, source).wait(store.deadline_seconds)
+            store.start_store(block, chunk, staged)
+        for parameter in page.parameters:
+            parameter.home_is_stale = False
+
+    def flush(self) -> None:
+        """Write every edit home and forget prefetches under way, so that homes can be read.
+
+        Raises:
+            StorageError: a write failed; the device copies are kept.
+        """
+        with self._lock:
+            for page in self.pages:
+                if page.residency is Residency.LOADING:
+                    self._bind(page)
+                if page.residency is Residency.ON_DEVICE:
+                    self.write_back(page)
+            self._store.drain()
+
+    def drop_stale(self, page: WeightPage) -> None:
+        """The home copy of a page has become newer: forget the device copy.
+
+        A page that is pinned or kept because of a raw pointer is brought up to date in place.
+        """
+        with self._lock:
+            if page.residency is Residency.LOADING:
+                self._bind(page)
+            if page not in self._present:
+                return
+            if page.pins:
+                assert page.lease is not None
+                refreshed = PageIn(page.block, page.lease, self._store, depth=self._staging_depth)
+                refreshed.finish()
+                if not refreshed.advance():
+                    self._draining.append(refreshed)
+            else:
+                self._drop(page)
+
+    def end_gathered(self, pages: Sequence[WeightPage]) -> list[PagedParameter]:
+        """Raw pointers to pinned pages are void; the parameters edited while they were out."""
+        with self._lock:
+            edited = []
+            for page in pages:
+                before = [parameter.state.edited for parameter in page.parameters]
+                for parameter in page.parameters:
+                    parameter.state.edited = False
+                self.note_edits(page)
+                for parameter, was in zip(page.parameters, before, strict=True):
+                    if parameter.state.edited:
+                        edited.append(parameter)
+                    parameter.state.edited = parameter.state.edited or was
+                    parameter.raw_checksum = None
+                page.kept = False
+            return edited
+
+    def end_raw_access(self) -> None:
+        """A step has ended: raw pointers that were given away are void."""
+        with self._lock:
+            for page in self.pages:
+                if page.kept:
+                    page.kept = False
+                    for parameter in page.parameters:
+                        parameter.raw_checksum = None
+
+    def close(self) -> None:
+        """Take every parameter off the device; what is under way is waited for. Touches fail now."""
+        with self._lock:
+            self._closed = True
+            self._node_pins.release_all()
+            for page in self.pages:
+                if page.residency is Residency.LOADING:
+                    self._bind(page)
+                if page.residency is Residency.ON_DEVICE:
+                    page.point_parameters_away()
+                    for parameter in page.parameters:
+                        parameter.state.parameter.__class__ = parameter.guard_class
+            for page_in in self._draining:
+                while not page_in.advance():
+                    page_in.finish()
+
+
+def _checksum(parameter: PagedParameter) -> int:
+    tensor = parameter.state.parameter
+    if tensor.device.type != "cpu" or not parameter.nbytes:
+        return 0
+    return crc32c(parameter.storage.data_ptr(), parameter.nbytes)
+
+
+def _names(pages: Sequence[WeightPage]) -> str:
+    names = [parameter.state.name for page in pages for parameter in page.parameters]
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

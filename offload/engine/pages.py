@@ -1,0 +1,252 @@
+"""The pages of an engine: parameters whose storage comes and goes, and the buckets they move in.
+
+[Note: Page]
+A *page* is a bucket of weights. Its parameters stay the module's own objects; each has a storage of
+its own, so that raw access, deep copies and version counters are as in plain PyTorch. While the page
+is on the device, every storage points into the page's device lease. While it is away, every storage
+points at *poison*: memory of NaNs that can be read and not written, so that a touch that no guard
+has seen gives NaN instead of a dead process.
+
+Moving a storage is `UntypedStorage._swap_data_ptr_`: views of the parameter that autograd holds are
+revived with it, because they share the storage.
+
+[Note: Parameter classes]
+  plain    the class the user gave the parameter. Ops on it cost nothing extra, and nothing watches
+           them: it is worn only while the page is held (a window, `gathered`, or a home on the device).
+  guarded  a subclass with `__torch_function__`, see guard.py: ops fault the page in and pin it.
+Changing `__class__` keeps the object, so ties, optimizers and `named_parameters()` never notice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from offload.partition.residency import Residency, check_transition
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offload.partition.blocks import Block
+    from offload.partition.parameters import ParameterState
+    from offload.tiers.device import DeviceLease
+
+
+class PageHolder(Protocol):
+    """What a guard needs of the pager that owns a page."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters say they are."""
+        ...
+
+    def pin(self, pages: Sequence[WeightPage], user: str) -> None:
+        """Bring the pages to the device and keep them there; `user` is named in errors."""
+        ...
+
+    def unpin(self, pages: Sequence[WeightPage]) -> None:
+        """Take one pin off each of the pages."""
+        ...
+
+    def pin_for_node(self, page: WeightPage) -> None:
+        """Bring the page to the device and keep it until the running autograd node has ended."""
+        ...
+
+    def keep_until_step(self, page: WeightPage) -> None:
+        """Keep a pinned page until the step ends: a raw pointer to it has been given away."""
+        ...
+
+
+class PagedParameter:
+    """One parameter's storage, as it moves with its page.
+
+    Attributes:
+        state: what is true of the parameter wherever it is.
+        page: the bucket it moves in.
+        storage: the storage object that its tensor and all views of it share.
+        plain_class, guard_class: see [Note: Parameter classes]; `view_class` is worn by guarded views.
+        version: the tensor's version counter when the home copy was last known to be equal.
+        home_is_stale: the device copy was edited and not written home yet.
+        plain_depth: how many holders want the plain class at present.
+        proven: the grad modes in which its module has run once under guard and nothing escaped it.
+        needs_guard: in its module's forward an alias of it was made, or an op on it was saved by
+            somebody else's saved-tensor hooks: the plain class would hide what the guard must see.
+        raw_checksum: CRC32C of the bytes when a raw pointer was given away; None if none is out.
+    """
+
+    __slots__ = (
+        "_elsewhere",
+        "_itemsize",
+        "guard_class",
+        "home_is_stale",
+        "needs_guard",
+        "page",
+        "plain_class",
+        "plain_depth",
+        "proven",
+        "raw_checksum",
+        "state",
+        "storage",
+        "version",
+        "view_class",
+    )
+
+    def __init__(
+        self,
+        state: ParameterState,
+        page: WeightPage,
+        *,
+        guard_class: type[torch.Tensor],
+        view_class: type[torch.Tensor],
+    ) -> None:
+        self.state = state
+        self.page = page
+        self.storage = state.parameter.untyped_storage()
+        self.plain_class = type(state.parameter)
+        self.guard_class = guard_class
+        self.view_class = view_class
+        self.version = state.parameter._version
+        self.home_is_stale = False
+        self.plain_depth = 0
+        self.proven: set[bool] = set()
+        self.needs_guard = False
+        self.raw_checksum: int | None = None
+        self._itemsize = page.block.bucket.itemsize
+        self._elsewhere: torch.UntypedStorage | None = None
+
+    @property
+    def offset_bytes(self) -> int:
+        """Where the parameter's bytes start in the page."""
+        return self.state.offset * self._itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameter, without padding."""
+        return self.state.numel * self._itemsize
+
+    def mark_edited(self) -> None:
+        """The user has changed the values: they go home before the page leaves, and into the master."""
+        self.state.edited = True
+        self.home_is_stale = True
+
+    def point_at(self, memory: torch.UntypedStorage) -> None:
+        """Let the storage, and with it every view, use `memory` instead of what it used."""
+        self.storage._swap_data_ptr_(memory)
+        self._elsewhere = memory
+
+    def point_away(self) -> None:
+        """Undo `point_at`."""
+        assert self._elsewhere is not None, "point_at comes first"
+        self.storage._swap_data_ptr_(self._elsewhere)
+        self._elsewhere = None
+
+    def wear_plain(self) -> None:
+        """One more holder vouches that the page stays: ops need no guard."""
+        self.plain_depth += 1
+        if self.plain_depth == 1:
+            self.state.parameter.__class__ = self.plain_class
+
+    def wear_guard(self) -> None:
+        """One holder less; without any, ops are guarded again."""
+        self.plain_depth -= 1
+        assert self.plain_depth >= 0, f"{self.state.name}: guarded more often than freed"
+        if self.plain_depth == 0:
+            self.state.parameter.__class__ = self.guard_class
+
+
+class WeightPage:
+    """The weights of one bucket, as the device tier sees them.
+
+    Attributes:
+        block: the weights at their home.
+        parameters: in slot order.
+        residency: see [Note: Residency]; changed only by `move`.
+        lease: the device memory, while LOADING or ON_DEVICE.
+        pins: ops and autograd nodes that use the page at this moment; a pinned page is never evicted.
+        windows: modules whose forward is running and that use the page.
+        kept: a raw pointer to the page is out: not evicted before the step ends.
+        last_use: the pager's clock when the page was last touched.
+    """
+
+    __slots__ = (
+        "block",
+        "holder",
+        "kept",
+        "last_use",
+        "lease",
+        "parameters",
+        "pins",
+        "residency",
+        "windows",
+    )
+
+    def __init__(self, block: Block, holder: PageHolder) -> None:
+        self.block = block
+        self.holder = holder
+        self.parameters: tuple[PagedParameter, ...] = ()
+        on_device = block.home == "device"
+        self.residency = Residency.ON_DEVICE if on_device else Residency.HOME
+        self.lease: DeviceLease | None = block.device_lease
+        self.pins = 0
+        self.windows = 0
+        self.kept = False
+        self.last_use = 0
+
+    @property
+    def index(self) -> int:
+        """The number of the bucket."""
+        return self.block.bucket.index
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the page."""
+        return self.block.layout.nbytes
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the page comes and goes, i.e. has its home below the device."""
+        return self.block.home != "device"
+
+    def move(self, residency: Residency) -> None:
+        """Change the residency along the transition table."""
+        check_transition(self.index, self.residency, residency)
+        self.residency = residency
+
+    def point_parameters_at_lease(self) -> None:
+        """Give every parameter its part of the device lease."""
+        assert self.lease is not None
+        for parameter in self.parameters:
+            if parameter.nbytes:
+                parameter.point_at(
+                    self.lease.storage_at(parameter.offset_bytes, parameter.nbytes)
+                )
+
+    def point_parameters_away(self) -> None:
+        """Give every parameter back what it had before: poison."""
+        for parameter in self.parameters:
+            if parameter.nbytes:
+                parameter.point_away()
+
+
+# Every paged parameter of every engine of this process, by the address of its storage object. A
+# tensor is a view of a parameter exactly if its storage is found here.
+_PAGED: dict[int, PagedParameter] = {}
+
+
+def register(parameter: PagedParameter) -> None:
+    """Make the parameter and all its views known to the guards."""
+    _PAGED[parameter.storage._cdata] = parameter
+
+
+def forget(parameter: PagedParameter) -> None:
+    """Undo `register`."""
+    _PAGED.pop(parameter.storage._cdata, None)
+
+
+def find_paged(tensor: torch.Tensor) -> PagedParameter | None:
+    """The paged parameter that `tensor` is or is a view of; guards must be off when this is called."""
+    try:
+        return _PAGED.get(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # no storage: sparse, functorch wrappers, ...
+        return None

@@ -1,0 +1,112 @@
+"""Measures a step: bytes and busy time of the lanes, memory of the tiers, and the bound they set."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from offload.schedule.cost import LaneSpeeds, bound_seconds
+from offload.telemetry import LaneReport, StepReport, TierReport, lanes_between
+
+if TYPE_CHECKING:
+    from offload.engine.build import Parts
+
+
+class StepMeter:
+    """What has happened since the end of the step before.
+
+    A lane's speed is the best it has shown in this run; the bound is that of the cost model.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._meter = parts.meter
+        self._best: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._lanes = self._now()
+        self._faults = 0
+        self._last: StepReport | None = None
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Count a block as compute, less the time in which touches waited for transfers."""
+        pager = self._parts.pager
+        started, stalled = time.perf_counter(), pager.stall_seconds
+        try:
+            yield
+        finally:
+            waited = pager.stall_seconds - stalled
+            self._meter.add("compute", 0, max(time.perf_counter() - started - waited, 0.0))
+
+    def end_step(self) -> None:
+        """The step has ended: keep its report."""
+        now = time.perf_counter()
+        lanes = lanes_between(self._lanes, self._now())
+        for name, lane in lanes.items():
+            if lane.bytes and lane.busy_seconds > 0:
+                speed = lane.bytes / lane.busy_seconds
+                self._best[name] = max(self._best.get(name, 0.0), speed)
+        self._last = StepReport(
+            step=0,
+            tiers=self._tiers(),
+            lanes=lanes,
+            bound_seconds=self._bound(lanes),
+            measured_seconds=now - self._started,
+            faults=self._parts.pager.faults - self._faults,
+        )
+        self._started = now
+        self._lanes = self._now()
+        self._faults = self._parts.pager.faults
+
+    def report(self, step: int) -> StepReport:
+        """The report of the last step; of an empty one before the first."""
+        last = self._last
+        if last is None:
+            return StepReport(0, self._tiers(), {}, 0.0, 0.0, 0)
+        return StepReport(
+            step,
+            self._tiers(),
+            last.lanes,
+            last.bound_seconds,
+            last.measured_seconds,
+            last.faults,
+        )
+
+    def _bound(self, lanes: dict[str, LaneReport]) -> float:
+        default = LaneSpeeds()
+        speeds = LaneSpeeds(
+            **{
+                name: self._best.get(name, getattr(default, name))
+                for name in ("h2d", "d2h", "nvme_read", "nvme_write")
+            },
+            nvme_mixed=sum(self._best.get(name, 0.0) for name in ("nvme_read", "nvme_write"))
+            or default.nvme_mixed,
+            memory=self._best.get("cpu", default.memory),
+        )
+        none = LaneReport()
+        bound, _ = bound_seconds(
+            {name: lane.bytes for name, lane in lanes.items()},
+            speeds,
+            lanes.get("compute", none).busy_seconds,
+            shared_cores=self._parts.device.host_addressable,
+        )
+        return bound
+
+    def _now(self) -> dict[str, LaneReport]:
+        lanes = self._meter.snapshot()
+        found = dict(self._parts.io.lanes())
+        found.update(self._parts.device.lanes())
+        for name, (nbytes, busy_seconds) in found.items():
+            lanes[name] = LaneReport(nbytes, busy_seconds)
+        return lanes
+
+    def _tiers(self) -> dict[str, TierReport]:
+        parts = self._parts
+        found = {}
+        for tier in (parts.device, parts.host, parts.nvme):
+            if tier is not None:
+                budget = tier.capacity_bytes if tier is parts.nvme else tier.budget_bytes
+                found[tier.tier] = TierReport(budget, tier.used_bytes, tier.peak_bytes)
+        return found

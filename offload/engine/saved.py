@@ -1,0 +1,143 @@
+"""Saved-tensor hooks: what autograd saves of a parameter is a reference to its page, not its memory.
+
+[Note: Saved pages]
+Autograd saves weights, and views of them, for the backward pass. The hooks replace what shares a
+paged storage by `SavedPage` (which page, and how the view lies in it) and bring the page back when the
+node runs, pinned until the node has ended. They repeat the version check that torch leaves out when
+hooks are set.
+
+torch asks only the innermost pair of hooks. The engine's pair is outermost around the module; where
+somebody else's (activation checkpointing, save_on_cpu) lies on top, windows and guarded ops put a pair
+on top of that which takes the pages and hands everything else on. So weights never become part of what
+a checkpointed region saves or recomputes, in the first run and in the recomputation alike.
+
+Under `create_graph` a node's own backward saves what was unpacked for it; torch restores the hooks
+around every node to those of the `backward` call, so `unpack` puts the pair in place for its node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from offload.engine.pages import PagedParameter, find_paged
+
+_NO_GUARD = torch._C.DisableTorchFunctionSubclass
+_push = torch._C._autograd._push_saved_tensors_default_hooks
+_pop = torch._C._autograd._pop_saved_tensors_default_hooks
+_top = torch._C._autograd._top_saved_tensors_default_hooks
+
+_Hook = Callable[[Any], Any]
+
+
+class SavedPage(NamedTuple):
+    """A tensor that shares a paged storage, without its memory."""
+
+    paged: PagedParameter
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    version: int | None
+
+
+class SavedElsewhere(NamedTuple):
+    """What other hooks made of a tensor that is not ours, and how they undo it."""
+
+    unpack: _Hook
+    packed: Any
+
+
+def _pack_page(tensor: torch.Tensor) -> SavedPage | None:
+    with _NO_GUARD():
+        paged = find_paged(tensor)
+        if paged is None:
+            return None
+        version = None if tensor.is_inference() else tensor._version
+        if version != paged.state.parameter._version:
+            version = None  # made from `.data`: it has a counter of its own, as in plain PyTorch
+        return SavedPage(
+            paged,
+            tensor.size(),
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor.dtype,
+            version,
+        )
+
+
+def _pack(tensor: torch.Tensor) -> Any:
+    return _pack_page(tensor) or tensor
+
+
+def _unpack(saved: Any) -> Any:
+    if isinstance(saved, SavedPage):
+        return _unpack_page(saved)
+    if isinstance(saved, SavedElsewhere):
+        return saved.unpack(saved.packed)
+    return saved
+
+
+def _unpack_page(saved: SavedPage) -> torch.Tensor:
+    paged = saved.paged
+    now = paged.state.parameter._version
+    if saved.version is not None and saved.version != now:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: parameter {paged.state.name} is at version {now}; expected version "
+            f"{saved.version} instead"
+        )
+    in_backward = torch._C._current_graph_task_id() != -1
+    with _NO_GUARD():
+        if in_backward:
+            paged.page.holder.pin_for_node(paged.page)
+        with torch.no_grad():
+            view = torch.empty(0, dtype=saved.dtype, device=paged.state.parameter.device)
+            view.set_(paged.storage, saved.offset, saved.size, saved.stride)
+    if not in_backward:
+        view.__class__ = paged.view_class
+    elif torch.is_grad_enabled() and not hooks_are_ours():
+        _push(_pack, _unpack)
+    return view
+
+
+def hooks_are_ours() -> bool:
+    """Whether what autograd saves at this moment goes through the engine's hooks first."""
+    top = _top(False)
+    return top is not None and top[1] is _unpack
+
+
+def push_page_hooks() -> bool:
+    """Put the engine's hooks on top; False if they are there already. Undo with `pop_page_hooks`."""
+    top = _top(False)
+    if top is None:
+        _push(_pack, _unpack)
+        return True
+    below_pack, below_unpack = top
+    if below_unpack is _unpack:
+        return False
+
+    def pack(tensor: torch.Tensor) -> Any:
+        return _pack_page(tensor) or SavedElsewhere(below_unpack, below_pack(tensor))
+
+    _push(pack, _unpack)
+    return True
+
+
+def pop_page_hooks() -> None:
+    """Undo one `push_page_hooks` that answered True."""
+    _pop()
+
+
+@contextlib.contextmanager
+def page_hooks() -> Iterator[None]:
+    """The engine's hooks on top for the duration of a block."""
+    pushed = push_page_hooks()
+    try:
+        yield
+    finally:
+        if pushed:
+            pop_page_hooks()

@@ -1,0 +1,241 @@
+"""Module hooks: they say which pages a module is about to use. All hooks of the engine stand here.
+
+[Note: Windows]
+  window   from before a module's forward to after it, for the parameters that are directly its own
+           (for a gathered or compiled module: of its whole subtree). Its pages are brought in, and the
+           parameters that have proven safe wear their plain class: ops on them cost nothing extra.
+  root     the window of the engine's module, for the pages whose home is the device. Its hooks also
+           begin and end runs, i.e. traces.
+
+A parameter is proven once its module has run under guard and nothing of it escaped; see `needs_guard`
+in pages.py. The pages of gathered modules stay pinned until the backward through them is over.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from offload.engine.guard import refuse_transforms
+from offload.engine.pager import Pager
+from offload.engine.pages import PagedParameter, WeightPage
+from offload.engine.saved import pop_page_hooks, push_page_hooks
+
+
+class Window:
+    """The parameters one module is about to use, and what is open of it in each thread."""
+
+    def __init__(
+        self, module: nn.Module, name: str, parameters: Sequence[PagedParameter], pager: Pager
+    ) -> None:
+        self.module = module
+        self.name = name or type(module).__name__
+        self.parameters = tuple(parameters)
+        self.pages: tuple[WeightPage, ...] = tuple(
+            dict.fromkeys(parameter.page for parameter in parameters)
+        )
+        self.pager = pager
+        self._open = threading.local()
+
+    def enter(self) -> None:
+        """Before the forward: bring the pages in."""
+        refuse_transforms(f"module {self.name}")
+        _stop_autocast_cache()
+        self.pager.open_window(self.pages, f"module {self.name}")
+        grad_mode = torch.is_grad_enabled()
+        plain = [p for p in self.parameters if self._may_be_plain(p, grad_mode=grad_mode)]
+        for parameter in plain:
+            parameter.wear_plain()
+        pushed = push_page_hooks()
+        self._stack().append((plain, pushed, grad_mode))
+
+    def leave(self) -> None:
+        """After the forward, also one that has failed."""
+        stack = self._stack()
+        if not stack:
+            return  # `enter` itself has failed
+        plain, pushed, grad_mode = stack.pop()
+        if pushed:
+            pop_page_hooks()
+        for parameter in plain:
+            parameter.wear_guard()
+        for parameter in self.parameters:
+            parameter.proven.add(grad_mode)
+        self.pager.close_window(self.pages)
+
+    def unwind(self) -> None:
+        """Leave as often as this thread has entered: the forward was cut off by an interrupt."""
+        while self._stack():
+            self.leave()
+
+    def _may_be_plain(self, parameter: PagedParameter, *, grad_mode: bool) -> bool:
+        return grad_mode in parameter.proven and not parameter.needs_guard
+
+    def _stack(self) -> list[tuple[list[PagedParameter], bool, bool]]:
+        if not hasattr(self._open, "stack"):
+            self._open.stack = []
+        stack: list[tuple[list[PagedParameter], bool, bool]] = self._open.stack
+        return stack
+
+
+class GatheredWindow(Window):
+    """The window of a module whose code sees raw memory: everything below it stays put.
+
+    Its pages are pinned from its forward to the end of the step's backward, its parameters plain.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, parameters: Sequence[PagedParameter], pager: Pager
+    ) -> None:
+        super().__init__(module, name, parameters, pager)
+        self._pinned = 0
+
+    def enter(self) -> None:
+        """Before the forward: bring everything in and pin it."""
+        self.pager.pin(self.pages, f"gathered module {self.name}")
+        self._pinned += 1
+        super().enter()
+
+    def leave(self) -> None:
+        """After the forward: without gradients nothing needs the pages any more."""
+        entered = bool(self._stack())
+        super().leave()
+        if entered and not torch.is_grad_enabled():
+            self._pinned -= 1
+            self.pager.unpin(self.pages)
+
+    def release(self) -> None:
+        """The backward is over."""
+        while self._pinned:
+            self._pinned -= 1
+            self.pager.unpin(self.pages)
+
+    def _may_be_plain(self, parameter: PagedParameter, *, grad_mode: bool) -> bool:
+        del parameter, grad_mode
+        return True
+
+
+class RootWindow:
+    """The window of the whole module: pages that never leave, and the beginning of runs.
+
+    Resident parameters stay plain until `rest`, so that recomputation in backward finds them so.
+    """
+
+    def __init__(self, module: nn.Module, resident: Sequence[PagedParameter], pager: Pager) -> None:
+        self.module = module
+        self.pager = pager
+        self._resident = tuple(resident)
+        self._awake = False
+        self._open = threading.local()
+
+    def enter(self) -> None:
+        """Before the forward of the whole module: a run begins."""
+        stack = self._stack()
+        if not stack:
+            refuse_transforms("the model")
+            _stop_autocast_cache()
+            self.pager.begin((self.module.training, torch.is_grad_enabled()))
+            if not self._awake:
+                self._awake = True
+                for parameter in self._resident:
+                    parameter.wear_plain()
+        stack.append(push_page_hooks())
+
+    def leave(self) -> None:
+        """After it. A run without gradients has no backward: it ends here."""
+        stack = self._stack()
+        if not stack:
+            return
+        if stack.pop():
+            pop_page_hooks()
+        if not stack and not torch.is_grad_enabled():
+            self.pager.end()
+
+    def rest(self) -> None:
+        """The step is over: guards watch the resident parameters until the next run."""
+        if self._awake:
+            self._awake = False
+            for parameter in self._resident:
+                parameter.wear_guard()
+
+    def unwind(self) -> None:
+        """Leave as often as this thread has entered."""
+        while self._stack():
+            self.leave()
+
+    def _stack(self) -> list[bool]:
+        if not hasattr(self._open, "stack"):
+            self._open.stack = []
+        stack: list[bool] = self._open.stack
+        return stack
+
+
+class _Hook:
+    """A module hook that belongs to one module and one engine; copies of the module have none."""
+
+    __slots__ = ("_act", "_module")
+
+    def __init__(self, module: nn.Module, act: Callable[[], None]) -> None:
+        self._module = module
+        self._act = act
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if module is self._module:
+            self._act()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _no_hook
+
+    def __reduce__(self) -> str:
+        return "_no_hook"
+
+
+def _no_hook(*_: Any) -> None:
+    """What a copied or pickled module has in place of the engine's hooks."""
+
+
+def install(window: Window | RootWindow) -> list[RemovableHandle]:
+    """Hook a window to its module; the handles remove it."""
+    module = window.module
+    return [
+        module.register_forward_pre_hook(_Hook(module, window.enter), prepend=True),
+        module.register_forward_hook(_Hook(module, window.leave), always_call=True),
+    ]
+
+
+def gathered_modules(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules below which nothing moves while they run: named ones, and compiled ones.
+
+    A module inside another one of them is left out.
+
+    Raises:
+        AttributeError: a path names no module.
+    """
+    found = {path: module.get_submodule(path) for path in paths}
+    for name, child in module.named_modules():
+        compiled = getattr(child, "_compiled_call_impl", None) is not None
+        if compiled or hasattr(child, "_torchdynamo_orig_callable") or _is_optimized(child):
+            found[name] = child
+    inner = {
+        id(below)
+        for outer in found.values()
+        for below in outer.modules()
+        if below is not outer
+    }
+    return {name: child for name, child in found.items() if id(child) not in inner}
+
+
+def _is_optimized(module: nn.Module) -> bool:
+    """Whether this is what torch.compile returns for a module; asked without importing dynamo."""
+    return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+
+
+def _stop_autocast_cache() -> None:
+    """Keep autocast from holding casts of weights that leave; its own exit restores the setting."""
+    if torch._C._is_any_autocast_enabled():
+        torch.set_autocast_cache_enabled(False)

@@ -1,0 +1,154 @@
+"""The optimizer step, streamed through host staging chunk by chunk.
+
+[Note: Streamed step]
+For each chunk with a gradient: load weights, gradient and optimizer state, update, store. Up to
+`depth` chunks are under way at once, so that reads run ahead of the update and writes behind it:
+
+    read    c+2  c+3  c+4
+    update  c+1  c+2  c+3
+    write   c    c+1  c+2
+
+A chunk commits alone (roll-forward). What has been updated is noted before its stores start, and a
+store that fails keeps its buffer, so after an error `run` may be called again with the same settings:
+it stores what is left to store, updates what is left to update, and applies nothing twice. Parameters
+without a gradient are not touched, not even read where a whole chunk has none.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from offload.errors import NonFiniteError, OffloadError
+from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
+from offload.partition.blocks import BlockStore
+from offload.partition.layout import Bucket, segments
+from offload.partition.parameters import ParameterState
+from offload.telemetry import LaneMeter
+
+
+class StreamedStep:
+    """Applies an update to every chunk that has a gradient."""
+
+    def __init__(
+        self,
+        *,
+        buckets: Sequence[Bucket],
+        parameters: Sequence[ParameterState],
+        store: BlockStore,
+        updater: ChunkUpdate,
+        depth: int,
+        meter: LaneMeter,
+    ) -> None:
+        self._buckets = [bucket for bucket in buckets if bucket.trainable]
+        self._parameters = parameters
+        self._store = store
+        self._updater = updater
+        self._depth = depth
+        self._meter = meter
+        self._updated: set[tuple[int, int]] = set()
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a step has begun and not ended: an error interrupted it."""
+        return bool(self._updated)
+
+    def run(self, settings: StepSettings) -> None:
+        """Take one step, or complete the one that an error interrupted, with its own settings.
+
+        Raises:
+            StorageError: reading or writing state failed; call again to complete the step.
+            NonFiniteError: an updated weight is not finite; names the parameter.
+        """
+        self._store.retry_failed()
+        waiting = deque(self._work())
+        under_way: deque[ChunkWork] = deque()
+        try:
+            while waiting or under_way:
+                self._read_ahead(waiting, under_way)
+                work = under_way[0]
+                for staged in work.staged.values():
+                    staged.transfer.wait(self._store.deadline_seconds)
+                under_way.popleft()
+                self._update(work, settings)
+            self._store.drain()
+        except OffloadError:
+            for work in under_way:
+                self._abandon(work)
+            raise
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                state = self._parameters[slot.param]
+                if state.gradient_sums is not None:
+                    state.steps += 1
+                    state.edited = False
+        self._updated.clear()
+
+    def _work(self) -> Iterator[ChunkWork]:
+        for bucket in self._buckets:
+            for chunk in bucket.chunks:
+                if (bucket.index, chunk.index) in self._updated:
+                    continue
+                active = tuple(
+                    segment
+                    for segment in segments(bucket, chunk)
+                    if self._parameters[segment.param].gradient_sums is not None
+                )
+                if active:
+                    yield ChunkWork(bucket, chunk.index, active, {})
+
+    def _read_ahead(self, waiting: deque[ChunkWork], under_way: deque[ChunkWork]) -> None:
+        while waiting and len(under_way) < self._depth:
+            if self._start_loads(waiting[0]):
+                under_way.append(waiting.popleft())
+            elif under_way:
+                return
+            else:
+                work = waiting[0]  # nothing of ours holds staging: this names what is missing
+                for state_class in self._store.classes(work.bucket.index):
+                    block = self._store.block(work.bucket.index, state_class)
+                    work.staged[state_class] = self._store.load(block, work.chunk)
+                under_way.append(waiting.popleft())
+
+    def _start_loads(self, work: ChunkWork) -> bool:
+        try:
+            for state_class in self._store.classes(work.bucket.index):
+                block = self._store.block(work.bucket.index, state_class)
+                staged = self._store.start_load(block, work.chunk)
+                if staged is None:
+                    self._abandon(work)
+                    return False
+                work.staged[state_class] = staged
+        except OffloadError:
+            self._abandon(work)
+            raise
+        return True
+
+    def _abandon(self, work: ChunkWork) -> None:
+        """Give back the staging of loads, once they have ended."""
+        for staged in work.staged.values():
+            try:
+                staged.transfer.wait(self._store.deadline_seconds)
+            except OffloadError:
+                if not staged.transfer.done():
+                    continue  # a hung read keeps its buffer for good
+            staged.release()
+        work.staged.clear()
+
+    def _update(self, work: ChunkWork, settings: StepSettings) -> None:
+        nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
+        with self._meter.busy("cpu", nbytes):
+            not_finite = self._updater.update(work, settings)
+        self._updated.add((work.bucket.index, work.chunk))
+        for state_class in ("weights", "optimizer"):
+            staged = work.staged.pop(state_class, None)
+            if staged is not None:
+                block = self._store.block(work.bucket.index, state_class)
+                self._store.start_store(block, work.chunk, staged)
+        work.release()
+        if not_finite is not None:
+            raise NonFiniteError(
+                f"step {settings.step} made a weight of parameter {not_finite.name} infinite or "
+                "NaN, although all gradients are finite",
+                remedy="load the last checkpoint and lower the learning rate",
+            )

@@ -1,0 +1,333 @@
+"""The blocks of state at their home tiers, and the staging through which the CPU reaches them.
+
+[Note: Block]
+A *block* is the state of one class of one bucket. It lives at its home tier as the chunk blocks of
+its `ClassLayout`, one after the other: in one device or host lease, or as one NVMe record a chunk.
+
+`BlockStore.start_load` gives a chunk to the CPU as a `Staged` buffer, `start_store` takes it back:
+
+    home          start_load                        start_store
+    host          the home's own memory, at once    nothing to move
+    device (CPU)  the home's own memory, at once    nothing to move
+    device (GPU)  host lease, d2h copy              h2d copy
+    nvme          host lease, nvme read             nvme write to a shadow extent
+
+A stored buffer belongs to its write until the write has settled; the store keeps it till then, and
+keeps it after a failed write too, so that the write can be repeated: nothing that was computed is
+lost. A chunk that is being written is read again only after its write has settled.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from offload.errors import BudgetError, DeadlineError, OffloadError
+from offload.partition.layout import Bucket, Field
+from offload.tiers.device import DeviceLease, DeviceTier
+from offload.tiers.host import HostArena, HostLease
+from offload.tiers.nvme import NvmeStore, Record
+from offload.tiers.transfer import CompletedTransfer, Transfer
+
+ZEROED_LANE = "cpu"
+
+
+class BlockLayout(Protocol):
+    """What a block needs of its layout: the bytes of its chunk blocks, one after the other."""
+
+    @property
+    def chunk_nbytes(self) -> Sequence[int]:
+        """Bytes of each chunk block, multiples of 4096."""
+        ...
+
+    @property
+    def chunk_offset_bytes(self) -> Sequence[int]:
+        """Where each chunk block starts in a home in memory."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole block."""
+        ...
+
+    def element_fields(self, chunk: int) -> Sequence[Field]:
+        """The fields of a chunk block that have one element for each element of the chunk."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """The state of one class of one bucket at its home: exactly one of the three homes is set."""
+
+    bucket: Bucket
+    state_class: str
+    layout: BlockLayout
+    home: str
+    host_lease: HostLease | None = None
+    device_lease: DeviceLease | None = None
+    records: Sequence[Record] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """For messages: state class and bucket."""
+        return f"{self.state_class} of bucket {self.bucket.index}"
+
+
+@dataclass(slots=True, eq=False)
+class Staged:
+    """One chunk block where the CPU can reach it, once `transfer` has been waited for.
+
+    `tensor` is uint8, 1-D, of the chunk block's bytes. `release` gives the staging back; a buffer
+    that is the home itself has none.
+    """
+
+    tensor: torch.Tensor
+    transfer: Transfer
+    lease: HostLease | None
+
+    def release(self) -> None:
+        """Give the staging memory back, once."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
+
+class BlockStore:
+    """Every block of an engine, the staging leases, and the writes that have not settled yet."""
+
+    def __init__(
+        self,
+        *,
+        host: HostArena,
+        device: DeviceTier,
+        nvme: NvmeStore | None,
+        deadline_seconds: float,
+    ) -> None:
+        self.host = host
+        self.device = device
+        self.nvme = nvme
+        self.deadline_seconds = deadline_seconds
+        self._blocks: dict[tuple[int, str], Block] = {}
+        self._classes: dict[int, list[str]] = {}
+        self._writing: OrderedDict[tuple[int, str, int], tuple[Transfer, Staged]] = OrderedDict()
+        self._failed: dict[tuple[int, str, int], Staged] = {}
+
+    def add(self, bucket: Bucket, state_class: str, layout: BlockLayout, home: str) -> None:
+        """Take the memory of a block at a tier in memory, or note that `reserve_records` will.
+
+        A class without state (fp32 SGD keeps none) has no block.
+
+        Raises:
+            BudgetError: the home tier has no room.
+        """
+        if not layout.nbytes:
+            return
+        block = Block(bucket, state_class, layout, home)
+        if home == "host":
+            block.host_lease = self.host.lease(layout.nbytes, block.name)
+        elif home == "device":
+            block.device_lease = self.device.lease(layout.nbytes, block.name)
+        self._blocks[bucket.index, state_class] = block
+        self._classes.setdefault(bucket.index, []).append(state_class)
+
+    def reserve_records(self, *, spare: int) -> None:
+        """Allocate the files of every block whose home is NVMe; `spare` shadow extents a size.
+
+        Raises:
+            StorageError: see `NvmeStore.reserve`.
+        """
+        blocks = [block for block in self._blocks.values() if block.home == "nvme"]
+        if not blocks:
+            return
+        assert self.nvme is not None, "a plan with state on nvme comes with a store"
+        sizes = [
+            (f"{block.name}, chunk {chunk}", nbytes)
+            for block in blocks
+            for chunk, nbytes in enumerate(block.layout.chunk_nbytes)
+        ]
+        records = iter(self.nvme.reserve(sizes, spare=spare))
+        for block in blocks:
+            block.records = [next(records) for _ in block.layout.chunk_nbytes]
+
+    def block(self, bucket: int, state_class: str) -> Block:
+        """The block of `state_class` of bucket number `bucket`."""
+        return self._blocks[bucket, state_class]
+
+    def classes(self, bucket: int) -> Sequence[str]:
+        """The state classes of which a bucket has a block."""
+        return self._classes[bucket]
+
+    def blocks(self) -> Sequence[Block]:
+        """Every block, in the order in which they were added."""
+        return tuple(self._blocks.values())
+
+    def in_place(self, block: Block) -> bool:
+        """Whether the CPU reaches the block at its home, without staging."""
+        return block.home == "host" or (block.home == "device" and self.device.host_addressable)
+
+    def _home(self, block: Block, chunk: int) -> torch.Tensor:
+        lease = block.host_lease or block.device_lease
+        assert lease is not None, "only a home in memory has bytes to point at"
+        start = block.layout.chunk_offset_bytes[chunk]
+        return lease.tensor[start : start + block.layout.chunk_nbytes[chunk]]
+
+    def stage(self, block: Block, chunk: int) -> Staged | None:
+        """A buffer for the whole chunk whose old content is not wanted; None while there is no staging.
+
+        A home that the CPU reaches is that buffer itself.
+        """
+        if self.in_place(block):
+            tensor = self._home(block, chunk)
+            return Staged(tensor, CompletedTransfer(ZEROED_LANE), None)
+        self._settle(block, chunk)
+        lease = self._staging(block.layout.chunk_nbytes[chunk], block.name)
+        if lease is None:
+            return None
+        return Staged(lease.tensor, CompletedTransfer(ZEROED_LANE), lease)
+
+    def start_load(self, block: Block, chunk: int) -> Staged | None:
+        """Start to bring a chunk to where the CPU reaches it; None while there is no staging.
+
+        A record that was never written reads as zeros. Wait for `Staged.transfer` before use.
+
+        Raises:
+            OffloadError: an earlier write of this very chunk failed.
+        """
+        staged = self.stage(block, chunk)
+        if staged is None or self.in_place(block):
+            return staged
+        try:
+            if block.home == "device":
+                staged.transfer = self.device.start_copy_out(
+                    staged.tensor, self._home(block, chunk)
+                )
+            elif block.records[chunk].generation == 0:
+                staged.tensor.zero_()
+            else:
+                assert self.nvme is not None
+                staged.transfer = self.nvme.start_read(block.records[chunk], staged.tensor)
+        except OffloadError:
+            staged.release()
+            raise
+        return staged
+
+    def start_store(self, block: Block, chunk: int, staged: Staged) -> None:
+        """Start to bring a chunk home; the store owns `staged` from here on.
+
+        Raises:
+            OffloadError: the write could not be started; the buffer is kept for `retry_failed`.
+        """
+        if self.in_place(block):
+            return
+        key = (block.bucket.index, block.state_class, chunk)
+        try:
+            if block.home == "device":
+                transfer = self.device.start_copy_in(self._home(block, chunk), staged.tensor)
+            else:
+                assert self.nvme is not None
+                transfer = self.nvme.start_write(block.records[chunk], staged.tensor)
+        except OffloadError:
+            self._failed[key] = staged
+            raise
+        self._writing[key] = (transfer, staged)
+
+    def load(self, block: Block, chunk: int) -> Staged:
+        """Bring a chunk to the CPU and wait for it.
+
+        Raises:
+            BudgetError: the host budget has no room for the chunk.
+            StorageError: the read failed; no memory is kept.
+        """
+        staged = self.start_load(block, chunk)
+        if staged is None:
+            raise self._no_staging(block, chunk)
+        try:
+            staged.transfer.wait(self.deadline_seconds)
+        except OffloadError:
+            staged.release()
+            raise
+        return staged
+
+    def stage_or_raise(self, block: Block, chunk: int) -> Staged:
+        """`stage`, or BudgetError when the host budget has no room for the chunk."""
+        staged = self.stage(block, chunk)
+        if staged is None:
+            raise self._no_staging(block, chunk)
+        return staged
+
+    def settle_one(self) -> bool:
+        """Wait for the oldest write that has not settled; False when there is none.
+
+        Raises:
+            StorageError: it failed; its buffer is kept for `retry_failed`.
+        """
+        if not self._writing:
+            return False
+        self._finish(next(iter(self._writing)))
+        return True
+
+    def drain(self) -> None:
+        """Wait for every write; raises the first error after all have settled.
+
+        Raises:
+            StorageError: a write failed; the buffers are kept for `retry_failed`.
+        """
+        first: OffloadError | None = None
+        while self._writing:
+            try:
+                self.settle_one()
+            except DeadlineError:
+                raise
+            except OffloadError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def retry_failed(self) -> None:
+        """Write again what an earlier write failed to bring home.
+
+        Raises:
+            StorageError: it failed again; everything is still kept.
+        """
+        for key in list(self._failed):
+            bucket, state_class, chunk = key
+            self.start_store(self._blocks[bucket, state_class], chunk, self._failed.pop(key))
+        self.drain()
+
+    def _settle(self, block: Block, chunk: int) -> None:
+        key = (block.bucket.index, block.state_class, chunk)
+        if key in self._writing:
+            self._finish(key)
+        if key in self._failed:
+            self.retry_failed()
+
+    def _finish(self, key: tuple[int, str, int]) -> None:
+        transfer, staged = self._writing[key]
+        try:
+            transfer.wait(self.deadline_seconds)
+        except OffloadError:
+            if transfer.done():
+                del self._writing[key]
+                self._failed[key] = staged
+            raise
+        del self._writing[key]
+        staged.release()
+
+    def _staging(self, nbytes: int, owner: str) -> HostLease | None:
+        lease = self.host.try_lease(nbytes, owner)
+        while lease is None and self.settle_one():
+            lease = self.host.try_lease(nbytes, owner)
+        return lease
+
+    def _no_staging(self, block: Block, chunk: int) -> BudgetError:
+        return BudgetError(
+            tier="host",
+            requested_bytes=block.layout.chunk_nbytes[chunk],
+            free_bytes=self.host.budget_bytes - self.host.used_bytes,
+            budget_bytes=self.host.budget_bytes,
+            owner=f"staging for {block.name}",
+        )
