@@ -19,6 +19,7 @@ import math
 import os
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -42,7 +43,7 @@ _BLOCK_ALIGNMENT = 4096
 _ADDRESS_LIMIT = 1 << 63
 _MAX_COUNT = 4096
 _MAX_BLOCK_BYTES = 1 << 30
-_FINALIZER_SECONDS = 5.0
+_FINALIZER_SECONDS = 1.0  # what hangs longer is left to the end of the process
 _WAIT_SLICE_SECONDS = 0.25  # so that signal handlers run during a wait
 _missing_library_was_told = False
 
@@ -178,6 +179,7 @@ class IoEngine:
         self._closed = False
         self._orphans: deque[_Entry] = deque()  # in flight, without a ticket
         self._core = _make_core(settings)
+        self._finalizer = weakref.finalize(self, _finish, self._core, self._pid)
         self.backend = self._core.backend
 
     @staticmethod
@@ -284,6 +286,7 @@ class IoEngine:
                 detail=f"requests are still in flight after {timeout:.1f} s",
             )
         self._closed = True
+        self._finalizer.detach()
         self._sweep_orphans()
 
     def _start(
@@ -353,11 +356,6 @@ class IoEngine:
             with contextlib.suppress(IndexError):
                 self._drop(self._orphans.popleft())
 
-    def __del__(self) -> None:
-        # Absent where __init__ raised or the interpreter is going away.
-        with contextlib.suppress(AttributeError, TypeError, DeadlineError):
-            self.close(_FINALIZER_SECONDS)
-
     def __enter__(self) -> Self:
         return self
 
@@ -371,6 +369,12 @@ class IoEngine:
 
     def __repr__(self) -> str:
         return f"IoEngine({self.backend}{', closed' if self._closed else ''})"
+
+
+def _finish(core: Core, pid: int) -> None:
+    """Close the core of an engine that was not closed, at its end or the interpreter's."""
+    if pid == os.getpid():
+        core.close(_FINALIZER_SECONDS)
 
 
 def _check(settings: CoreSettings) -> None:
