@@ -52,11 +52,20 @@ def plan(config: str) -> None:
     from offload.errors import ConfigError
 
     loaded = load_config(config)
-    if loaded.run is None or loaded.run.model is None:
-        raise ConfigError(problems=["run.model is missing: the model to plan for"], source=config)
+    if loaded.run is None or (loaded.run.model is None and not loaded.run.hf_config):
+        problem = "run.model and run.hf_config are missing: the model to plan for"
+        raise ConfigError(problems=[problem], source=config)
+
+    import torch
+
+    from offload.cli.models import build_model
     from offload.engine import plan as plan_model
 
-    made = plan_model(loaded.run.model, loaded)
+    model: torch.nn.Module | str | None = loaded.run.model
+    if model is None:
+        with torch.device("meta"):
+            model = build_model(loaded.run)
+    made = plan_model(model, loaded)
     click.echo(str(made))
     if not made.fits:
         sys.exit(_FAILURE)
