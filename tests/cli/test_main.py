@@ -49,7 +49,8 @@ def test_plan_needs_a_model(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text("")
     result = invoke("plan", str(path))
-    assert (result.exit_code, "run.model and run.hf_config are missing" in result.stderr) == (2, True)
+    assert result.exit_code == 2
+    assert "run.model and run.hf_config are missing" in result.stderr
 
 
 def test_config_schema_is_the_schema() -> None:
