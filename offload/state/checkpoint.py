@@ -102,7 +102,9 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(engine: StateSource, directory: str | Path, tag: str | None = None) -> Any:
+def load_checkpoint(
+    engine: StateSource, directory: str | Path, tag: str | None = None
+) -> dict[str, Any]:
     """Restore the engine and the process's random generators; return the saved client state ({} if
     none).
 
@@ -352,7 +354,7 @@ def _restore_tensor(engine: StateSource, record: TensorRecord, tensor: torch.Ten
         engine.module.get_buffer(record.name).copy_(tensor)
 
 
-def _restore_values(engine: StateSource, values: dict[str, Any]) -> Any:
+def _restore_values(engine: StateSource, values: dict[str, Any]) -> dict[str, Any]:
     engine.global_steps = values["global_steps"]
     engine.skipped_steps = values["skipped_steps"]
     engine.micro_steps = values["micro_steps"]
@@ -366,4 +368,5 @@ def _restore_values(engine: StateSource, values: dict[str, Any]) -> Any:
     for name, module in _modules_with_extra_state(engine):
         module.set_extra_state(plain.decode(values["extra_state"][name]))
     random_state.restore(values["random_state"])
-    return plain.decode(values["client_state"])
+    client_state: dict[str, Any] = plain.decode(values["client_state"])
+    return client_state

@@ -1,0 +1,229 @@
+"""`offload train CONFIG`: data, model, steps, checkpoints, export, summary.
+
+Writes to the run's output folder: config.json, metrics.jsonl (lines of kind "start", "step",
+"eval" and "summary"), data/ (token files), checkpoints/, export/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from offload.cli.data import PretrainedTokenizer, Split, Tokenizer, Windows, documents, pack
+from offload.cli.interrupt import StopRequest
+from offload.cli.models import build_model, build_tokenizer
+from offload.cli.progress import Progress, describe_step
+from offload.cli.summary import Outcome, failed_expectations, print_summary
+from offload.config import OffloadConfig, RunSection, load_config
+from offload.errors import ConfigError, OffloadError
+from offload.state.session import OffloadEngine, initialize
+from offload.telemetry import JsonlWriter
+
+METRICS_NAME = "metrics.jsonl"
+EXIT_EXPECTATION = 1  # the run ended, and something in [run.expect] does not hold
+_EXIT_SIGNAL = 128  # plus the signal's number, as shells report it
+
+
+def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> int:
+    """Train as the config says and return the exit code of `offload train`.
+
+    0 when all steps were taken and every expectation holds, 1 when one does not, 128 plus the
+    signal's number when Ctrl-C or SIGTERM ended the run after the step that was under way.
+
+    Raises:
+        OffloadError: whatever ended the run; checkpoints that were saved before stay.
+    """
+    loaded = load_config(config)
+    section = _run_section(loaded)
+    name = Path(config).stem if isinstance(config, str | os.PathLike) else "run"
+    output = section.output or Path("runs") / name
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    plain = loaded.model_dump(mode="json", exclude_unset=True)
+    (output / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+    if not section.resume:
+        (output / METRICS_NAME).unlink(missing_ok=True)
+    transformers_logging.disable_progress_bar()
+    model = build_model(section)
+    tokenizer = build_tokenizer(section, _vocab_size(model))
+    split = pack(documents(str(section.data)), tokenizer, output / "data")
+    with StopRequest() as stop:
+        with (
+            initialize(model, loaded) as engine,
+            JsonlWriter(output / METRICS_NAME) as metrics,
+        ):
+            training = _Training(engine, section, split, output, metrics)
+            outcome = training.run(console, stop)
+            if section.export and not stop:
+                engine.save_pretrained(output / "export")
+        print_summary(console, outcome)
+        if stop.signal_number is not None:
+            console.print(f"stopped by a signal after step {engine.global_steps}")
+            return _EXIT_SIGNAL + stop.signal_number
+    if section.export:
+        _show_export(console, section, type(model), tokenizer, output / "export")
+    failed = failed_expectations(outcome, section.expect)
+    for line in failed:
+        console.print(f"does not hold: run.expect.{line}", highlight=False, soft_wrap=True)
+    return EXIT_EXPECTATION if failed else 0
+
+
+def _run_section(config: OffloadConfig) -> RunSection:
+    if config.run is None:
+        raise ConfigError(problems=["[run] is missing: it says what to train on which data"])
+    if config.run.data is None:
+        raise ConfigError(problems=["run.data is missing: 'stdlib', a file or a folder of text"])
+    return config.run
+
+
+def _vocab_size(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.vocab_size)
+
+
+@dataclass(slots=True)
+class _Training:
+    """The steps of one run."""
+
+    engine: OffloadEngine
+    section: RunSection
+    split: Split
+    output: Path
+    metrics: JsonlWriter
+
+    def run(self, console: Console, stop: StopRequest) -> Outcome:
+        """Take the steps that are left; evaluate before, between and after as configured."""
+        section, engine = self.section, self.engine
+        outcome = Outcome(placed_bytes=engine.plan.bytes)
+        client_state = self._resume()
+        num_steps = int(section.steps or 0)
+        shape = {"batch": section.batch, "sequence_length": section.sequence_length}
+        train = Windows(self.split.train, **shape, seed=section.seed)
+        held_out = Windows(self.split.held_out, **shape, seed=section.seed)
+        self.metrics.write(
+            {"kind": "start", "step": engine.global_steps, "placed_bytes": outcome.placed_bytes}
+        )
+        with Progress(console, steps=num_steps, log_every=section.log_every) as progress:
+            outcome.held_out_before = client_state.get("held_out_before")
+            if outcome.held_out_before is None:
+                outcome.held_out_before = self._evaluate(held_out, progress)
+            while engine.global_steps + engine.skipped_steps < num_steps and not stop:
+                self._step(train, outcome, progress)
+                number = engine.global_steps + engine.skipped_steps
+                if section.eval_every and number % section.eval_every == 0 and number < num_steps:
+                    self._evaluate(held_out, progress)
+                if section.save_every and (number % section.save_every == 0 or stop):
+                    self._save(outcome)
+            if not stop:
+                outcome.held_out_after = self._evaluate(held_out, progress)
+        self.metrics.write(outcome.to_dict())
+        return outcome
+
+    def _step(self, windows: Windows, outcome: Outcome, progress: Progress) -> None:
+        engine = self.engine
+        started = time.perf_counter()
+        losses, tokens, taken = [], 0, False
+        number = engine.global_steps + engine.skipped_steps
+        micro_steps = engine.config.training.gradient_accumulation_steps
+        for micro in range(micro_steps):
+            batch = windows.shuffled(number * micro_steps + micro)
+            loss = engine(input_ids=batch, labels=batch).loss
+            engine.backward(loss)
+            losses.append(loss.item())
+            tokens += batch.numel()
+            taken = engine.step()
+        seconds = time.perf_counter() - started
+        report, loss_mean = engine.report(), sum(losses) / len(losses)
+        if taken:
+            outcome.reports.append(report)
+        outcome.losses.append(loss_mean)
+        outcome.tokens += tokens
+        outcome.seconds += seconds
+        self.metrics.write(
+            {
+                "kind": "step",
+                "step": number + 1,
+                "loss": loss_mean,
+                "taken": taken,
+                "lr": engine.optimizer.param_groups[0]["lr"],
+                "grad_norm": engine.grad_norm,
+                "tokens_per_second": tokens / seconds,
+                "report": report.to_dict(),
+            }
+        )
+        parts = describe_step(report, loss=loss_mean, tokens_per_second=tokens / seconds)
+        progress.step(number + 1, parts if taken else [*parts, "not finite: skipped"])
+
+    def _evaluate(self, windows: Windows, progress: Progress) -> float:
+        """Mean loss over the same held-out batches on every call."""
+        engine = self.engine
+        engine.eval()
+        with torch.no_grad():
+            losses = [
+                engine(input_ids=batch, labels=batch).loss.item()
+                for batch in windows.spread(self.section.eval_batches)
+            ]
+        engine.train()
+        loss: float = sum(losses) / len(losses)
+        step = engine.global_steps + engine.skipped_steps
+        self.metrics.write({"kind": "eval", "step": step, "held_out_loss": loss})
+        progress.note(f"held-out loss after {step} steps: {loss:.4f}")
+        return loss
+
+    def _save(self, outcome: Outcome) -> None:
+        client_state = {"held_out_before": outcome.held_out_before}
+        self.engine.save_checkpoint(self.output / "checkpoints", client_state=client_state)
+
+    def _resume(self) -> dict[str, Any]:
+        """Client state of the newest checkpoint; {} when starting anew."""
+        torch.manual_seed(self.engine.config.training.seed)
+        folder = self.output / "checkpoints"
+        if not self.section.resume or not any(folder.glob("*/manifest.json")):
+            return {}
+        return dict(self.engine.load_checkpoint(folder))
+
+
+def _show_export(
+    console: Console,
+    section: RunSection,
+    model_class: type[nn.Module],
+    tokenizer: Tokenizer,
+    folder: Path,
+) -> None:
+    """Load the export with transformers and generate from it."""
+    if isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer.save_pretrained(folder)
+    loader: Any = model_class
+    model, loading = loader.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    wrong = [key for name in ("missing_keys", "unexpected_keys") for key in loading[name]]
+    if wrong:
+        raise OffloadError(f"the export in {folder} does not match its model: {sorted(wrong)[:8]}")
+    console.print(f"exported to {folder}; transformers loads it", highlight=False, soft_wrap=True)
+    if not model.can_generate() or section.generate_tokens == 0:
+        return
+    torch.manual_seed(section.seed)
+    prompt = torch.tensor([tokenizer.encode_prompt(section.prompt)])
+    end = {} if tokenizer.end is None else {"pad_token_id": tokenizer.end}
+    with torch.no_grad():
+        tokens = model.eval().generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=section.generate_tokens,
+            do_sample=True,
+            temperature=0.7,
+            top_k=40,
+            **end,
+        )
+    console.rule("generated by the export")
+    console.print(tokenizer.decode(tokens[0].tolist()), highlight=False, markup=False)
+    console.rule()

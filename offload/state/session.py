@@ -1,0 +1,64 @@
+"""The public engine: training (offload.engine) with saving and loading (this layer)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from offload.config import OffloadConfig, load_config
+from offload.engine.build import OptimizerFactory, build
+from offload.engine.engine import Engine, SchedulerFactory
+from offload.state import checkpoint, export
+
+
+class OffloadEngine(Engine):
+    """A model whose training state lives on several tiers; made by `initialize`."""
+
+    def save_checkpoint(
+        self,
+        directory: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Save everything that resuming needs, durably; see `checkpoint.save_checkpoint`."""
+        self._check_ready("save_checkpoint")
+        return checkpoint.save_checkpoint(self, Path(directory), tag, client_state)
+
+    def load_checkpoint(
+        self, directory: str | os.PathLike[str], tag: str | None = None
+    ) -> dict[str, Any]:
+        """Resume bit-exactly and return the client state; see `checkpoint.load_checkpoint`."""
+        self._check_ready("load_checkpoint")
+        return checkpoint.load_checkpoint(self, Path(directory), tag)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write what transformers' `from_pretrained` loads; see `export.save_pretrained`."""
+        self._check_ready("save_pretrained")
+        return export.save_pretrained(self, Path(directory))
+
+
+def initialize(
+    model: nn.Module,
+    config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig | None = None,
+    *,
+    optimizer: OptimizerFactory | None = None,
+    lr_scheduler: SchedulerFactory | None = None,
+) -> OffloadEngine:
+    """Place the training state of `model` on the config's tiers and return its engine.
+
+    Args:
+        model: any module; its parameters keep their identity, and lose their storage.
+        config: a TOML or JSON file, a mapping, an `OffloadConfig`, or None: everything `auto`.
+        optimizer: a factory of any torch optimizer; None is the config's `[optimizer]`.
+        lr_scheduler: a factory; None is the config's `[lr_scheduler]`.
+
+    Raises:
+        ConfigError: with every problem at once.
+        DoesNotFitError: the state does not fit in the budgets; the model is unchanged.
+        StorageError: an nvme path cannot be used.
+    """
+    return OffloadEngine(build(model, load_config(config), optimizer), lr_scheduler)
