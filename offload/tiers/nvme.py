@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
     from offload.native.files import IoFile
 
+__all__ = ["Mode", "NvmeStore", "Record"]
+
 Mode = Literal["roll_forward", "atomic"]
 _SALT_BYTES = 8
 

@@ -10,7 +10,7 @@ locked with flock: whoever can take the lock of a folder knows that its process 
 it. That holds across containers and reused process numbers, so jobs share a path safely (P7).
 
 A creator and a sweeper can meet between mkdir, open and flock. The creator therefore looks again,
-with the lock in hand, whether the lock file is still the one in the folder, and starts over if not.
+with the lock in hand, whether the lock file is still there, and starts over with a new name if not.
 """
 
 from __future__ import annotations
@@ -144,10 +144,8 @@ class RunFolder:
                 self._lock_fd = os.open(_LOCK_NAME, _CREATE_FLAGS, 0o600, dir_fd=self._fd)
                 cleanup.callback(os.close, self._lock_fd)
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                there = os.stat(_LOCK_NAME, dir_fd=self._fd, follow_symlinks=False)
+                os.stat(_LOCK_NAME, dir_fd=self._fd, follow_symlinks=False)
             except (FileNotFoundError, BlockingIOError):
-                return False
-            if not os.path.samestat(there, os.fstat(self._lock_fd)):
                 return False
             cleanup.pop_all()
             return True

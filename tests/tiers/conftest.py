@@ -41,7 +41,16 @@ def run_script() -> Iterator[RunScript]:
     def run(script: str, *arguments: str) -> subprocess.Popen[str]:
         root = str(Path(offload.__file__).parents[1])
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", script, *arguments],
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-W",
+                "ignore::DeprecationWarning",
+                "-c",
+                script,
+                *arguments,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -89,7 +98,10 @@ def make_disk(tmp_path: Path) -> Iterator[MakeDisk]:
         return mount
 
     yield make
-    for mount in mounts:
-        subprocess.run(["umount", str(mount)], check=True, timeout=60)
+    # A mount that stays would break every later test run's clean-up, so a busy one goes lazily.
+    busy = [mount for mount in mounts if subprocess.run(["umount", mount], timeout=60).returncode]
+    for mount in busy:
+        subprocess.run(["umount", "--lazy", mount], check=True, timeout=60)
     for loop in loops:
         subprocess.run(["losetup", "-d", loop], check=True, timeout=60)
+    assert not busy, "a file on the disk is still open"

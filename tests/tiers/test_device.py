@@ -99,6 +99,8 @@ def test_released_memory_is_reused_by_size_and_given_back_for_room() -> None:
     assert tier.allocated_bytes == 0
     tier.unhold(4 * PAGE)
     tier.lease(3 * PAGE, "c").release()
+    tier.lease(2 * PAGE, "d").release()  # 3 + 2 would be over the budget
+    assert tier.allocated_bytes == 2 * PAGE
     tier.close()
     gc.collect()
     assert tier.allocated_bytes == 0

@@ -170,10 +170,14 @@ def test_a_forked_child_takes_nothing_away(
     body = """
 use()
 before = os.listdir(folder)
-for ending in ("sys.exit(0)", "store.close(); sys.exit(0)", "del store, record; os._exit(0)"):
+for ending in ("sys.exit(0)", "store.close(); sys.exit(0)", "del store, record, transfer"):
+    data.fill_(7)
+    transfer = store.start_write(record, data)  # in flight while the child ends
     if (child := os.fork()) == 0:
         exec(ending)
+        sys.exit(0)
     wait_for(child, 0)
+    transfer.wait()
     assert os.listdir(folder) == before
     StorePath(folder).close()  # sweeps what is not locked
     assert os.listdir(folder) == before
