@@ -28,11 +28,9 @@ _HOME_OF = {
     "StepReport": "offload.telemetry",
     "StorageError": "offload.errors",
     "UnsupportedPlatformError": "offload.errors",
-    "deferred_init": "offload.state",
-    "from_pretrained": "offload.state",
     "initialize": "offload.state.session",
     "load_config": "offload.config",
-    "plan": "offload.engine",
+    "plan": "offload.engine.planning",
 }
 
 __all__ = [
@@ -54,8 +52,6 @@ __all__ = [
     "StorageError",
     "UnsupportedPlatformError",
     "__version__",
-    "deferred_init",
-    "from_pretrained",
     "initialize",
     "load_config",
     "plan",
@@ -63,7 +59,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from offload.config import OffloadConfig, load_config
-    from offload.engine import plan
+    from offload.engine.planning import plan
     from offload.errors import (
         BudgetError,
         CheckpointError,
@@ -80,7 +76,7 @@ if TYPE_CHECKING:
         UnsupportedPlatformError,
     )
     from offload.schedule.plan import Plan
-    from offload.state import deferred_init, from_pretrained
+    from offload.state.session import OffloadEngine, initialize
     from offload.state.session import OffloadEngine, initialize
     from offload.telemetry import StepReport
 

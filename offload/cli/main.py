@@ -59,7 +59,7 @@ def plan(config: str) -> None:
     import torch
 
     from offload.cli.models import build_model
-    from offload.engine import plan as plan_model
+    from offload.engine.planning import plan as plan_model
 
     model: torch.nn.Module | str | None = loaded.run.model
     if model is None:

@@ -12,104 +12,45 @@ opened; parameters that have moved by then are lost with it, so the errors that 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from offload.config import OffloadConfig, available_host_bytes, HOST_SHARE
+from offload.config import OffloadConfig
 from offload.engine.collect import Collection, collect, convert_buffers
 from offload.engine.gradients import GradientHome
 from offload.engine.guard import GuardedTensor, guard_class_of
-from offload.engine.optimizer import OffloadOptimizer, configured_groups
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage, register
+from offload.engine.planning import OptimizerFactory, choose_rule, describe_machine, plan_module
 from offload.engine.poison import poison_storage
-from offload.errors import DoesNotFitError, UnsupportedPlatformError, format_bytes
+from offload.errors import UnsupportedPlatformError
 from offload.native import IoEngine
 from offload.optim.chunk_update import ChunkUpdate, KernelUpdate, OptimizerUpdate
 from offload.optim.generic import GenericRule
-from offload.optim.rules import UpdateRule, from_torch, make_rule
+from offload.optim.rules import UpdateRule
 from offload.optim.split import split_tensor
 from offload.optim.streamed import StreamedStep
 from offload.partition.arrays import field_tensor, memory_order
 from offload.partition.blocks import BlockStore
-from offload.partition.layout import Bucket, ParamSpec, REDUCTION_ELEMENTS, pack, round_up, segments
-from offload.partition.layout import resolve_bucket_elements, state_fields
+from offload.partition.layout import (
+    Bucket,
+    segments,
+)
 from offload.partition.parameters import ParameterState
-from offload.partition.tensor_layout import StateTensorSpec, TensorLayout
-from offload.schedule.cost import LaneSpeeds
 from offload.schedule.executor import ComputePool
-from offload.schedule.footprint import Machine, Staging
-from offload.schedule.plan import Plan, Workload, plan_buckets, plan_layouts, resolve_gradient_dtype
+from offload.schedule.footprint import Machine
+from offload.schedule.plan import Plan
 from offload.telemetry import LaneMeter
 from offload.tiers.cuda import open_device_tier
 from offload.tiers.device import DeviceTier
 from offload.tiers.host import HostArena
 from offload.tiers.nvme import NvmeStore
 
-OptimizerFactory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
-
-# Without an accelerator the device tier is a part of host memory: `auto` shares that out.
-_CPU_DEVICE_SHARE = 1 / 3
-_CUDA_DEVICE_SHARE = 0.5  # the rest is for activations
 _LOOKAHEAD_PAGES = 3
-_UPDATE_DEPTH = 3
-
-
-def available_device_bytes(config: OffloadConfig) -> int:
-    """The device budget in bytes: what the configuration says, or a share of what is free now."""
-    memory = config.tiers.device.memory
-    if memory != "auto":
-        return memory
-    kind = config.tiers.device.kind
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
-        return int(available_host_bytes() * HOST_SHARE * _CPU_DEVICE_SHARE)
-    device = torch.device("cuda" if kind == "auto" else kind)
-    return int(torch.cuda.mem_get_info(device)[0] * _CUDA_DEVICE_SHARE)
-
-
-def available_arena_bytes(config: OffloadConfig) -> int:
-    """The host budget in bytes, beside a device tier that is host memory itself."""
-    memory = config.tiers.host.memory
-    if memory != "auto":
-        return memory
-    available = int(available_host_bytes() * HOST_SHARE)
-    kind = config.tiers.device.kind
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
-        return max(available - available_device_bytes(config), 1)
-    return available
-
-
-def describe_machine(config: OffloadConfig, nvme_bytes: int | None) -> Machine:
-    """The budgets as the planner takes them; `nvme_bytes` None: the tier is not used."""
-    kind = config.tiers.device.kind
-    on_cpu = kind == "cpu" or (kind == "auto" and not torch.cuda.is_available())
-    return Machine(
-        device_bytes=available_device_bytes(config),
-        host_bytes=available_arena_bytes(config),
-        nvme_bytes=nvme_bytes,
-        host_addressable=on_cpu,
-        nvme_mode=config.tiers.nvme.mode,
-        staging=Staging(update=_UPDATE_DEPTH if config.overlap.optimizer else 1),
-    )
-
-
-def free_nvme_bytes(config: OffloadConfig) -> int | None:
-    """Bytes that the nvme paths offer, without opening them; None when the tier is not used."""
-    paths = config.tiers.nvme.paths
-    if not paths:
-        return None
-    free = 0
-    for path in paths:
-        with contextlib.suppress(OSError):
-            stat = os.statvfs(path)
-            free += stat.f_bavail * stat.f_frsize
-    capacity = config.tiers.nvme.capacity
-    return free if capacity == "auto" else min(free, capacity)
 
 
 @dataclass(slots=True, eq=False)
@@ -158,105 +99,7 @@ def open_io(config: OffloadConfig) -> IoEngine:
     return IoEngine(**given)
 
 
-def plan_module(
-    collection: Collection,
-    config: OffloadConfig,
-    machine: Machine,
-    rule: UpdateRule | GenericRule,
-    groups: Sequence[dict[str, Any]],
-) -> Plan:
-    """Plan the state of collected parameters; what the engine cannot page is taken off the device.
-
-    Raises:
-        DoesNotFitError: parameters that must stay on the device exceed its budget.
-    """
-    specs = [collected.spec for collected in collection.paged]
-    left = machine.device_bytes - collection.resident_bytes
-    if left <= 0:
-        raise DoesNotFitError(
-            table=f"parameters that cannot be paged need {format_bytes(collection.resident_bytes)} "
-            f"of tier device, whose budget is {format_bytes(machine.device_bytes)}"
-        )
-    machine = Machine(
-        device_bytes=left,
-        host_bytes=machine.host_bytes,
-        nvme_bytes=machine.nvme_bytes,
-        host_addressable=machine.host_addressable,
-        nvme_mode=machine.nvme_mode,
-        staging=machine.staging,
-    )
-    if isinstance(rule, UpdateRule):
-        return plan_buckets(specs, config, machine=machine, moments=rule.state_fields)
-    return _plan_generic(specs, collection, config, machine, rule, groups)
-
-
-def _plan_generic(
-    specs: Sequence[ParamSpec],
-    collection: Collection,
-    config: OffloadConfig,
-    machine: Machine,
-    rule: GenericRule,
-    groups: Sequence[dict[str, Any]],
-) -> Plan:
-    elements = config.partition.bucket_elements
-    if elements == "auto":
-        elements = resolve_bucket_elements(specs, machine.device_bytes)
-    largest = max(spec.numel for spec in specs)
-    buckets = pack(
-        specs,
-        bucket_elements=elements,
-        chunk_elements=round_up(max(elements, largest) + REDUCTION_ELEMENTS, REDUCTION_ELEMENTS),
-    )
-    scratch = max((OptimizerUpdate.scratch_bytes(b) for b in buckets if b.trainable), default=0)
-    machine = Machine(
-        device_bytes=machine.device_bytes,
-        host_bytes=max(machine.host_bytes - scratch, 1),
-        nvme_bytes=machine.nvme_bytes,
-        host_addressable=machine.host_addressable,
-        nvme_mode=machine.nvme_mode,
-        staging=machine.staging,
-    )
-    group_of = {id(p): group for group in groups for p in group["params"]}
-    layouts = [
-        _generic_layouts(bucket, collection, config, rule, group_of) for bucket in buckets
-    ]
-    return plan_layouts(
-        specs,
-        buckets,
-        tuple(layouts),  # type: ignore[arg-type]  # TensorLayout for the optimizer class
-        config,
-        machine=machine,
-        speeds=LaneSpeeds(),
-        workload=Workload(),
-    )
-
-
-def _generic_layouts(
-    bucket: Bucket,
-    collection: Collection,
-    config: OffloadConfig,
-    rule: GenericRule,
-    group_of: dict[int, dict[str, Any]],
-) -> dict[str, Any]:
-    from offload.partition.layout import ClassLayout
-
-    fields = state_fields(bucket, gradient_dtype=resolve_gradient_dtype(config), moments=())
-    layouts: dict[str, Any] = {
-        name: ClassLayout(bucket, specs) for name, specs in fields.items() if name != "optimizer"
-    }
-    if bucket.trainable:
-        tensors = {}
-        for slot in bucket.slots:
-            parameter = collection.paged[slot.param].parameter
-            layout = rule.state_layout(tuple(parameter.shape), group_of[id(parameter)])
-            tensors[slot.param] = [StateTensorSpec(t.key, t.dtype, t.shape) for t in layout.tensors]
-        layouts["optimizer"] = TensorLayout(bucket, fields["optimizer"], tensors)
-    return layouts
-
-
-def build(
-    module: nn.Module, config: OffloadConfig, optimizer: OptimizerFactory | None
-) -> Parts:
+def build(module: nn.Module, config: OffloadConfig, optimizer: OptimizerFactory | None) -> Parts:
     """Plan, reserve, and move the module's parameters to their homes.
 
     Raises:
@@ -274,7 +117,7 @@ def build(
         io = open_io(config)
         closing.callback(io.close)
         nvme = _open_nvme(config, io, closing)
-        rule, groups, prototype = _choose_rule(collection, config, optimizer)
+        rule, groups, prototype = choose_rule(collection, config, optimizer)
         machine = describe_machine(config, None if nvme is None else nvme.bytes_free())
         plan = plan_module(collection, config, machine, rule, groups)
         plan.require_fit()
@@ -299,33 +142,6 @@ def _open_nvme(
     )
     closing.callback(store.close)
     return store
-
-
-def _choose_rule(
-    collection: Collection, config: OffloadConfig, optimizer: OptimizerFactory | None
-) -> tuple[UpdateRule | GenericRule, list[dict[str, Any]], torch.optim.Optimizer | None]:
-    trainable = [c.parameter for c in collection.paged if c.spec.trainable]
-    if optimizer is None:
-        named = [
-            ParameterState(
-                index=index,
-                names=collected.names,
-                parameter=collected.parameter,
-                shape=collected.parameter.shape,
-                stride=collected.stride,
-                numel=collected.spec.numel,
-                bucket=0,
-                offset=0,
-            )
-            for index, collected in enumerate(collection.paged)
-            if collected.spec.trainable
-        ]
-        groups, defaults = configured_groups(config.optimizer, named)
-        settings = [{**defaults, **group} for group in groups]
-        return make_rule(config.optimizer.name, settings), settings, None
-    prototype = optimizer(trainable)
-    groups = [dict(group) for group in prototype.param_groups]
-    return from_torch(prototype) or GenericRule(prototype), groups, prototype
 
 
 def _reserve_and_move(
@@ -365,7 +181,7 @@ def _reserve_and_move(
     parameters = _parameter_states(collection, plan)
     updater: ChunkUpdate
     if isinstance(rule, GenericRule):
-        scratch = max((OptimizerUpdate.scratch_bytes(b) for b in plan.buckets if b.trainable))
+        scratch = max(OptimizerUpdate.scratch_bytes(b) for b in plan.buckets if b.trainable)
         host.lease(scratch, "fp32 copies for the optimizer")
         updater = OptimizerUpdate(parameters, store, rule)
     else:
@@ -448,7 +264,9 @@ def _move_weights(
         _store_bucket(bucket, collection, parameters, store)
         page = WeightPage(store.block(bucket.index, "weights"), pager)
         page.parameters = tuple(
-            _page_parameter(parameters[slot.param], collection.paged[slot.param].dtype, page, config)
+            _page_parameter(
+                parameters[slot.param], collection.paged[slot.param].dtype, page, config
+            )
             for slot in bucket.slots
         )
         paged.extend(page.parameters)
@@ -481,7 +299,7 @@ def _page_parameter(
         state, page, guard_class=guard_class_of(type(parameter)), view_class=GuardedTensor
     )
     register(paged)
-    parameter.__class__ = paged.guard_class
+    paged.wear(paged.guard_class)
     return paged
 
 
@@ -525,9 +343,7 @@ def _is_opaque(values: torch.Tensor, target: torch.Tensor) -> bool:
     return not target.is_floating_point() and values.dtype != target.dtype
 
 
-def _stage_completion(
-    bucket: Bucket, chunk: int, collection: Collection, store: BlockStore
-) -> Any:
+def _stage_completion(bucket: Bucket, chunk: int, collection: Collection, store: BlockStore) -> Any:
     """The optimizer chunk zeroed in staging with its completing field, if it has to be written."""
     if not bucket.trainable or "optimizer" not in store.classes(bucket.index):
         return None

@@ -103,7 +103,7 @@ def _can_be_paged(parameter: nn.Parameter) -> bool:
         return False  # a wrapper subclass: its bytes are elsewhere
     plain = type(parameter)
     try:
-        parameter.__class__ = guard_class_of(plain)
+        parameter.__class__ = guard_class_of(plain)  # type: ignore[assignment]
         parameter.__class__ = plain
     except TypeError:
         return False

@@ -15,7 +15,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -75,9 +75,7 @@ class Engine:
                 backoff_factor=config.precision.backoff_factor,
                 growth_interval=config.precision.growth_interval,
             )
-        self._state = StateAccess(
-            parts.parameters, parts.plan.buckets, parts.store, parts.pager
-        )
+        self._state = StateAccess(parts.parameters, parts.plan.buckets, parts.store, parts.pager)
         self._closed = False
         self._pending: StepSettings | None = None
         self._meter = StepMeter(parts)
@@ -153,12 +151,12 @@ class Engine:
         """Whether the next `step` takes an optimizer step."""
         return (self.micro_steps + 1) % self.config.training.gradient_accumulation_steps == 0
 
-    def train(self, mode: bool = True) -> Engine:
+    def train(self, mode: bool = True) -> Self:
         """Set the module's training mode; returns the engine."""
         self.module.train(mode)
         return self
 
-    def eval(self) -> Engine:
+    def eval(self) -> Self:
         """Set the module's evaluation mode; returns the engine."""
         return self.train(False)
 
@@ -341,7 +339,7 @@ class Engine:
         with self._parts.closing:
             self._parts.store.drain()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -459,7 +457,9 @@ class Engine:
             for group in self.optimizer.param_groups
             for p in group["params"]
         }
-        hyper = {s.index: by_id[id(s.parameter)] for s in self._trainable if id(s.parameter) in by_id}
+        hyper = {
+            s.index: by_id[id(s.parameter)] for s in self._trainable if id(s.parameter) in by_id
+        }
         return StepSettings(hyper, coefficient / scale, self.global_steps + 1)
 
     def _forget_stale(self, updated: Sequence[ParameterState]) -> None:
@@ -480,8 +480,9 @@ class Engine:
                 window.release()
 
     def _unwind(self) -> None:
-        for window in (*self._windows, self._root):
+        for window in self._windows:
             window.unwind()
+        self._root.unwind()
 
     def _full_state(self, state: ParameterState) -> dict[str, torch.Tensor]:
         found = {"weight": self._state.read(state, "weight")}
@@ -534,4 +535,3 @@ class _GradientHook:
 
 def _no_gradient_hook(parameter: torch.Tensor) -> None:
     """What a copied parameter has in place of the engine's hook."""
-

@@ -199,4 +199,3 @@ class GradientHome:
         opened = self._open.pop(key)
         self._written.add(key)
         self._store.start_store(self.block(key[0]), key[1], opened.staged)
-

@@ -31,23 +31,75 @@ from offload.errors import GuardError
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _Call = Callable[..., Any]
 
-_METADATA_PROPERTIES = (
-    "shape dtype device requires_grad grad grad_fn is_leaf layout ndim names is_sparse "
-    "is_sparse_csr is_quantized is_meta is_cuda is_cpu is_mps is_xpu is_nested is_mkldnn "
-    "_version output_nr itemsize nbytes retains_grad _backward_hooks _post_accumulate_grad_hooks "
-    "grad_dtype"
-).split()
-_METADATA_METHODS = (
-    "size dim numel nelement stride storage_offset element_size is_floating_point is_complex "
-    "is_contiguous __hash__ __len__ requires_grad_ register_hook dim_order is_conj is_neg "
-    "register_post_accumulate_grad_hook retain_grad get_device is_inference has_names is_signed"
-).split()
-_METADATA_FUNCTIONS = "is_floating_point is_complex numel is_inference is_signed".split()
-_RAW_METHODS = (
-    "data_ptr const_data_ptr mutable_data_ptr numpy untyped_storage storage _typed_storage "
-    "__dlpack__ __array__ is_set_to"
-).split()
-_REFUSED_METHODS = "set_ resize_ resize_as_ share_memory_ __cuda_array_interface__".split()
+_METADATA_PROPERTIES = [
+    "shape",
+    "dtype",
+    "device",
+    "requires_grad",
+    "grad",
+    "grad_fn",
+    "is_leaf",
+    "layout",
+    "ndim",
+    "names",
+    "is_sparse",
+    "is_sparse_csr",
+    "is_quantized",
+    "is_meta",
+    "is_cuda",
+    "is_cpu",
+    "is_mps",
+    "is_xpu",
+    "is_nested",
+    "is_mkldnn",
+    "_version",
+    "output_nr",
+    "itemsize",
+    "nbytes",
+    "retains_grad",
+    "_backward_hooks",
+    "_post_accumulate_grad_hooks",
+    "grad_dtype",
+]
+_METADATA_METHODS = [
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "stride",
+    "storage_offset",
+    "element_size",
+    "is_floating_point",
+    "is_complex",
+    "is_contiguous",
+    "__hash__",
+    "__len__",
+    "requires_grad_",
+    "register_hook",
+    "dim_order",
+    "is_conj",
+    "is_neg",
+    "register_post_accumulate_grad_hook",
+    "retain_grad",
+    "get_device",
+    "is_inference",
+    "has_names",
+    "is_signed",
+]
+_METADATA_FUNCTIONS = ["is_floating_point", "is_complex", "numel", "is_inference", "is_signed"]
+_RAW_METHODS = [
+    "data_ptr",
+    "const_data_ptr",
+    "mutable_data_ptr",
+    "numpy",
+    "untyped_storage",
+    "storage",
+    "_typed_storage",
+    "__dlpack__",
+    "__array__",
+    "is_set_to",
+]
+_REFUSED_METHODS = ["set_", "resize_", "resize_as_", "share_memory_", "__cuda_array_interface__"]
 
 
 def _members(names: Iterable[str]) -> Iterator[object]:

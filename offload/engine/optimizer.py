@@ -42,7 +42,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         with _NO_GUARD():
             super().__init__([dict(group) for group in groups], dict(defaults))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimizer step with the gradients that have arrived; they stay until `zero_grad`.
 
         Args:
@@ -98,9 +98,7 @@ def configured_groups(
     group. Groups that match nothing are kept, empty ones cannot be, so they are left out.
     """
     keys = RULES[section.name].hyper_defaults
-    defaults = {
-        key: getattr(section, key, default) for key, default in keys.items()
-    }
+    defaults = {key: getattr(section, key, default) for key, default in keys.items()}
     rest: list[Any] = []
     matched: list[list[Any]] = [[] for _ in section.groups]
     for state in parameters:

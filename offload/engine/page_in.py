@@ -22,9 +22,7 @@ class PageIn:
     After an error all staging is given back, and the lease holds nothing of use.
     """
 
-    def __init__(
-        self, block: Block, lease: DeviceLease, store: BlockStore, *, depth: int
-    ) -> None:
+    def __init__(self, block: Block, lease: DeviceLease, store: BlockStore, *, depth: int) -> None:
         self._block = block
         self._lease = lease
         self._store = store

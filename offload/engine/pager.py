@@ -335,7 +335,7 @@ class Pager:
         page.point_parameters_away()
         for parameter in page.parameters:
             if parameter.plain_depth:
-                parameter.state.parameter.__class__ = parameter.guard_class
+                parameter.wear(parameter.guard_class)
         self._release_lease(page)
 
     def _release_lease(self, page: WeightPage) -> None:
@@ -492,7 +492,7 @@ class Pager:
                 if page.residency is Residency.ON_DEVICE:
                     page.point_parameters_away()
                     for parameter in page.parameters:
-                        parameter.state.parameter.__class__ = parameter.guard_class
+                        parameter.wear(parameter.guard_class)
             for page_in in self._draining:
                 while not page_in.advance():
                     page_in.finish()

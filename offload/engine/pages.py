@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from offload.tiers.device import DeviceLease
 
 
+_Swap = "Callable[[torch.UntypedStorage, torch.UntypedStorage], None]"
+# Private, and not in torch's stubs; `build` refuses a torch that lacks it.
+_swap: _Swap = getattr(torch.UntypedStorage, "_swap_data_ptr_", None)  # type: ignore[assignment]
+
+
 class PageHolder(Protocol):
     """What a guard needs of the pager that owns a page."""
 
@@ -132,27 +137,31 @@ class PagedParameter:
 
     def point_at(self, memory: torch.UntypedStorage) -> None:
         """Let the storage, and with it every view, use `memory` instead of what it used."""
-        self.storage._swap_data_ptr_(memory)
+        _swap(self.storage, memory)
         self._elsewhere = memory
 
     def point_away(self) -> None:
         """Undo `point_at`."""
         assert self._elsewhere is not None, "point_at comes first"
-        self.storage._swap_data_ptr_(self._elsewhere)
+        _swap(self.storage, self._elsewhere)
         self._elsewhere = None
+
+    def wear(self, parameter_class: type[torch.Tensor]) -> None:
+        """Change the parameter's class; its identity and everything else stay."""
+        self.state.parameter.__class__ = parameter_class  # type: ignore[assignment]
 
     def wear_plain(self) -> None:
         """One more holder vouches that the page stays: ops need no guard."""
         self.plain_depth += 1
         if self.plain_depth == 1:
-            self.state.parameter.__class__ = self.plain_class
+            self.wear(self.plain_class)
 
     def wear_guard(self) -> None:
         """One holder less; without any, ops are guarded again."""
         self.plain_depth -= 1
         assert self.plain_depth >= 0, f"{self.state.name}: guarded more often than freed"
         if self.plain_depth == 0:
-            self.state.parameter.__class__ = self.guard_class
+            self.wear(self.guard_class)
 
 
 class WeightPage:
@@ -218,9 +227,7 @@ class WeightPage:
         assert self.lease is not None
         for parameter in self.parameters:
             if parameter.nbytes:
-                parameter.point_at(
-                    self.lease.storage_at(parameter.offset_bytes, parameter.nbytes)
-                )
+                parameter.point_at(self.lease.storage_at(parameter.offset_bytes, parameter.nbytes))
 
     def point_parameters_away(self) -> None:
         """Give every parameter back what it had before: poison."""

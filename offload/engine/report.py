@@ -104,9 +104,11 @@ class StepMeter:
 
     def _tiers(self) -> dict[str, TierReport]:
         parts = self._parts
-        found = {}
-        for tier in (parts.device, parts.host, parts.nvme):
-            if tier is not None:
-                budget = tier.capacity_bytes if tier is parts.nvme else tier.budget_bytes
-                found[tier.tier] = TierReport(budget, tier.used_bytes, tier.peak_bytes)
+        device, host, nvme = parts.device, parts.host, parts.nvme
+        found = {
+            "device": TierReport(device.budget_bytes, device.used_bytes, device.peak_bytes),
+            "host": TierReport(host.budget_bytes, host.used_bytes, host.peak_bytes),
+        }
+        if nvme is not None:
+            found["nvme"] = TierReport(nvme.capacity_bytes, nvme.used_bytes, nvme.peak_bytes)
         return found

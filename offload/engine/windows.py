@@ -222,10 +222,7 @@ def gathered_modules(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Mo
         if compiled or hasattr(child, "_torchdynamo_orig_callable") or _is_optimized(child):
             found[name] = child
     inner = {
-        id(below)
-        for outer in found.values()
-        for below in outer.modules()
-        if below is not outer
+        id(below) for outer in found.values() for below in outer.modules() if below is not outer
     }
     return {name: child for name, child in found.items() if id(child) not in inner}
 

@@ -16,7 +16,7 @@ from offload.optim.rules import Hyper, UpdateRule
 from offload.optim.split import merge_tensor, split_tensor
 from offload.partition.arrays import field_array, field_tensor, memory_order, module_order
 from offload.partition.blocks import BlockStore, Staged
-from offload.partition.layout import Bucket, Segment
+from offload.partition.layout import Bucket, Field, Segment
 from offload.partition.parameters import ParameterState
 from offload.partition.tensor_layout import TensorLayout
 from offload.schedule.executor import ComputePool
@@ -73,7 +73,7 @@ class ChunkUpdate(ABC):
             OffloadError: the optimizer failed; the staged state must not be stored.
         """
 
-    def _fields(self, work: ChunkWork) -> Iterator[tuple[str, Any]]:
+    def _fields(self, work: ChunkWork) -> Iterator[tuple[str, tuple[torch.Tensor, Field]]]:
         """Every field that has one element for each element of the chunk."""
         for state_class, staged in work.staged.items():
             layout = self._store.block(work.bucket.index, state_class).layout
@@ -176,9 +176,7 @@ class OptimizerUpdate(ChunkUpdate):
                 not_finite = not_finite or state
         return not_finite
 
-    def _gathered(
-        self, work: ChunkWork, segment: Segment, settings: StepSettings
-    ) -> GenericUpdate:
+    def _gathered(self, work: ChunkWork, segment: Segment, settings: StepSettings) -> GenericUpdate:
         state = self._parameters[segment.param]
         tensors = {
             name: field_tensor(*place, segment.start_in_chunk, segment.numel)

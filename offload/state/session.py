@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from offload.config import OffloadConfig, load_config
-from offload.engine.build import OptimizerFactory, build
+from offload.engine.build import build
 from offload.engine.engine import Engine, SchedulerFactory
+from offload.engine.planning import OptimizerFactory
 from offload.state import checkpoint, export
 
 

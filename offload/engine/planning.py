@@ -1,0 +1,250 @@
+"""Planning for a module: budgets of this machine, the update rule, and the plan of all its state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.config import HOST_SHARE, OffloadConfig, available_host_bytes, load_config
+from offload.engine.collect import Collection, collect
+from offload.engine.optimizer import configured_groups
+from offload.errors import ConfigError, DoesNotFitError, format_bytes
+from offload.optim.chunk_update import OptimizerUpdate
+from offload.optim.generic import GenericRule
+from offload.optim.rules import UpdateRule, from_torch, make_rule
+from offload.partition.layout import (
+    REDUCTION_ELEMENTS,
+    Bucket,
+    ClassLayout,
+    ParamSpec,
+    pack,
+    resolve_bucket_elements,
+    round_up,
+    state_fields,
+)
+from offload.partition.parameters import ParameterState
+from offload.partition.tensor_layout import StateTensorSpec, TensorLayout
+from offload.schedule.cost import LaneSpeeds
+from offload.schedule.footprint import Machine, Staging
+from offload.schedule.plan import Plan, Workload, plan_buckets, plan_layouts, resolve_gradient_dtype
+
+OptimizerFactory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+
+# Without an accelerator the device tier is a part of host memory: `auto` shares that out.
+_CPU_DEVICE_SHARE = 1 / 3
+_CUDA_DEVICE_SHARE = 0.5  # the rest is for activations
+_UPDATE_DEPTH = 3
+
+
+def plan(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig | None = None,
+) -> Plan:
+    """Plan the training state of a model; needs no weights and allocates none.
+
+    Args:
+        model_or_path: a module, which may be on the meta device, or a Hugging Face directory or
+            `config.json`, of which only the configuration is read.
+        config: as of `initialize`.
+
+    Returns:
+        The plan; `plan.fits` tells whether the budgets suffice, `str(plan)` is a table.
+
+    Raises:
+        ConfigError: with every problem at once, or the model's configuration cannot be read.
+        OffloadError: a parameter that the engine cannot take; names it.
+    """
+    loaded = load_config(config)
+    module = (
+        model_or_path if isinstance(model_or_path, nn.Module) else _on_meta(Path(model_or_path))
+    )
+    collection = collect(module, loaded.precision.compute, allow_meta=True)
+    rule, groups, _ = choose_rule(collection, loaded, None)
+    machine = describe_machine(loaded, free_nvme_bytes(loaded))
+    return plan_module(collection, loaded, machine, rule, groups)
+
+
+def _on_meta(path: Path) -> nn.Module:
+    import transformers
+
+    if not path.exists():
+        raise ConfigError(problems=[f"the model {str(path)!r} does not exist: name a local folder"])
+    hf_config = transformers.AutoConfig.from_pretrained(path)
+    names = hf_config.architectures or ()
+    model_class: Any = getattr(transformers, next(iter(names), ""), None)
+    if model_class is None:
+        raise ConfigError(
+            problems=[f"{path} names no architecture that transformers has: {', '.join(names)}"]
+        )
+    with torch.device("meta"):
+        module: nn.Module = model_class(hf_config)
+    return module
+
+
+def available_device_bytes(config: OffloadConfig) -> int:
+    """The device budget in bytes: what the configuration says, or a share of what is free now."""
+    memory = config.tiers.device.memory
+    if memory != "auto":
+        return memory
+    kind = config.tiers.device.kind
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return int(available_host_bytes() * HOST_SHARE * _CPU_DEVICE_SHARE)
+    device = torch.device("cuda" if kind == "auto" else kind)
+    return int(torch.cuda.mem_get_info(device)[0] * _CUDA_DEVICE_SHARE)
+
+
+def available_arena_bytes(config: OffloadConfig) -> int:
+    """The host budget in bytes, beside a device tier that is host memory itself."""
+    memory = config.tiers.host.memory
+    if memory != "auto":
+        return memory
+    available = int(available_host_bytes() * HOST_SHARE)
+    kind = config.tiers.device.kind
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return max(available - available_device_bytes(config), 1)
+    return available
+
+
+def describe_machine(config: OffloadConfig, nvme_bytes: int | None) -> Machine:
+    """The budgets as the planner takes them; `nvme_bytes` None: the tier is not used."""
+    kind = config.tiers.device.kind
+    on_cpu = kind == "cpu" or (kind == "auto" and not torch.cuda.is_available())
+    return Machine(
+        device_bytes=available_device_bytes(config),
+        host_bytes=available_arena_bytes(config),
+        nvme_bytes=nvme_bytes,
+        host_addressable=on_cpu,
+        nvme_mode=config.tiers.nvme.mode,
+        staging=Staging(update=_UPDATE_DEPTH if config.overlap.optimizer else 1),
+    )
+
+
+def free_nvme_bytes(config: OffloadConfig) -> int | None:
+    """Bytes that the nvme paths offer, without opening them; None when the tier is not used."""
+    paths = config.tiers.nvme.paths
+    if not paths:
+        return None
+    free = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            stat = os.statvfs(path)
+            free += stat.f_bavail * stat.f_frsize
+    capacity = config.tiers.nvme.capacity
+    return free if capacity == "auto" else min(free, capacity)
+
+
+def plan_module(
+    collection: Collection,
+    config: OffloadConfig,
+    machine: Machine,
+    rule: UpdateRule | GenericRule,
+    groups: Sequence[dict[str, Any]],
+) -> Plan:
+    """Plan the state of collected parameters; what the engine cannot page is taken off the device.
+
+    Raises:
+        DoesNotFitError: parameters that must stay on the device exceed its budget.
+    """
+    specs = [collected.spec for collected in collection.paged]
+    left = machine.device_bytes - collection.resident_bytes
+    if left <= 0:
+        raise DoesNotFitError(
+            table=f"parameters that cannot be paged need {format_bytes(collection.resident_bytes)} "
+            f"of tier device, whose budget is {format_bytes(machine.device_bytes)}"
+        )
+    machine = replace(machine, device_bytes=left)
+    if isinstance(rule, UpdateRule):
+        return plan_buckets(specs, config, machine=machine, moments=rule.state_fields)
+    return _plan_generic(specs, collection, config, machine, rule, groups)
+
+
+def _plan_generic(
+    specs: Sequence[ParamSpec],
+    collection: Collection,
+    config: OffloadConfig,
+    machine: Machine,
+    rule: GenericRule,
+    groups: Sequence[dict[str, Any]],
+) -> Plan:
+    elements = config.partition.bucket_elements
+    if elements == "auto":
+        elements = resolve_bucket_elements(specs, machine.device_bytes)
+    largest = max(spec.numel for spec in specs)
+    buckets = pack(
+        specs,
+        bucket_elements=elements,
+        chunk_elements=round_up(max(elements, largest) + REDUCTION_ELEMENTS, REDUCTION_ELEMENTS),
+    )
+    scratch = max((OptimizerUpdate.scratch_bytes(b) for b in buckets if b.trainable), default=0)
+    machine = replace(machine, host_bytes=max(machine.host_bytes - scratch, 1))
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    layouts = [_generic_layouts(bucket, collection, config, rule, group_of) for bucket in buckets]
+    return plan_layouts(
+        specs,
+        buckets,
+        tuple(layouts),  # type: ignore[arg-type]  # TensorLayout for the optimizer class
+        config,
+        machine=machine,
+        speeds=LaneSpeeds(),
+        workload=Workload(),
+    )
+
+
+def _generic_layouts(
+    bucket: Bucket,
+    collection: Collection,
+    config: OffloadConfig,
+    rule: GenericRule,
+    group_of: dict[int, dict[str, Any]],
+) -> dict[str, Any]:
+    fields = state_fields(bucket, gradient_dtype=resolve_gradient_dtype(config), moments=())
+    layouts: dict[str, Any] = {
+        name: ClassLayout(bucket, specs) for name, specs in fields.items() if name != "optimizer"
+    }
+    if bucket.trainable:
+        tensors = {}
+        for slot in bucket.slots:
+            parameter = collection.paged[slot.param].parameter
+            layout = rule.state_layout(tuple(parameter.shape), group_of[id(parameter)])
+            tensors[slot.param] = [StateTensorSpec(t.key, t.dtype, t.shape) for t in layout.tensors]
+        layouts["optimizer"] = TensorLayout(bucket, fields["optimizer"], tensors)
+    return layouts
+
+
+def choose_rule(
+    collection: Collection, config: OffloadConfig, optimizer: OptimizerFactory | None
+) -> tuple[UpdateRule | GenericRule, list[dict[str, Any]], torch.optim.Optimizer | None]:
+    """The update rule, the parameter groups, and the optimizer that a factory made.
+
+    Raises:
+        OffloadError: the factory's optimizer cannot be applied to one bucket at a time.
+    """
+    trainable = [c.parameter for c in collection.paged if c.spec.trainable]
+    if optimizer is None:
+        named = [
+            ParameterState(
+                index=index,
+                names=collected.names,
+                parameter=collected.parameter,
+                shape=collected.parameter.shape,
+                stride=collected.stride,
+                numel=collected.spec.numel,
+                bucket=0,
+                offset=0,
+            )
+            for index, collected in enumerate(collection.paged)
+            if collected.spec.trainable
+        ]
+        groups, defaults = configured_groups(config.optimizer, named)
+        settings = [{**defaults, **group} for group in groups]
+        return make_rule(config.optimizer.name, settings), settings, None
+    prototype = optimizer(trainable)
+    groups = [dict(group) for group in prototype.param_groups]
+    return from_torch(prototype) or GenericRule(prototype), groups, prototype
