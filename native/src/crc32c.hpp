@@ -6,11 +6,20 @@
 
 namespace offload {
 
-// CRC32C of `nbytes` bytes at `data`, continued from `seed`; by instructions where there are some.
-std::uint32_t crc32c(const void* data, std::size_t nbytes, std::uint32_t seed) noexcept;
+// The ways to compute it, slowest first; all give the same.
+enum class CrcWay : std::uint8_t {
+  kTables,        // any machine
+  kInstructions,  // SSE 4.2, ARMv8 CRC
+  kFolding        // AVX-512 with VPCLMULQDQ
+};
+bool is_available(CrcWay way) noexcept;
 
-// The same by tables alone, for machines without the instructions and as a test's oracle.
-std::uint32_t crc32c_by_tables(const void* data, std::size_t nbytes, std::uint32_t seed) noexcept;
+// CRC32C of `nbytes` bytes at `data`, continued from `seed`, by one way that is available.
+std::uint32_t crc32c_by(CrcWay way, const void* data, std::size_t nbytes,
+                        std::uint32_t seed) noexcept;
+
+// The same by the fastest way.
+std::uint32_t crc32c(const void* data, std::size_t nbytes, std::uint32_t seed) noexcept;
 
 // CRC32C of a concatenation from those of its parts.
 std::uint32_t crc32c_combine(std::uint32_t first, std::uint32_t second,
