@@ -1,0 +1,182 @@
+"""Saving and loading with the real engine, across placements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from offload.errors import CheckpointError
+from offload.state.safetensors_stream import SafetensorsReader
+from offload.state.session import OffloadEngine, initialize
+
+VOCABULARY, LENGTH = 61, 16
+PLACEMENTS = {
+    "device": {"tiers": {"device": {"memory": "64MiB"}, "host": {"memory": "64MiB"}}},
+    "host": {
+        "tiers": {"device": {"memory": "400KiB"}, "host": {"memory": "8MiB"}},
+        "placement": {"weights": "host", "gradients": "host", "optimizer": "host"},
+    },
+    "nvme": {
+        "tiers": {"device": {"memory": "400KiB"}, "host": {"memory": "2MiB"}},
+        "placement": {"weights": "nvme", "gradients": "nvme", "optimizer": "nvme"},
+        "partition": {"bucket_elements": 8192},
+    },
+}
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(5)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=LENGTH
+    )
+    return transformers.GPT2LMHeadModel(config)  # tied weights, dropout 0.1
+
+
+def make_engine(
+    tmp_path, placement: str, precision: str, model: nn.Module | None = None, **options
+) -> OffloadEngine:
+    config = {name: dict(section) for name, section in PLACEMENTS[placement].items()}
+    config["tiers"]["device"] = {"kind": "cpu"} | config["tiers"]["device"]
+    if placement == "nvme":
+        (tmp_path / "nvme").mkdir(exist_ok=True)
+        config["tiers"] = config["tiers"] | {"nvme": {"paths": [str(tmp_path / "nvme")]}}
+    config |= {
+        "precision": {"compute": precision},
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+        "lr_scheduler": {"name": "linear", "total_steps": 20},
+        "training": {"max_grad_norm": 1.0},
+        "io": {"backend": "threads"},
+    }
+    return initialize(model or make_model(), config, **options)
+
+
+def steps(engine: OffloadEngine, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        tokens = torch.randint(0, VOCABULARY, (2, LENGTH))
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def full_state(engine: OffloadEngine) -> dict[tuple[str, str], torch.Tensor]:
+    return {
+        (name, field): engine.read_state(name, field)
+        for name in engine.parameter_names()
+        for field in engine.state_fields(name)
+    }
+
+
+def assert_equal_state(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("saved", "loaded"), [("nvme", "device"), ("host", "nvme")])
+def test_resume_is_bit_exact_under_another_placement(tmp_path, precision, saved, loaded):
+    with make_engine(tmp_path, saved, precision) as engine:
+        torch.manual_seed(1)
+        steps(engine, 3)
+        path = engine.save_checkpoint(tmp_path / "ckpt", client_state={"epoch": 1})
+        at_save = full_state(engine)
+        expected = steps(engine, 3)
+        at_end, rate = full_state(engine), engine.optimizer.param_groups[0]["lr"]
+        scale = engine.loss_scale.state_dict() if engine.loss_scale else None
+    assert path == tmp_path / "ckpt" / "step-00000003"
+    with make_engine(tmp_path, loaded, precision) as engine:
+        steps(engine, 1)
+        assert engine.load_checkpoint(tmp_path / "ckpt") == {"epoch": 1}
+        assert_equal_state(full_state(engine), at_save)
+        assert engine.global_steps == 3
+        assert steps(engine, 3) == expected
+        assert_equal_state(full_state(engine), at_end)
+        assert engine.optimizer.param_groups[0]["lr"] == rate
+        assert (engine.loss_scale.state_dict() if engine.loss_scale else None) == scale
+
+
+@pytest.mark.parametrize(
+    "factory", [torch.optim.RMSprop, torch.optim.NAdam], ids=lambda f: f.__name__
+)
+def test_an_arbitrary_optimizer_resumes_bit_exactly(tmp_path, factory):
+    def make(placement: str) -> OffloadEngine:
+        return make_engine(
+            tmp_path, placement, "bf16", optimizer=lambda params: factory(params, lr=1e-3)
+        )
+
+    with make("nvme") as engine:
+        torch.manual_seed(1)
+        steps(engine, 2)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        expected, at_end = steps(engine, 2), full_state(engine)
+    with make("host") as engine:
+        engine.load_checkpoint(tmp_path / "ckpt")
+        assert steps(engine, 2) == expected
+        assert_equal_state(full_state(engine), at_end)
+
+
+def test_frozen_parameters_and_unused_ones_resume(tmp_path):
+    def make() -> OffloadEngine:
+        model = make_model()
+        model.unused = nn.Linear(3, 3)
+        model.transformer.h[0].requires_grad_(False)
+        return make_engine(tmp_path, "nvme", "bf16", model)
+
+    with make() as engine:
+        torch.manual_seed(1)
+        steps(engine, 2)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        counts, at_save = engine.parameter_steps(), full_state(engine)
+    assert set(counts) == {0, 2}
+    with make() as engine:
+        with torch.no_grad():
+            for parameter in engine.module.parameters():
+                parameter.add_(1)
+        engine.load_checkpoint(tmp_path / "ckpt")
+        assert engine.parameter_steps() == counts
+        assert_equal_state(full_state(engine), at_save)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_export_from_nvme_is_bit_equal_in_transformers(tmp_path, precision):
+    with make_engine(tmp_path, "nvme", precision) as engine:
+        steps(engine, 2)
+        engine.save_pretrained(tmp_path / "out")
+        expected = engine.state_dict()
+        peak = engine.report().tiers["host"].peak_bytes
+        assert peak <= engine.report().tiers["host"].budget_bytes
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype="auto")
+    found = loaded.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    with SafetensorsReader(tmp_path / "out" / "model.safetensors") as reader:
+        assert "lm_head.weight" not in reader.entries
+
+
+def test_another_precision_is_refused(tmp_path):
+    with make_engine(tmp_path, "host", "bf16") as engine:
+        engine.save_checkpoint(tmp_path / "ckpt")
+    with make_engine(tmp_path, "host", "fp32") as engine:
+        before = full_state(engine)
+        with pytest.raises(CheckpointError, match="another kind of engine"):
+            engine.load_checkpoint(tmp_path / "ckpt")
+        assert_equal_state(full_state(engine), before)
+
+
+def test_saving_between_micro_steps_is_refused(tmp_path):
+    config = {"training": {"gradient_accumulation_steps": 2}, "precision": {"compute": "fp32"}}
+    with initialize(nn.Linear(2, 2), config) as engine:
+        engine.backward(engine(torch.ones(1, 2)).sum())
+        engine.step()
+        with pytest.raises(CheckpointError, match="1 micro-steps"):
+            engine.save_checkpoint(tmp_path)
+        engine.backward(engine(torch.ones(1, 2)).sum())
+        assert engine.step()
+        engine.save_checkpoint(tmp_path)
