@@ -171,7 +171,11 @@ def test_another_precision_is_refused(tmp_path):
 
 
 def test_saving_between_micro_steps_is_refused(tmp_path):
-    config = {"training": {"gradient_accumulation_steps": 2}, "precision": {"compute": "fp32"}}
+    config = {
+        "tiers": {"device": {"kind": "cpu", "memory": "1MiB"}, "host": {"memory": "1MiB"}},
+        "training": {"gradient_accumulation_steps": 2},
+        "precision": {"compute": "fp32"},
+    }
     with initialize(nn.Linear(2, 2), config) as engine:
         engine.backward(engine(torch.ones(1, 2)).sum())
         engine.step()
