@@ -11,7 +11,6 @@ import os
 import secrets
 import threading
 import time
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Literal
 from offload.errors import (
     BudgetError,
     DeadlineError,
-    DiskFullError,
     EngineStateError,
     StorageError,
 )
@@ -32,7 +30,13 @@ from offload.tiers.records import (
     checksum_seed,
     named_error,
 )
-from offload.tiers.run_folder import StorePath
+from offload.tiers.run_folder import (
+    StorePath,
+    check_disk_room,
+    close_paths,
+    disk_bytes_free,
+    warn_of_memory,
+)
 from offload.tiers.transfer import (
     DEFAULT_DEADLINE_SECONDS,
     AsyncIo,
@@ -90,10 +94,10 @@ class NvmeStore:
         self._closed = False
         self._paths: list[StorePath] = []
         # Runs at exit too; in a forked child StorePath.close does nothing.
-        self._finalizer = weakref.finalize(self, _close_paths, self._paths)
+        self._finalizer = weakref.finalize(self, close_paths, self._paths)
         for path in paths:
             self._paths.append(StorePath(path))
-        _warn_of_memory(self._paths)
+        warn_of_memory(self._paths)
         self._reserving = threading.Lock()  # one `reserve` at a time; taken before `_lock`
         self._dealer = RoundRobin(len(self._paths))
         self._files: list[IoFile] = []
@@ -101,7 +105,9 @@ class NvmeStore:
         self._pools: dict[int, ExtentPool] = {}  # by extent bytes
         self._in_flight: dict[int, dict[Transfer, None]] = {}  # by extent bytes, oldest first
         self.used_bytes = 0
-        self.capacity_bytes = self._disk_bytes_free() if capacity_bytes is None else capacity_bytes
+        self.capacity_bytes = (
+            disk_bytes_free(self._paths) if capacity_bytes is None else capacity_bytes
+        )
 
     @property
     def peak_bytes(self) -> int:
@@ -110,7 +116,7 @@ class NvmeStore:
 
     def bytes_free(self) -> int:
         """Bytes that `reserve` could still allocate, within the capacity and on the disks."""
-        return max(0, min(self.capacity_bytes - self.used_bytes, self._disk_bytes_free()))
+        return max(0, min(self.capacity_bytes - self.used_bytes, disk_bytes_free(self._paths)))
 
     def reserve(self, sizes: Sequence[tuple[str, int]], *, spare: int) -> list[Record]:
         """Allocate extents on the disks for records of (name, nbytes), and shadow extents.
@@ -317,21 +323,7 @@ class NvmeStore:
                 owner="the extents of records and their shadows",
                 remedy="raise tiers.nvme.capacity, or place less state on nvme",
             )
-        on_device: Counter[int] = Counter()
-        for home, nbytes in needed.items():
-            path = self._paths[home]
-            on_device[path.device] += nbytes
-            free_bytes = path.bytes_free()
-            if on_device[path.device] > free_bytes:
-                raise DiskFullError(
-                    path=path.path,
-                    needed_bytes=sum(
-                        amount
-                        for each, amount in needed.items()
-                        if self._paths[each].device == path.device
-                    ),
-                    free_bytes=free_bytes,
-                )
+        check_disk_room(self._paths, needed)
 
     def _create_files(self, needed: Mapping[int, int]) -> dict[int, IoFile]:
         """Allocate one backing file a path; all or none."""
@@ -359,9 +351,6 @@ class NvmeStore:
             self._in_flight.setdefault(nbytes, {})
             pool.add(Extent(indices[home], offsets[home], nbytes), home)
             offsets[home] += nbytes
-
-    def _disk_bytes_free(self) -> int:
-        return sum({path.device: path.bytes_free() for path in self._paths}.values())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -408,20 +397,3 @@ class StoreTransfer(TicketTransfer):
 
     def _settled(self, checksum: int, failure: StorageError | None) -> StorageError | None:
         return self._store.finish(self, checksum, failure)
-
-
-def _warn_of_memory(paths: Sequence[StorePath]) -> None:
-    """Warn once of all paths that are no disks."""
-    names = ", ".join(path.path for path in paths if path.is_memory)
-    if names:
-        warnings.warn(
-            f"tiers.nvme.paths {names}: tmpfs is memory, which this tier does not save; it counts "
-            "against the machine's memory, not against tiers.host.memory",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def _close_paths(paths: list[StorePath]) -> None:
-    for path in paths:
-        path.close()

@@ -21,6 +21,9 @@ import fcntl
 import os
 import re
 import secrets
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from offload.errors import DiskFullError, StorageError
@@ -115,6 +118,44 @@ class StorePath:
                     raise
             self._run_folder = RunFolder(self._fd)
         return self._run_folder.create()
+
+
+def disk_bytes_free(paths: Sequence[StorePath]) -> int:
+    """Bytes free on the disks of these paths, each disk counted once."""
+    return sum({path.device: path.bytes_free() for path in paths}.values())
+
+
+def check_disk_room(paths: Sequence[StorePath], needed: Mapping[int, int]) -> None:
+    """Raise DiskFullError unless each disk has room for what its paths need (index -> bytes)."""
+    on_device: Counter[int] = Counter()
+    for index, nbytes in needed.items():
+        on_device[paths[index].device] += nbytes
+    for index in needed:
+        path = paths[index]
+        if on_device[path.device] > path.bytes_free():
+            raise DiskFullError(
+                path=path.path,
+                needed_bytes=on_device[path.device],
+                free_bytes=path.bytes_free(),
+            )
+
+
+def warn_of_memory(paths: Sequence[StorePath]) -> None:
+    """Warn, once for all of them, of paths that are not on a disk."""
+    names = ", ".join(path.path for path in paths if path.is_memory)
+    if names:
+        warnings.warn(
+            f"tiers.nvme.paths {names}: tmpfs is memory, which this tier does not save; it counts "
+            "against the machine's memory, not against tiers.host.memory",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def close_paths(paths: Iterable[StorePath]) -> None:
+    """Close every path."""
+    for path in paths:
+        path.close()
 
 
 class RunFolder:
