@@ -6,6 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from offload.errors import OffloadError
+from offload.partition.blocks import release_all
 from offload.tiers.transfer import Transfer
 
 if TYPE_CHECKING:
@@ -31,9 +32,12 @@ class PageIn:
         self._reading: deque[tuple[int, Staged]] = deque()
         self._copying: deque[tuple[Transfer, Staged]] = deque()
 
-    def start(self) -> bool:
-        """Stage the first chunk; False, and nothing started, while there is no staging."""
-        self._start_reads()
+    def start(self, *, wait: bool) -> bool:
+        """Stage the first chunk; False, and nothing started, if there is no staging.
+
+        With `wait`, writes under way are waited for if that frees staging.
+        """
+        self._start_reads(wait=wait)
         return bool(self._reading)
 
     def advance(self) -> bool:
@@ -84,9 +88,9 @@ class PageIn:
     def _all_started(self) -> bool:
         return self._next_chunk == len(self._block.layout.chunk_nbytes)
 
-    def _start_reads(self) -> None:
+    def _start_reads(self, *, wait: bool = False) -> None:
         while not self._all_started and len(self._reading) + len(self._copying) < self._depth:
-            staged = self._store.start_load(self._block, self._next_chunk)
+            staged = self._store.start_load(self._block, self._next_chunk, wait=wait)
             if staged is None:
                 return
             self._reading.append((self._next_chunk, staged))
@@ -109,12 +113,9 @@ class PageIn:
 
     def _abandon(self) -> None:
         """Wait for what is in flight, so that no transfer outlives its buffers, and release all."""
-        for transfer, staged in [*self._copying, *((s.transfer, s) for _, s in self._reading)]:
-            try:
-                transfer.wait(self._store.deadline_seconds)
-            except OffloadError:
-                if not transfer.done():
-                    continue  # a hung transfer keeps its buffer for good
-            staged.release()
+        for transfer, staged in self._copying:
+            staged.transfer = transfer
+        held = [staged for _, staged in (*self._copying, *self._reading)]
+        release_all(held, self._store.deadline_seconds)
         self._copying.clear()
         self._reading.clear()

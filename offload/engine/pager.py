@@ -259,7 +259,7 @@ class Pager:
         for bucket in actions.fetch:
             page = self.pages[bucket]
             if page.residency is Residency.HOME:
-                self._start(page)
+                self._start(page, wait=False)
 
     # -- movements -------------------------------------------------------------------------------
 
@@ -279,18 +279,21 @@ class Pager:
         if page.residency is Residency.ON_DEVICE:
             return
         self.faults += was_absent and page.residency is Residency.HOME
-        while page.residency is Residency.HOME and not self._start(page):
+        while page.residency is Residency.HOME and not self._start(page, wait=True):
             self._make_room(page, together, user)
         self._bind(page)
 
-    def _start(self, page: WeightPage) -> bool:
-        """Start to bring a page in; False, and nothing changed, if device or staging has no room."""
+    def _start(self, page: WeightPage, *, wait: bool) -> bool:
+        """Start to bring a page in; False, and nothing changed, if device or staging has no room.
+
+        With `wait`, writes under way are waited for if that frees staging.
+        """
         lease = self._store.device.try_lease(page.nbytes, page.block.name)
         if lease is None:
             return False
         page_in = PageIn(page.block, lease, self._store, depth=self._staging_depth)
         try:
-            started = page_in.start()
+            started = page_in.start(wait=wait)
         except BaseException:
             lease.release()
             raise
@@ -355,7 +358,9 @@ class Pager:
         Raises:
             BudgetError: everything on the device is in use.
         """
-        victim = self._victim()
+        device = self._store.device
+        has_room = device.used_bytes + page.nbytes <= device.budget_bytes
+        victim = None if has_room else self._victim()
         if victim is not None:
             self._evict(victim)
             return
@@ -363,9 +368,8 @@ class Pager:
         if loading is not None:
             self._bind(loading)
             return
-        if self._store.settle_one():
-            return
-        device = self._store.device
+        if has_room:
+            raise self._store.no_staging([page.block], 0)
         raise BudgetError(
             tier="device",
             requested_bytes=sum(each.nbytes for each in together),

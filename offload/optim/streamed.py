@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 from offload.errors import NonFiniteError, OffloadError
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
-from offload.partition.blocks import BlockStore
+from offload.partition.blocks import BlockStore, release_all
 from offload.partition.layout import Bucket, segments
 from offload.partition.parameters import ParameterState
 from offload.telemetry import LaneMeter
@@ -74,7 +74,7 @@ class StreamedStep:
             self._store.drain()
         except OffloadError:
             for work in under_way:
-                self._abandon(work)
+                release_all(list(work.staged.values()), self._store.deadline_seconds)
             raise
         for bucket in self._buckets:
             for slot in bucket.slots:
@@ -99,41 +99,17 @@ class StreamedStep:
 
     def _read_ahead(self, waiting: deque[ChunkWork], under_way: deque[ChunkWork]) -> None:
         while waiting and len(under_way) < self._depth:
-            if self._start_loads(waiting[0]):
-                under_way.append(waiting.popleft())
-            elif under_way:
+            work = waiting[0]
+            classes = self._store.classes(work.bucket.index)
+            blocks = [self._store.block(work.bucket.index, name) for name in classes]
+            # While there is something to update, writes end by themselves.
+            staged = self._store.start_loads(blocks, work.chunk, wait=not under_way)
+            if staged is None and under_way:
                 return
-            else:
-                work = waiting[0]  # nothing of ours holds staging: this names what is missing
-                for state_class in self._store.classes(work.bucket.index):
-                    block = self._store.block(work.bucket.index, state_class)
-                    work.staged[state_class] = self._store.load(block, work.chunk)
-                under_way.append(waiting.popleft())
-
-    def _start_loads(self, work: ChunkWork) -> bool:
-        try:
-            for state_class in self._store.classes(work.bucket.index):
-                block = self._store.block(work.bucket.index, state_class)
-                staged = self._store.start_load(block, work.chunk)
-                if staged is None:
-                    self._abandon(work)
-                    return False
-                work.staged[state_class] = staged
-        except OffloadError:
-            self._abandon(work)
-            raise
-        return True
-
-    def _abandon(self, work: ChunkWork) -> None:
-        """Give back the staging of loads, once they have ended."""
-        for staged in work.staged.values():
-            try:
-                staged.transfer.wait(self._store.deadline_seconds)
-            except OffloadError:
-                if not staged.transfer.done():
-                    continue  # a hung read keeps its buffer for good
-            staged.release()
-        work.staged.clear()
+            if staged is None:
+                raise self._store.no_staging(blocks, work.chunk)
+            work.staged = dict(zip(classes, staged, strict=True))
+            under_way.append(waiting.popleft())
 
     def _update(self, work: ChunkWork, settings: StepSettings) -> None:
         nbytes = sum(staged.tensor.numel() for staged in work.staged.values())

@@ -175,45 +175,61 @@ class BlockStore:
         start = block.layout.chunk_offset_bytes[chunk]
         return lease.tensor[start : start + block.layout.chunk_nbytes[chunk]]
 
-    def stage(self, block: Block, chunk: int) -> Staged | None:
-        """A buffer for the whole chunk whose old content is not wanted; None while there is no staging.
+    def stage(self, block: Block, chunk: int, *, wait: bool = True) -> Staged | None:
+        """A buffer for the whole chunk whose old content is not wanted; None: there is no staging.
 
-        A home that the CPU reaches is that buffer itself.
+        A home that the CPU reaches is that buffer itself. With `wait`, writes under way are waited
+        for if that frees staging.
         """
         if self.in_place(block):
             tensor = self._home(block, chunk)
             return Staged(tensor, CompletedTransfer(ZEROED_LANE), None)
         self._settle(block, chunk)
-        lease = self._staging(block.layout.chunk_nbytes[chunk], block.name)
+        lease = self._staging(block.layout.chunk_nbytes[chunk], block.name, wait=wait)
         if lease is None:
             return None
         return Staged(lease.tensor, CompletedTransfer(ZEROED_LANE), lease)
 
-    def start_load(self, block: Block, chunk: int) -> Staged | None:
-        """Start to bring a chunk to where the CPU reaches it; None while there is no staging.
+    def start_load(self, block: Block, chunk: int, *, wait: bool = True) -> Staged | None:
+        """Start to bring a chunk to where the CPU reaches it; None: there is no staging.
 
         A record that was never written reads as zeros. Wait for `Staged.transfer` before use.
 
         Raises:
             OffloadError: an earlier write of this very chunk failed.
         """
-        staged = self.stage(block, chunk)
-        if staged is None or self.in_place(block):
-            return staged
+        loaded = self.start_loads([block], chunk, wait=wait)
+        return None if loaded is None else loaded[0]
+
+    def start_loads(
+        self, blocks: Sequence[Block], chunk: int, *, wait: bool = True
+    ) -> list[Staged] | None:
+        """`start_load` of one chunk of several blocks: all of them, or None and nothing is held."""
+        held: list[Staged] = []
         try:
-            if block.home == "device":
-                staged.transfer = self.device.start_copy_out(
-                    staged.tensor, self._home(block, chunk)
-                )
-            elif block.records[chunk].generation == 0:
-                staged.tensor.zero_()
-            else:
-                assert self.nvme is not None
-                staged.transfer = self.nvme.start_read(block.records[chunk], staged.tensor)
+            for block in blocks:
+                staged = self.stage(block, chunk, wait=wait)
+                if staged is None:
+                    release_all(held)
+                    return None
+                held.append(staged)
+            for block, staged in zip(blocks, held, strict=True):
+                self._begin_load(block, chunk, staged)
         except OffloadError:
-            staged.release()
+            release_all(held, self.deadline_seconds)
             raise
-        return staged
+        return held
+
+    def _begin_load(self, block: Block, chunk: int, staged: Staged) -> None:
+        if self.in_place(block):
+            return
+        if block.home == "device":
+            staged.transfer = self.device.start_copy_out(staged.tensor, self._home(block, chunk))
+        elif block.records[chunk].generation == 0:
+            staged.tensor.zero_()
+        else:
+            assert self.nvme is not None
+            staged.transfer = self.nvme.start_read(block.records[chunk], staged.tensor)
 
     def start_store(self, block: Block, chunk: int, staged: Staged) -> None:
         """Start to bring a chunk home; the store owns `staged` from here on.
@@ -244,11 +260,11 @@ class BlockStore:
         """
         staged = self.start_load(block, chunk)
         if staged is None:
-            raise self._no_staging(block, chunk)
+            raise self.no_staging([block], chunk)
         try:
             staged.transfer.wait(self.deadline_seconds)
         except OffloadError:
-            staged.release()
+            release_all([staged])
             raise
         return staged
 
@@ -256,7 +272,7 @@ class BlockStore:
         """`stage`, or BudgetError when the host budget has no room for the chunk."""
         staged = self.stage(block, chunk)
         if staged is None:
-            raise self._no_staging(block, chunk)
+            raise self.no_staging([block], chunk)
         return staged
 
     def settle_one(self) -> bool:
@@ -269,6 +285,18 @@ class BlockStore:
             return False
         self._finish(next(iter(self._writing)))
         return True
+
+    def settle_ended(self) -> None:
+        """Settle the oldest writes as far as they have ended; waits for none.
+
+        Raises:
+            StorageError: one failed; its buffer is kept for `retry_failed`.
+        """
+        while self._writing:
+            key, (transfer, _) = next(iter(self._writing.items()))
+            if not transfer.done():
+                return
+            self._finish(key)
 
     def drain(self) -> None:
         """Wait for every write; raises the first error after all have settled.
@@ -317,17 +345,32 @@ class BlockStore:
         del self._writing[key]
         staged.release()
 
-    def _staging(self, nbytes: int, owner: str) -> HostLease | None:
+    def _staging(self, nbytes: int, owner: str, *, wait: bool) -> HostLease | None:
+        self.settle_ended()
         lease = self.host.try_lease(nbytes, owner)
-        while lease is None and self.settle_one():
+        while lease is None and wait and self.settle_one():
             lease = self.host.try_lease(nbytes, owner)
         return lease
 
-    def _no_staging(self, block: Block, chunk: int) -> BudgetError:
+    def no_staging(self, blocks: Sequence[Block], chunk: int) -> BudgetError:
+        """The error that says which chunk finds no staging in the host budget."""
         return BudgetError(
             tier="host",
-            requested_bytes=block.layout.chunk_nbytes[chunk],
+            requested_bytes=sum(
+                block.layout.chunk_nbytes[chunk] for block in blocks if not self.in_place(block)
+            ),
             free_bytes=self.host.budget_bytes - self.host.used_bytes,
             budget_bytes=self.host.budget_bytes,
-            owner=f"staging for {block.name}",
+            owner=f"staging for {' and '.join(block.name for block in blocks)}",
         )
+
+
+def release_all(held: Sequence[Staged], deadline_seconds: float = 0.0) -> None:
+    """Give staging back once its transfers have ended; a hung transfer keeps its buffer for good."""
+    for staged in held:
+        try:
+            staged.transfer.wait(deadline_seconds)
+        except OffloadError:
+            if not staged.transfer.done():
+                continue
+        staged.release()
