@@ -12,7 +12,7 @@ from offload.telemetry import StepReport, read_jsonl
 
 
 def read_outcome(run_dir: str | os.PathLike[str]) -> Outcome:
-    """Return what the run has done until now; of a step that was repeated after resuming, the last.
+    """Return what the run has done until now, as its last start tells it.
 
     Raises:
         OffloadError: the folder has no metrics, or they are no metrics of a run.
@@ -31,25 +31,31 @@ def read_outcome(run_dir: str | os.PathLike[str]) -> Outcome:
 
 
 def _outcome(entries: list[dict[str, Any]]) -> Outcome:
-    of_kind: dict[str, list[dict[str, Any]]] = {"start": [], "step": [], "eval": [], "summary": []}
+    """Return the outcome; a start at step n continues from there: what came after n is void."""
+    outcome = Outcome(placed_bytes={})
+    steps: dict[int, dict[str, Any]] = {}
+    held_out: dict[int, float] = {}
     for entry in entries:
-        of_kind[entry["kind"]].append(entry)
-    if not of_kind["start"]:
-        return Outcome(placed_bytes={})
-    steps = {entry["step"]: entry for entry in of_kind["step"]}
-    evaluations = {entry["step"]: entry["held_out_loss"] for entry in of_kind["eval"]}
-    outcome = Outcome(placed_bytes=of_kind["start"][-1]["placed_bytes"])
-    for number in sorted(steps):
-        outcome.reports.append(StepReport.from_dict(steps[number]["report"]))
-        outcome.losses.append(steps[number]["loss"])
-    outcome.seconds = sum(report.measured_seconds for report in outcome.reports)
-    outcome.tokens = round(
-        sum(
-            steps[number]["tokens_per_second"] * report.measured_seconds
-            for number, report in zip(sorted(steps), outcome.reports, strict=True)
-        )
-    )
-    outcome.held_out_before = evaluations.get(0)
-    later = [step for step in evaluations if step > 0]
-    outcome.held_out_after = evaluations[max(later)] if later else None
+        if entry["kind"] == "start":
+            outcome.placed_bytes = entry["placed_bytes"]
+            steps = {number: step for number, step in steps.items() if number <= entry["step"]}
+            held_out = {
+                number: loss for number, loss in held_out.items() if number <= entry["step"]
+            }
+        elif entry["kind"] == "step":
+            steps[entry["step"]] = entry
+        elif entry["kind"] == "eval":
+            held_out[entry["step"]] = entry["held_out_loss"]
+        elif entry["kind"] != "summary":
+            raise ValueError(f"unknown kind {entry['kind']!r}")
+    tokens = 0.0
+    for _, step in sorted(steps.items()):
+        report = StepReport.from_dict(step["report"])
+        outcome.reports.append(report)
+        outcome.losses.append(step["loss"])
+        outcome.seconds += report.measured_seconds
+        tokens += step["tokens_per_second"] * report.measured_seconds
+    outcome.tokens = round(tokens)
+    outcome.held_out_before = held_out.pop(0, None)
+    outcome.held_out_after = held_out[max(held_out)] if held_out else None
     return outcome

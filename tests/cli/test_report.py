@@ -32,24 +32,37 @@ def step(number: int, *, loss: float, faults: int = 0) -> dict[str, Any]:
     }
 
 
-def write_run(folder: Path, *entries: dict[str, Any]) -> Path:
+def start(number: int) -> dict[str, Any]:
     placed_bytes = {"device": {"weights": 1 << 20}, "nvme": {"optimizer": 3 << 20}}
+    return {"kind": "start", "step": number, "placed_bytes": placed_bytes}
+
+
+def evaluation(number: int, loss: float) -> dict[str, Any]:
+    return {"kind": "eval", "step": number, "held_out_loss": loss}
+
+
+def write_run(folder: Path, *entries: dict[str, Any]) -> Path:
     with JsonlWriter(folder / "metrics.jsonl") as metrics:
-        metrics.write({"kind": "start", "step": 0, "placed_bytes": placed_bytes})
-        for entry in entries:
+        for entry in (start(0), *entries):
             metrics.write(entry)
     return folder
 
 
-def test_a_run_that_was_resumed_counts_a_repeated_step_once(tmp_path: Path) -> None:
-    first = {"kind": "eval", "step": 0, "held_out_loss": 4.0}
-    last = {"kind": "eval", "step": 2, "held_out_loss": 3.0}
-    steps = [step(1, loss=3.5), step(2, loss=9.0, faults=7), step(2, loss=3.0)]
-    outcome = read_outcome(write_run(tmp_path, first, *steps, last))
+def test_a_resumed_run_counts_a_repeated_step_once(tmp_path: Path) -> None:
+    first = [evaluation(0, 4.0), step(1, loss=3.5), step(2, loss=9.0, faults=7), evaluation(2, 9.0)]
+    resumed = [start(1), step(2, loss=3.0), evaluation(2, 3.0)]
+    outcome = read_outcome(write_run(tmp_path, *first, *resumed))
     assert outcome.losses == [3.5, 3.0]
     assert [report.faults for report in outcome.reports] == [0, 0]
     assert (outcome.tokens, outcome.seconds) == (200, 4.0)
     assert outcome.held_out_loss_fall == 0.25
+
+
+def test_a_run_that_began_anew_leaves_the_earlier_one_out(tmp_path: Path) -> None:
+    earlier = [step(1, loss=9.0), step(2, loss=9.0), evaluation(2, 9.0)]
+    outcome = read_outcome(write_run(tmp_path, *earlier, start(0), step(1, loss=3.0)))
+    assert outcome.losses == [3.0]
+    assert outcome.held_out_after is None
 
 
 def test_the_command_prints_the_summary(tmp_path: Path) -> None:
