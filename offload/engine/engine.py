@@ -6,7 +6,10 @@
     engine.step        norm, finite check, clipping; then the streamed update, and stale copies go
 
 An optimizer step that an error interrupts is *pending*: its settings are frozen, its gradients kept.
-`step()` completes it; until then forward and backward are refused.
+`step()` completes it; until then whatever would read or change state is refused.
+
+A backward that fails has brought home some gradients of a parameter's users and not others. There is no
+telling which, so the gradients of the whole accumulation are forgotten.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from offload.engine.pages import PagedParameter, forget
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
 from offload.engine.windows import GatheredWindow, RootWindow, Window, gathered_modules, install
-from offload.errors import EngineStateError, OffloadError
+from offload.errors import EngineStateError, NonFiniteError, OffloadError, StorageError
 from offload.optim.chunk_update import StepSettings
 from offload.optim.clipping import clip_coefficient, global_norm, square_sum
 from offload.optim.loss_scale import LossScale
@@ -78,10 +81,17 @@ class Engine:
         self._state = StateAccess(parts.parameters, parts.plan.buckets, parts.store, parts.pager)
         self._closed = False
         self._pending: StepSettings | None = None
+        self._step_is_due = False  # the boundary has been counted, its step has not been taken
+        self._in_backward = False
+        self._paged_of_index = parts.paged_of
         self._meter = StepMeter(parts)
         self._trainable = [s for s in parts.parameters if self._is_trainable(s)]
-        self.optimizer = self._make_optimizer()
-        self.lr_scheduler = self._make_scheduler(lr_scheduler)
+        try:
+            self.optimizer = self._make_optimizer()
+            self.lr_scheduler = self._make_scheduler(lr_scheduler)
+        except BaseException:
+            parts.closing.close()
+            raise
         self._windows, self._root = self._open_windows()
         self._handles = [handle for w in self._windows for handle in install(w)]
         self._handles += install(self._root)
@@ -107,23 +117,30 @@ class Engine:
 
         `kwargs` go to `torch.autograd.backward`. Gradients are at their homes when it returns.
 
+        An error leaves no gradients: run all backward passes of the accumulation again.
+
         Raises:
             EngineStateError: the engine is closed, or a step is pending.
+            BudgetError, StorageError: weights could not be brought in, or gradients not home.
         """
         self._check_ready("backward")
         scale = 1.0 / self.config.training.gradient_accumulation_steps
         if self.loss_scale is not None:
+            loss = loss.float()
             scale *= self.loss_scale.scale
+        self._in_backward = True
         with self._meter.computing():
             try:
                 (loss if scale == 1.0 else loss * scale).backward(**kwargs)
+                self._after_backward()
+                self._parts.gradients.flush()
             except BaseException:
                 self._unwind()
+                self._after_backward()
+                self._forget_gradients()
                 raise
             finally:
-                self._parts.pager.release_nodes()
-                self._release_gathered()
-        self._parts.gradients.flush()
+                self._in_backward = False
 
     def step(self) -> bool:
         """Count a backward; at the boundary take an optimizer step. Returns whether one was taken.
@@ -133,14 +150,22 @@ class Engine:
 
         Raises:
             StorageError: state could not be read or written; the step is pending.
-            NonFiniteError: an updated weight is not finite.
+            NonFiniteError: an updated weight is not finite. The step has been taken all the same, in
+                every placement alike: load a checkpoint, and lower the learning rate.
         """
         self._check_open()
-        if self._pending is None:
+        if not self._step_is_due:
             self.micro_steps += 1
             if self.micro_steps % self.config.training.gradient_accumulation_steps:
                 return False
-        self.optimizer.step()
+            self._step_is_due = True
+        try:
+            self.optimizer.step()
+        except NonFiniteError:
+            self._step_is_due = False
+            self._parts.gradients.clear()
+            raise
+        self._step_is_due = False
         taken = not self.optimizer.step_was_skipped
         self._parts.gradients.clear()
         if taken and self.lr_scheduler is not None:
@@ -183,14 +208,14 @@ class Engine:
             BudgetError: they do not fit the device budget together.
             OffloadError: a name is unknown; or, on exit, a parameter was edited without `writable`.
         """
-        self._check_open()
+        self._check_ready("gathered()")
         chosen = [names] if isinstance(names, str) else names
         states = (
             self._parts.parameters
             if chosen is None
             else [self._state.parameter(name) for name in chosen]
         )
-        paged = [self._parts.paged_of[state.index] for state in states]
+        paged = [self._paged_of_index[state.index] for state in states]
         pages = list(dict.fromkeys(parameter.page for parameter in paged))
         pager = self._parts.pager
         pager.pin(pages, "gathered()")
@@ -227,16 +252,13 @@ class Engine:
 
         Raises:
             OffloadError: a name is unknown, or a shape is another.
+            EngineStateError: the engine is closed, or a step is pending.
         """
-        self._check_open()
+        self._check_ready("set_state")
         state = self._state.parameter(name)
         for key, tensor in tensors.items():
             if key == "gradient":
-                scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-                state.gradient_sums = None
-                gradient = (tensor * scale).to(state.parameter.dtype)
-                self._parts.gradients.arrive(state, gradient.to(self._parts.device.device))
-                self._parts.gradients.flush()
+                self._set_gradient(state, tensor)
             elif key == "master" or (key == "weight" and "master" not in tensors):
                 self._state.set_master(state, tensor) if state in self._trainable else (
                     self._state.write(state, "weight", tensor)
@@ -263,7 +285,7 @@ class Engine:
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
         """Load the module's state dict; masters follow the weights. Returns what torch returns."""
-        self._check_open()
+        self._check_ready("load_state_dict")
         result = self.module.load_state_dict(state_dict, strict=strict)
         self._parts.pager.flush()
         return result
@@ -287,7 +309,7 @@ class Engine:
 
     def write_state(self, name: str, field: str, tensor: torch.Tensor) -> None:
         """Replace one stored field as it is; see `set_state` for one that keeps masters in step."""
-        self._check_open()
+        self._check_ready("write_state")
         self._state.write(self._state.parameter(name), field, tensor)
 
     def parameter_steps(self) -> list[int]:
@@ -360,7 +382,7 @@ class Engine:
             groups,
             defaults,
             take_step=self._take_step,
-            forget_gradients=self._parts.gradients.clear,
+            forget_gradients=self._zero_grad,
         )
         optimizer.seal()
         return optimizer
@@ -407,9 +429,55 @@ class Engine:
         with _NO_GUARD(), torch.no_grad():
             self._parts.pager.end_node()
             gradient = state.parameter.grad
-            if gradient is not None:
-                self._parts.gradients.arrive(state, gradient)
+            if gradient is None:
+                return
+            if self.loss_scale is not None and not self._in_backward:
                 state.parameter.grad = None
+                raise EngineStateError(
+                    f"the fp16 gradient of {state.name} comes from a loss without its scale",
+                    remedy="call engine.backward(loss) instead of loss.backward()",
+                )
+            self._parts.gradients.arrive(state, gradient)
+            state.parameter.grad = None
+
+    def _take_assigned_gradients(self) -> None:
+        """Gradients that were assigned to `.grad`, not made by backward, replace what has arrived."""
+        with _NO_GUARD(), torch.no_grad():
+            for state in self._trainable:
+                gradient = state.parameter.grad
+                if gradient is not None:
+                    state.gradient_sums = None
+                    self._parts.gradients.arrive(state, gradient)
+                    state.parameter.grad = None
+
+    def _set_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
+        if self.loss_scale is not None:
+            tensor = tensor.float() * self.loss_scale.scale
+        if tuple(tensor.shape) != tuple(state.shape):
+            raise OffloadError(
+                f"gradient of parameter {state.name} with shape {tuple(tensor.shape)}",
+                expected=f"shape {tuple(state.shape)}",
+            )
+        state.gradient_sums = None
+        self._parts.gradients.arrive(state, tensor.to(self._parts.device.device))
+        self._parts.gradients.flush()
+
+    def _after_backward(self) -> None:
+        self._parts.pager.release_nodes()
+        self._release_gathered()
+
+    def _forget_gradients(self) -> None:
+        """The accumulation under way starts again."""
+        self._parts.gradients.clear()
+        self.micro_steps -= self.micro_steps % self.config.training.gradient_accumulation_steps
+        with _NO_GUARD():
+            for state in self._trainable:
+                state.parameter.grad = None
+
+    def _zero_grad(self) -> None:
+        self._check_ready("zero_grad")
+        self._step_is_due = False
+        self._forget_gradients()
 
     def _take_step(self) -> bool:
         self._check_open()
@@ -417,7 +485,15 @@ class Engine:
             self._pending = self._settings()
             if self._pending is None:
                 return False
-        self._parts.streamed.run(self._pending)
+        try:
+            self._parts.streamed.run(self._pending)
+        except NonFiniteError:
+            self._end_step()
+            raise
+        self._end_step()
+        return True
+
+    def _end_step(self) -> None:
         self._pending = None
         updated = [s for s in self._trainable if s.gradient_sums is not None]
         self._forget_stale(updated)
@@ -427,16 +503,16 @@ class Engine:
         if self.loss_scale is not None:
             self.loss_scale.update(found_nonfinite=False)
         self._meter.end_step()
-        self._parts.pager.expect((self.module.training, True))
-        return True
+        # A fetch ahead that fails is tried again, and reported, when the weights are needed.
+        with contextlib.suppress(StorageError):
+            self._parts.pager.expect((self.module.training, True))
 
     def _settings(self) -> StepSettings | None:
         """Freeze what the step applies; None when it is skipped."""
         parts = self._parts
         parts.pager.release_nodes()
         self._release_gathered()
-        for state in self._trainable:
-            self._take_gradient(state)  # set by hand, not by backward
+        self._take_assigned_gradients()
         parts.gradients.flush()
         parts.pager.end()
         parts.pager.flush()
@@ -471,7 +547,7 @@ class Engine:
         with _NO_GUARD():
             for state in updated:
                 torch.autograd.graph.increment_version(state.parameter)
-                paged = self._parts.paged_of[state.index]
+                paged = self._paged_of_index[state.index]
                 paged.version = state.parameter._version
 
     def _release_gathered(self) -> None:
@@ -495,7 +571,7 @@ class Engine:
             self._parts.gradients.flush()
             gradient = self._state.read(state, "gradient")
             found["gradient"] = (
-                gradient if self.loss_scale is None else gradient / self.loss_scale.scale
+                gradient if self.loss_scale is None else gradient.float() / self.loss_scale.scale
             )
         return found
 

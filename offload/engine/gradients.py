@@ -75,10 +75,15 @@ class GradientHome:
     def arrive(self, state: ParameterState, gradient: torch.Tensor) -> None:
         """Take a gradient of the parameter's shape; it is free for reuse on return.
 
+        It is in fp32 or in the dtype that the parameter computes in; another one is converted.
+
         Raises:
             BudgetError: the host has no staging for its chunk.
             StorageError: reading or writing the chunk failed; the gradient is not counted.
         """
+        computed = state.parameter.dtype
+        if gradient.dtype not in (torch.float32, computed):
+            gradient = gradient.to(computed)
         flat = memory_order(gradient, state)
         with self._lock:
             first = state.gradient_sums is None
@@ -146,7 +151,7 @@ class GradientHome:
                     source[start:stop],
                     first=first,
                     target_dtype="fp32" if target.dtype == np.float32 else precision,
-                    source_dtype=precision,
+                    source_dtype="fp32" if source.dtype == np.float32 else precision,
                     block_sums=sums[block_start : block_start + num_blocks(stop - start)],
                 )
             )
