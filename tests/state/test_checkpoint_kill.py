@@ -1,0 +1,75 @@
+"""Killed anywhere, there is the old checkpoint or the new, never a mix."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from offload.state.checkpoint import load_checkpoint, save_checkpoint
+
+KILLS = 25
+
+
+def fill(engine, value: int) -> None:
+    for name in engine.parameter_names():
+        for field, (dtype, shape) in engine.state_fields(name).items():
+            engine.write_state(name, field, torch.full(shape, value, dtype=dtype))
+    engine.global_steps = value
+
+
+def save_until_killed(engine, folder: Path, first: int, tag: str | None) -> None:
+    torch.set_num_threads(1)
+    number = first
+    while True:
+        fill(engine, number)
+        save_checkpoint(engine, folder, tag, client_state={"number": number})
+        # What was acknowledged must never be lost: tell the parent, who outlives this process.
+        (folder.parent / "acknowledged").write_text(str(number))
+        number += 1
+
+
+@pytest.mark.parametrize("tag", ["best", None], ids=["one tag", "a tag a step"])
+def test_kill_at_random_times(tmp_path, in_memory_engine, tag):
+    engine = in_memory_engine(nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30)))
+    folder = tmp_path / "ckpt"
+    generator = random.Random(0)
+    newest = 0
+    save_checkpoint(engine, tmp_path / "first")
+    started = time.perf_counter()
+    save_checkpoint(engine, tmp_path / "first")
+    save_seconds = time.perf_counter() - started
+    for _ in range(KILLS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of the test process
+            child = os.fork()
+        if child == 0:
+            try:
+                save_until_killed(engine, folder, newest + 1, tag)
+            finally:
+                os._exit(1)
+        time.sleep(generator.uniform(0, 4 * save_seconds))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        told = tmp_path / "acknowledged"
+        acknowledged = int(told.read_text() or 0) if told.exists() else 0
+        if not folder.exists() or (acknowledged == 0 and not list(folder.glob("*/manifest.json"))):
+            continue
+        number = load_checkpoint(engine, folder)["number"]
+        assert number >= acknowledged
+        assert number >= newest
+        newest = number
+        for name in engine.parameter_names():
+            for field in engine.state_fields(name):
+                assert (engine.read_state(name, field) == number).all(), "of one save alone"
+    assert newest >= 5, "the kills were so early that nothing was tested"
+    save_checkpoint(engine, folder, "last")
+    left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert left == [], "what the killed saves left is swept"
