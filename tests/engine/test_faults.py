@@ -1,0 +1,142 @@
+"""I/O that fails in the middle of training: typed errors, nothing applied twice, the same bits after."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload.config import OffloadConfig
+from offload.engine import build
+from offload.errors import ChecksumError, DeadlineError, EngineStateError, StorageError
+from offload.native import IoEngine
+from tests.oracle import (
+    assert_identical,
+    continue_engine,
+    make_engine,
+    settings,
+    small_loss,
+    small_model,
+    train_engine,
+)
+
+STEPS = 4
+Faulty = Callable[..., Any]
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """A function that makes an engine with all state on NVMe whose I/O has the fault given."""
+    engines = []
+
+    def make(fault: str | None, *, backend: str = "threads", **sections: Any) -> Any:
+        def open_io(config: OffloadConfig) -> IoEngine:
+            return CountingIo(backend=backend, threads=2, fault=fault)
+
+        monkeypatch.setattr(build, "open_io", open_io)
+        engine = make_engine(small_model(), nvme_settings(tmp_path, **sections))
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def nvme_settings(path: Path, **sections: Any) -> dict[str, Any]:
+    return settings("nvme", path, bucket_elements=1024, device=1 << 20, host=4 << 20, **sections)
+
+
+class CountingIo(IoEngine):
+    """Counts the requests of each kind; every one of these tests is one block."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.counts = {"read": 0, "write": 0}
+
+    def start_read(self, *arguments: Any, **options: Any) -> Any:
+        self.counts["read"] += 1
+        return super().start_read(*arguments, **options)
+
+    def start_write(self, *arguments: Any, **options: Any) -> Any:
+        self.counts["write"] += 1
+        return super().start_write(*arguments, **options)
+
+
+def places(engine: Any, kind: str) -> list[int]:
+    """Operations to disturb: spread over the first two steps, closer together in the second."""
+    io = engine._parts.io
+    ends = [io.counts[kind]]
+    for _ in range(2):
+        taken = False
+        while not taken:
+            engine.backward(small_loss(engine, engine.micro_steps))
+            taken = engine.step()
+        ends.append(io.counts[kind])
+    first = [ends[0] + (ends[1] - ends[0]) * share // 4 for share in (1, 3)]
+    second = [ends[1] + (ends[2] - ends[1]) * share // 10 for share in range(1, 10)]
+    return first + second
+
+
+def run_through(engine: Any, *, accumulation: int = 1) -> tuple[Any, list[str]]:
+    """Train `STEPS` steps as a user would who tries again after errors; and where they came."""
+    errors: list[str] = []
+    losses: list[float] = []
+    while engine.global_steps < STEPS:
+        start = engine.micro_steps
+        accumulated: list[float] = []
+        while engine.micro_steps < start + accumulation and engine.global_steps < STEPS:
+            try:
+                loss = small_loss(engine, engine.micro_steps)
+            except StorageError:
+                errors.append("forward")
+                continue
+            try:
+                engine.backward(loss)
+            except StorageError:
+                errors.append("backward")
+                assert engine.micro_steps == start
+                accumulated.clear()
+                continue
+            accumulated.append(loss.item())
+            before = engine.global_steps
+            try:
+                engine.step()
+            except StorageError:
+                errors.append("step")
+                assert engine.step()
+            if engine.global_steps > before:
+                break
+        losses += accumulated
+    run = continue_engine(engine, small_loss, steps=0)
+    run.losses = losses
+    return run, errors
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_training_goes_on_after_an_error_anywhere(
+    kind: str, accumulation: int, faulty: Faulty, tmp_path: Path
+) -> None:
+    """One operation in a run fails, each time another one; the end is that of an undisturbed run."""
+    training = {"training": {"gradient_accumulation_steps": accumulation}}
+    calm = train_engine(
+        small_model(), nvme_settings(tmp_path, **training), small_loss, steps=STEPS
+    )
+    code = errno.EIO if kind == "read" else errno.ENOSPC
+    seen: set[str] = set()
+    for nth in places(faulty(None, **training), kind):
+        engine = faulty(f"op={kind},nth={nth},errno={code}", **training)
+        run, errors = run_through(engine, accumulation=accumulation)
+        seen.update(errors)
+        assert run.losses == calm.losses, nth
+        assert run.steps == calm.steps, nth
+        calm.norms = run.norms
+        assert_identical(run, calm)
+        engine.close()
+    assert "step" in seen
+    assert seen & {"forward", "backward"}
