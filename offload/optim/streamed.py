@@ -12,6 +12,9 @@ A chunk commits alone (roll-forward). What has been updated is noted before its 
 store that fails keeps its buffer, so after an error `run` may be called again with the same settings:
 it stores what is left to store, updates what is left to update, and applies nothing twice. Parameters
 without a gradient are not touched, not even read where a whole chunk has none.
+
+A weight that becomes infinite does not stop the step, because state that is updated where it lives
+cannot be taken back: the step ends, the same bits in every placement, and then it is an error.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class StreamedStep:
         self._depth = depth
         self._meter = meter
         self._updated: set[tuple[int, int]] = set()
+        self._not_finite: ParameterState | None = None
 
     @property
     def is_partial(self) -> bool:
@@ -58,7 +62,7 @@ class StreamedStep:
 
         Raises:
             StorageError: reading or writing state failed; call again to complete the step.
-            NonFiniteError: an updated weight is not finite; names the parameter.
+            NonFiniteError: the step has been taken, and a weight of the parameter named is not finite.
         """
         self._store.retry_failed()
         waiting = deque(self._work())
@@ -69,10 +73,10 @@ class StreamedStep:
                 work = under_way[0]
                 for staged in work.staged.values():
                     staged.transfer.wait(self._store.deadline_seconds)
-                under_way.popleft()
                 self._update(work, settings)
+                under_way.popleft()
             self._store.drain()
-        except OffloadError:
+        except BaseException:
             for work in under_way:
                 release_all(list(work.staged.values()), self._store.deadline_seconds)
             raise
@@ -83,6 +87,13 @@ class StreamedStep:
                     state.steps += 1
                     state.edited = False
         self._updated.clear()
+        not_finite, self._not_finite = self._not_finite, None
+        if not_finite is not None:
+            raise NonFiniteError(
+                f"step {settings.step} made a weight of parameter {not_finite.name} infinite or "
+                "NaN, although all gradients are finite",
+                remedy="load the last checkpoint and lower the learning rate",
+            )
 
     def _work(self) -> Iterator[ChunkWork]:
         for bucket in self._buckets:
@@ -115,16 +126,19 @@ class StreamedStep:
         nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
         with self._meter.busy("cpu", nbytes):
             not_finite = self._updater.update(work, settings)
+        self._not_finite = self._not_finite or not_finite
         self._updated.add((work.bucket.index, work.chunk))
+        error: OffloadError | None = None
         for state_class in ("weights", "optimizer"):
             staged = work.staged.pop(state_class, None)
-            if staged is not None:
+            if staged is None:
+                continue
+            try:
                 block = self._store.block(work.bucket.index, state_class)
                 self._store.start_store(block, work.chunk, staged)
+            except OffloadError as failure:  # the store keeps the buffer; the other class goes on
+                error = error or failure
         work.release()
-        if not_finite is not None:
-            raise NonFiniteError(
-                f"step {settings.step} made a weight of parameter {not_finite.name} infinite or "
-                "NaN, although all gradients are finite",
-                remedy="load the last checkpoint and lower the learning rate",
-            )
+        work.staged.clear()
+        if error is not None:
+            raise error

@@ -19,6 +19,8 @@ lost. A chunk that is being written is read again only after its write has settl
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,7 +99,10 @@ class Staged:
 
 
 class BlockStore:
-    """Every block of an engine, the staging leases, and the writes that have not settled yet."""
+    """Every block of an engine, the staging leases, and the writes that have not settled yet.
+
+    Thread-safe: gradients come home from the threads of backward while pages come in.
+    """
 
     def __init__(
         self,
@@ -115,6 +120,7 @@ class BlockStore:
         self._classes: dict[int, list[str]] = {}
         self._writing: OrderedDict[tuple[int, str, int], tuple[Transfer, Staged]] = OrderedDict()
         self._failed: dict[tuple[int, str, int], Staged] = {}
+        self._lock = threading.RLock()  # of the two maps of writes
 
     def add(self, bucket: Bucket, state_class: str, layout: BlockLayout, home: str) -> None:
         """Take the memory of a block at a tier in memory, or note that `reserve_records` will.
@@ -181,14 +187,15 @@ class BlockStore:
         A home that the CPU reaches is that buffer itself. With `wait`, writes under way are waited
         for if that frees staging.
         """
-        if self.in_place(block):
-            tensor = self._home(block, chunk)
-            return Staged(tensor, CompletedTransfer(ZEROED_LANE), None)
-        self._settle(block, chunk)
-        lease = self._staging(block.layout.chunk_nbytes[chunk], block.name, wait=wait)
-        if lease is None:
-            return None
-        return Staged(lease.tensor, CompletedTransfer(ZEROED_LANE), lease)
+        with self._lock:
+            if self.in_place(block):
+                tensor = self._home(block, chunk)
+                return Staged(tensor, CompletedTransfer(ZEROED_LANE), None)
+            self._settle(block, chunk)
+            lease = self._staging(block.layout.chunk_nbytes[chunk], block.name, wait=wait)
+            if lease is None:
+                return None
+            return Staged(lease.tensor, CompletedTransfer(ZEROED_LANE), lease)
 
     def start_load(self, block: Block, chunk: int, *, wait: bool = True) -> Staged | None:
         """Start to bring a chunk to where the CPU reaches it; None: there is no staging.
@@ -205,20 +212,21 @@ class BlockStore:
         self, blocks: Sequence[Block], chunk: int, *, wait: bool = True
     ) -> list[Staged] | None:
         """`start_load` of one chunk of several blocks: all of them, or None and nothing is held."""
-        held: list[Staged] = []
-        try:
-            for block in blocks:
-                staged = self.stage(block, chunk, wait=wait)
-                if staged is None:
-                    release_all(held)
-                    return None
-                held.append(staged)
-            for block, staged in zip(blocks, held, strict=True):
-                self._begin_load(block, chunk, staged)
-        except OffloadError:
-            release_all(held, self.deadline_seconds)
-            raise
-        return held
+        with self._lock:
+            held: list[Staged] = []
+            try:
+                for block in blocks:
+                    staged = self.stage(block, chunk, wait=wait)
+                    if staged is None:
+                        release_all(held)
+                        return None
+                    held.append(staged)
+                for block, staged in zip(blocks, held, strict=True):
+                    self._begin_load(block, chunk, staged)
+            except OffloadError:
+                release_all(held, self.deadline_seconds)
+                raise
+            return held
 
     def _begin_load(self, block: Block, chunk: int, staged: Staged) -> None:
         if self.in_place(block):
@@ -237,19 +245,20 @@ class BlockStore:
         Raises:
             OffloadError: the write could not be started; the buffer is kept for `retry_failed`.
         """
-        if self.in_place(block):
-            return
-        key = (block.bucket.index, block.state_class, chunk)
-        try:
-            if block.home == "device":
-                transfer = self.device.start_copy_in(self._home(block, chunk), staged.tensor)
-            else:
-                assert self.nvme is not None
-                transfer = self.nvme.start_write(block.records[chunk], staged.tensor)
-        except OffloadError:
-            self._failed[key] = staged
-            raise
-        self._writing[key] = (transfer, staged)
+        with self._lock:
+            if self.in_place(block):
+                return
+            key = (block.bucket.index, block.state_class, chunk)
+            try:
+                if block.home == "device":
+                    transfer = self.device.start_copy_in(self._home(block, chunk), staged.tensor)
+                else:
+                    assert self.nvme is not None
+                    transfer = self.nvme.start_write(block.records[chunk], staged.tensor)
+            except OffloadError:
+                self._failed[key] = staged
+                raise
+            self._writing[key] = (transfer, staged)
 
     def load(self, block: Block, chunk: int) -> Staged:
         """Bring a chunk to the CPU and wait for it.
@@ -281,10 +290,11 @@ class BlockStore:
         Raises:
             StorageError: it failed; its buffer is kept for `retry_failed`.
         """
-        if not self._writing:
-            return False
-        self._finish(next(iter(self._writing)))
-        return True
+        with self._lock:
+            if not self._writing:
+                return False
+            self._finish(next(iter(self._writing)))
+            return True
 
     def settle_ended(self) -> None:
         """Settle the oldest writes as far as they have ended; waits for none.
@@ -292,11 +302,12 @@ class BlockStore:
         Raises:
             StorageError: one failed; its buffer is kept for `retry_failed`.
         """
-        while self._writing:
-            key, (transfer, _) = next(iter(self._writing.items()))
-            if not transfer.done():
-                return
-            self._finish(key)
+        with self._lock:
+            while self._writing:
+                key, (transfer, _) = next(iter(self._writing.items()))
+                if not transfer.done():
+                    return
+                self._finish(key)
 
     def drain(self) -> None:
         """Wait for every write; raises the first error after all have settled.
@@ -304,16 +315,17 @@ class BlockStore:
         Raises:
             StorageError: a write failed; the buffers are kept for `retry_failed`.
         """
-        first: OffloadError | None = None
-        while self._writing:
-            try:
-                self.settle_one()
-            except DeadlineError:
-                raise
-            except OffloadError as error:
-                first = first or error
-        if first is not None:
-            raise first
+        with self._lock:
+            first: OffloadError | None = None
+            while self._writing:
+                try:
+                    self.settle_one()
+                except DeadlineError:
+                    raise
+                except OffloadError as error:
+                    first = first or error
+            if first is not None:
+                raise first
 
     def retry_failed(self) -> None:
         """Write again what an earlier write failed to bring home.
@@ -321,10 +333,11 @@ class BlockStore:
         Raises:
             StorageError: it failed again; everything is still kept.
         """
-        for key in list(self._failed):
-            bucket, state_class, chunk = key
-            self.start_store(self._blocks[bucket, state_class], chunk, self._failed.pop(key))
-        self.drain()
+        with self._lock:
+            for key in list(self._failed):
+                bucket, state_class, chunk = key
+                self.start_store(self._blocks[bucket, state_class], chunk, self._failed.pop(key))
+            self.drain()
 
     def _settle(self, block: Block, chunk: int) -> None:
         key = (block.bucket.index, block.state_class, chunk)
@@ -337,10 +350,11 @@ class BlockStore:
         transfer, staged = self._writing[key]
         try:
             transfer.wait(self.deadline_seconds)
+        except DeadlineError:
+            raise  # still in flight
         except OffloadError:
-            if transfer.done():
-                del self._writing[key]
-                self._failed[key] = staged
+            del self._writing[key]
+            self._failed[key] = staged
             raise
         del self._writing[key]
         staged.release()
@@ -348,7 +362,11 @@ class BlockStore:
     def _staging(self, nbytes: int, owner: str, *, wait: bool) -> HostLease | None:
         self.settle_ended()
         lease = self.host.try_lease(nbytes, owner)
-        while lease is None and wait and self.settle_one():
+        while lease is None and wait:
+            if not self.settle_one():
+                if not self._failed:
+                    return None
+                self.retry_failed()  # what could not be written holds staging
             lease = self.host.try_lease(nbytes, owner)
         return lease
 
@@ -366,10 +384,14 @@ class BlockStore:
 
 
 def release_all(held: Sequence[Staged], deadline_seconds: float = 0.0) -> None:
-    """Give staging back once its transfers have ended; a hung transfer keeps its buffer for good."""
+    """Give staging back once its transfers have ended; a hung transfer keeps its buffer for good.
+
+    All of them together get `deadline_seconds`.
+    """
+    deadline = time.monotonic() + deadline_seconds
     for staged in held:
         try:
-            staged.transfer.wait(deadline_seconds)
+            staged.transfer.wait(max(0.0, deadline - time.monotonic()))
         except OffloadError:
             if not staged.transfer.done():
                 continue
