@@ -77,7 +77,6 @@ if TYPE_CHECKING:
     )
     from offload.schedule.plan import Plan
     from offload.state.session import OffloadEngine, initialize
-    from offload.state.session import OffloadEngine, initialize
     from offload.telemetry import StepReport
 
 
