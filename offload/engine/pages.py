@@ -151,9 +151,12 @@ class PagedParameter:
         self.state.parameter.__class__ = parameter_class  # type: ignore[assignment]
 
     def wear_plain(self) -> None:
-        """One more holder vouches that the page stays: ops need no guard."""
+        """One more holder vouches that the page stays: ops need no guard while it is there.
+
+        A window of many pages may have lost its first when its last arrives: that one stays guarded.
+        """
         self.plain_depth += 1
-        if self.plain_depth == 1:
+        if self.plain_depth == 1 and self.page.residency is Residency.ON_DEVICE:
             self.wear(self.plain_class)
 
     def wear_guard(self) -> None:

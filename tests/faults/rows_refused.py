@@ -1,0 +1,401 @@
+"""Rows: what works inside `gathered()` and is an error outside, and what cannot be paged at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from offload.engine.build import build
+from offload.engine.engine import Engine
+from offload.errors import OffloadError
+from tests.faults.lab import Run, make_engine, row
+from tests.faults.modules import WIDTH, Block, Blocks, inputs, loss_of, weight
+
+
+def _gathered(run: Run, *, writable: bool = False) -> Any:
+    if run.engine is None:
+        return contextlib.nullcontext()
+    return run.offloaded.gathered(writable=writable)
+
+
+def _refused_unless_plain(run: Run, act: Callable[[], Any]) -> None:
+    """Outside `gathered()`: what PyTorch gives, or an OffloadError; never anything else."""
+    run.evict_all()
+    if run.engine is None:
+        act()
+        return
+    with pytest.raises(OffloadError):
+        act()
+
+
+def _two_blocks() -> nn.Module:
+    """So small that `gathered()` has room for all of it."""
+    return Blocks(2)
+
+
+@row("transforms", make=_two_blocks, pages=8)
+def torch_func(run: Run) -> None:
+    x = inputs()
+    run.train(loss_of(run(x)))
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(run.module, parameters, (x,)).square().mean()
+
+    def uses_weights() -> None:
+        named = dict(run.module.named_parameters())
+        run.record("grad", grad(loss)(named, x))
+        each = vmap(grad(loss), (None, 0))(named, x.unsqueeze(1))
+        run.record("per sample", each)
+
+    with _gathered(run):
+        uses_weights()
+    _refused_unless_plain(run, lambda: grad(loss)(dict(run.module.named_parameters()), x))
+    _refused_unless_plain(
+        run, lambda: vmap(lambda one: run.module.blocks[0].up.weight @ one)(x)
+    )
+    _refused_unless_plain(run, lambda: vmap(run.module)(x))
+    run.train(loss_of(run(x)))
+
+
+@row("dispatch", make=Blocks)
+def functional_call_without_transforms(run: Run) -> None:
+    for step in range(3):
+        half = {name: p * 0.5 for name, p in run.module.named_parameters()}
+        run.train(loss_of(functional_call(run.module, half, (inputs(step),))))
+
+
+@row("transforms", make=_two_blocks, pages=8)
+def jit_trace(run: Run) -> None:
+    x = inputs()
+    run.train(loss_of(run(x)))
+    block = run.module.blocks[0]
+    with _gathered(run), torch.no_grad():
+        traced = torch.jit.trace(block, x, check_trace=False)
+        run.record("traced", traced(x))
+    _refused_unless_plain(run, lambda: torch.jit.trace(run.module.blocks[1], x))
+    run.train(loss_of(run(x)))
+
+
+@row("closing", make=_two_blocks, pages=8, runs=("device", "host", "nvme"))
+def jit_script(run: Run) -> None:
+    x = inputs()
+    run.train(loss_of(run(x)))
+    linear = run.module.blocks[0].up
+    with run.offloaded.gathered(), torch.no_grad():
+        scripted = torch.jit.script(linear)
+        run.record("scripted", scripted(x))
+    run.evict_all()
+    if run.kind != "device":
+        with torch.no_grad():
+            # Compiled code sees the poison: it cannot be refused, and it cannot pass for a number.
+            try:
+                values = scripted(x)
+            except (OffloadError, RuntimeError):
+                pass
+            else:
+                assert values.isnan().all()
+    run.offloaded.close()
+    with pytest.raises(OffloadError):
+        linear(x)
+
+
+class Raw(torch.autograd.Function):
+    """x * w for a vector w, through pointers in forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, address: int, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.address = address
+        return x * _at(address)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        (x,) = ctx.saved_tensors
+        return g * _at(ctx.address), None, (g * x).sum(0)
+
+
+def _at(address: int) -> torch.Tensor:
+    values = (ctypes.c_float * WIDTH).from_address(address)
+    return torch.tensor(list(values))
+
+
+class Extension(nn.Module):
+    """As a C++ extension: the pointer is taken once, from a module that does not know the engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.big = weight(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            address = self.big.data_ptr()
+        return Raw.apply(x, address, self.big[0])
+
+
+class WithExtension(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Blocks(2)
+        self.extension = nn.Sequential(Extension())
+        self.last = Blocks(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.extension(self.first(x)))
+
+
+@row("gather", make=WithExtension, pages=3, guard={"gather": ["extension"]})
+def extension_in_a_gathered_module(run: Run) -> None:
+    for step in range(4):
+        run.train(loss_of(run(inputs(step))))
+
+
+@row("set_data", "dispatch", make=Blocks)
+def new_data(run: Run) -> None:
+    run.train(loss_of(run(inputs())))
+    values = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(7))
+    run.module.blocks[0].up.weight.data = values
+    run.record("data", run.module.blocks[0].up.weight.data)
+    run.module.blocks[0].up.weight.data = run.module.blocks[0].up.weight.data
+    run.evict_all()
+    run.train(loss_of(run(inputs(1))))
+    run.module.float()
+    run.module.to("cpu")
+    run.module.cpu()
+    run.module.type(torch.float32)
+    run.record("weights", run.weights())
+    if run.engine is not None:
+        for act in (
+            run.module.half,
+            run.module.double,
+            lambda: run.module.to(torch.bfloat16),
+            lambda: run.module.to("meta"),
+            lambda: run.module.to_empty(device="cpu"),
+            lambda: setattr(run.module.blocks[0].up.weight, "data", torch.zeros(3)),
+        ):
+            _keeps_or_refuses(run, act)
+    values.fill_(9.0)  # the engine has its own memory
+    run.module.zero_grad()
+    run.train(loss_of(run(inputs(2))))
+
+
+def _keeps_or_refuses(run: Run, act: Callable[[], Any]) -> None:
+    before = run.weights()
+    try:
+        act()
+    except OffloadError:
+        pass
+    else:
+        raise AssertionError("a conversion of a laid-out parameter went through")
+    after = run.weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@row("refused", make=Blocks)
+def memory_that_belongs_to_the_engine(run: Run) -> None:
+    run.train(loss_of(run(inputs())))
+    if run.engine is not None:
+        target = run.module.blocks[0].up.weight
+        for act in (
+            target.share_memory_,
+            run.module.share_memory,
+            lambda: target.detach().set_(torch.zeros(3)),
+            lambda: target.data.resize_(3),
+            lambda: target.data.resize_as_(torch.zeros(3)),
+        ):
+            run.evict_all()
+            with pytest.raises(OffloadError):
+                act()
+    run.train(loss_of(run(inputs(1))))
+
+
+class Doubled(torch.Tensor):
+    """A wrapper subclass: its bytes are in another tensor."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Doubled:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def bare(value: Any) -> Any:
+            return value.inner if isinstance(value, Doubled) else value
+
+        result = func(*torch.utils._pytree.tree_map(bare, args), **(kwargs or {}))
+        if func is torch.ops.aten.detach.default:
+            return Doubled(result)
+        return result
+
+
+class WithSubclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = Blocks()
+        self.special = nn.Parameter(Doubled(torch.randn(WIDTH, WIDTH)), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x @ self.special)
+
+
+def _with_subclass_warning(module: nn.Module) -> nn.Module:
+    return module
+
+
+@row("resident", make=WithSubclass, runs=("plain",))
+def tensor_subclass_parameters(run: Run) -> None:
+    # The engines are made here, because making them warns.
+    losses = []
+    for kind in ("plain", "device", "host", "nvme"):
+        torch.manual_seed(0)
+        module = WithSubclass()
+        if kind == "plain":
+            engine = None
+        else:
+            (run.folder / kind).mkdir()
+            with pytest.warns(UserWarning, match=r"special") as caught:
+                engine = make_engine(module, kind, run.folder / kind)
+            assert len(caught) == 1, [str(w.message) for w in caught]
+            assert engine.report().tiers["device"].used_bytes >= WIDTH * WIDTH * 4
+        inner = Run(kind, module, engine, run.folder, run.row)
+        for step in range(3):
+            inner.train(loss_of(inner(inputs(step))))
+        losses.append([values for _, values in inner.records])
+        if engine is not None:
+            engine.close()
+    for other in losses[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(losses[0], other, strict=True))
+
+
+class Slotted(nn.Parameter):
+    """A parameter class with slots: the class of an instance can only be one of the same layout."""
+
+    __slots__ = ("group", "tag")
+
+
+class WithSlots(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = Blocks()
+        self.slotted = Slotted(torch.randn(WIDTH, WIDTH) / 6)
+        self.slotted.tag = "kept"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.slotted.tag == "kept"
+        assert isinstance(self.slotted, Slotted)
+        return self.blocks(x @ self.slotted)
+
+
+@row("guard_per_class", make=WithSlots, runs=("plain",))
+def parameter_class_with_slots(run: Run) -> None:
+    losses = []
+    for kind in ("plain", "device", "host", "nvme"):
+        torch.manual_seed(0)
+        module = WithSlots()
+        engine = None
+        if kind != "plain":
+            (run.folder / kind).mkdir()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # resident, if this class cannot be guarded
+                engine = make_engine(module, kind, run.folder / kind)
+        inner = Run(kind, module, engine, run.folder, run.row)
+        for step in range(3):
+            inner.train(loss_of(inner(inputs(step))))
+        losses.append([values for _, values in inner.records])
+        if engine is not None:
+            engine.close()
+    for other in losses[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(losses[0], other, strict=True))
+
+
+@row("collect_check", make=Blocks, runs=("plain",))
+def lazy_and_meta_modules(run: Run) -> None:
+    lazy = nn.Sequential(nn.LazyLinear(WIDTH), nn.Linear(WIDTH, WIDTH))
+    with pytest.raises(OffloadError, match="run one forward"):
+        make_engine(lazy, "device", run.folder)
+    lazy(inputs())
+    make_engine(lazy, "device", run.folder).close()
+    with torch.device("meta"):
+        module = Blocks()
+    with pytest.raises(OffloadError, match=r"blocks\.0\.up\.weight is on the meta device"):
+        make_engine(module, "device", run.folder)
+    assert build
+    assert Engine
+
+
+def _compiled(backend: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        module = Blocks()
+        module.blocks[1] = torch.compile(module.blocks[1], backend=backend)  # type: ignore[assignment]
+        module.blocks[2].compile(backend=backend)
+        return module
+
+    return make
+
+
+def _compiled_before(run: Run) -> None:
+    for step in range(3):
+        run.train(loss_of(run(inputs(step))))
+    with torch.no_grad():
+        run.record("evaluated", run(inputs(9)))
+
+
+@row("gather", make=_compiled("eager"), pages=6)
+def compiled_before_with_eager(run: Run) -> None:
+    _compiled_before(run)
+
+
+@row("gather", make=_compiled("aot_eager"), pages=6)
+def compiled_before_with_aot_eager(run: Run) -> None:
+    _compiled_before(run)
+
+
+@row("dispatch", make=Blocks, pages=6)
+def compiled_after(run: Run) -> None:
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(run.module.blocks[1], backend=backend)
+        for step in range(2):
+            x = inputs(step)
+            try:
+                loss = loss_of(run.module.blocks[3](compiled(run.module.blocks[0](x))))
+            except OffloadError:
+                assert run.engine is not None
+                return
+            run.train(loss)
+
+
+def _one_op_over_budget() -> nn.Module:
+    module = nn.Module()
+    module.weights = nn.ParameterList(weight(WIDTH, WIDTH) for _ in range(6))
+    module.block = Block()
+    module.forward = lambda x: module.block(x)  # type: ignore[method-assign]
+    return module
+
+
+@row("pins", make=_one_op_over_budget, runs=("host", "nvme"))
+def op_that_exceeds_the_budget(run: Run) -> None:
+    for _ in range(2):
+        with pytest.raises(OffloadError) as caught:
+            torch.stack(list(run.module.weights))
+        text = str(caught.value)
+        assert "stack" in text, text
+        assert "weights.0" in text, text
+        assert "24.0 KiB" in text or "24576" in text, text
+        with pytest.raises(OffloadError), run.offloaded.gathered():
+            pass
+        run.check_at_rest()
+        run.record("one", run.module.weights[3])
+        run.train(run.module.block(inputs()).square().mean())
