@@ -151,10 +151,10 @@ class IoEngine:
     """Asynchronous reads, writes and copies on its own threads; several per process are fine.
 
     `backend` is the one chosen. A request is cut in blocks of `block_bytes`, of which `queue_depth`
-    are in flight at once. `threads` do the system calls (backends threads and python) or the
-    checksums (the others), `copy_threads` the memory copies. Requests are started in order, reads
-    and writes taking turns; they end in any order. `fault` is the hook of tests, see
-    [Note: fault specification].
+    are in flight at once; the defaults were measured with tools/bench/io.py. `threads` do the
+    system calls (backends threads and python) or the checksums (the others), `copy_threads` the
+    memory copies. Requests are started in order, reads and writes taking turns; they end in any
+    order. `fault` is the hook of tests, see [Note: fault specification].
 
     Raises:
         ConfigError: a setting is out of range, or `fault` cannot be read.
@@ -167,9 +167,9 @@ class IoEngine:
         self,
         *,
         backend: Backend = "auto",
-        queue_depth: int = 32,
+        queue_depth: int = 16,
         threads: int = 4,
-        block_bytes: int = 4 << 20,
+        block_bytes: int = 8 << 20,
         copy_threads: int = 1,
         fault: str | None = None,
     ) -> None:

@@ -27,9 +27,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from offload.native import BACKENDS, IoEngine, IoFile, crc32c
+from offload.native import IoEngine, IoFile, crc32c
+from offload.native.engine import Backend
 
 MODES = ("read", "write", "mixed")
 MIB = 1 << 20
@@ -138,37 +139,48 @@ def make_python_contender(block_bytes: int, num_threads: int, *, checksum: bool)
     return run
 
 
-def make_c_contender(binary: Path, block_bytes: int, num_threads: int) -> Contender:
-    """A plain pool of C threads (plain_pool.c), in a process of its own."""
+def make_c_contender(pool: ctypes.CDLL, block_bytes: int, num_threads: int) -> Contender:
+    """A plain pool of C threads (plain_pool.c), on the same memory as all."""
 
     def run(work: Workload, mode: str) -> Sample:
-        numbers = [str(n) for n in (work.nbytes, block_bytes, num_threads)]
-        command = [str(binary), mode, str(work.source), str(work.target), *numbers]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        seconds, cpu = out.split()
-        return Sample(float(seconds), float(cpu))
+        source = os.open(work.source, os.O_RDONLY | os.O_DIRECT)
+        target = os.open(work.target, os.O_RDWR | os.O_DIRECT)
+        cpu, began = cpu_seconds(), time.perf_counter()
+        num_failed = pool.plain_pool(
+            mode[0].encode(), source, target, work.address, work.nbytes, block_bytes, num_threads
+        )
+        sample = Sample(time.perf_counter() - began, cpu_seconds() - cpu)
+        os.close(source)
+        os.close(target)
+        if num_failed:
+            raise RuntimeError(f"{num_failed} blocks failed")
+        return sample
 
     return run
 
 
-def build_plain_pool(folder: Path) -> Path | None:
-    """Compile plain_pool.c; None without a C compiler."""
+def build_plain_pool(folder: Path) -> ctypes.CDLL | None:
+    """Compile and load plain_pool.c; None without a C compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
+        print("no C compiler: no plain C pool", file=sys.stderr)
         return None
-    binary = folder / "plain_pool"
+    built = folder / "plain_pool.so"
     source = Path(__file__).with_name("plain_pool.c")
-    subprocess.run([compiler, "-O2", "-pthread", str(source), "-o", str(binary)], check=True)
-    return binary
+    command = [compiler, "-O2", "-shared", "-fPIC", "-pthread", str(source), "-o", str(built)]
+    subprocess.run(command, check=True)
+    pool = ctypes.CDLL(str(built))
+    numbers = (ctypes.c_char, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+    pool.plain_pool.argtypes = (*numbers, ctypes.c_long, ctypes.c_long, ctypes.c_int)
+    return pool
 
 
 def make_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     """All contenders by name. Those that start with "plain" are what the engine is measured by."""
     contenders: dict[str, Contender] = {}
     probed = IoEngine.probe()
-    for backend in BACKENDS:
-        if probed[backend] != "ok":
-            print(f"{backend}: {probed[backend]}", file=sys.stderr)
+    for backend in get_args(Backend):
+        if probed.get(backend) != "ok":
             continue
         engine = IoEngine(
             backend=backend,
@@ -191,9 +203,10 @@ def make_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Contend
     contenders["plain Python pool, 4 MiB, checksum"] = make_python_contender(
         4 * MIB, args.threads, checksum=True
     )
-    binary = build_plain_pool(folder)
-    if binary is not None:
-        contenders["plain C pool, 4 MiB"] = make_c_contender(binary, 4 * MIB, args.threads)
+    pool = build_plain_pool(folder)
+    if pool is not None:
+        for mib in (4, 8):
+            contenders[f"plain C pool, {mib} MiB"] = make_c_contender(pool, mib * MIB, args.threads)
     return contenders
 
 
@@ -272,8 +285,8 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024, help="moved in each run")
     parser.add_argument("--request-mib", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--queue-depth", type=int, default=32)
-    parser.add_argument("--block-mib", type=int, default=4)
+    parser.add_argument("--queue-depth", type=int, default=16)
+    parser.add_argument("--block-mib", type=int, default=8)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--only", default="", help="contenders whose name contains this; | = or")
     args = parser.parse_args()
