@@ -98,7 +98,7 @@ def save_checkpoint(
         )
         durable.write_file(pending / manifest.MANIFEST_NAME, manifest.encode(content))
         final = folders.publish(pending, root, name)
-    durable.write_file(root / "LATEST", f"{name}\n".encode())
+    folders.write_hint(root, name)
     return final
 
 

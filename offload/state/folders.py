@@ -24,6 +24,8 @@ from offload.state import durable, manifest
 
 PENDING_PREFIX = ".tmp-"
 REPLACED_PREFIX = ".old-"
+HINT_NAME = "LATEST"
+_SUFFIX_BYTES = 4  # of randomness behind a name, as hexadecimal digits
 
 
 @contextlib.contextmanager
@@ -46,7 +48,7 @@ def pending_folder(root: Path, tag: str) -> Iterator[Path]:
 
 def _create_locked(root: Path, tag: str) -> tuple[Path, int]:
     while True:
-        folder = root / f"{PENDING_PREFIX}{tag}-{os.getpid()}-{secrets.token_hex(4)}"
+        folder = root / f"{PENDING_PREFIX}{tag}-{os.getpid()}-{secrets.token_hex(_SUFFIX_BYTES)}"
         folder.mkdir(mode=durable.PRIVATE_FOLDER_MODE)
         # A sweep of another process may remove the folder before the lock is held: then make
         # another.
@@ -85,13 +87,33 @@ def publish(pending: Path, root: Path, tag: str) -> Path:
         )
     with durable.storage_errors("rename", pending, what=tag):
         if final.exists():
-            replaced = root / f"{REPLACED_PREFIX}{tag}-{secrets.token_hex(4)}"
+            replaced = root / f"{REPLACED_PREFIX}{tag}-{secrets.token_hex(_SUFFIX_BYTES)}"
             final.rename(replaced)
         pending.rename(final)
     durable.sync_folder(root)
     if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first: killed half-way, what is left is no checkpoint."""
+    with contextlib.suppress(OSError):
+        (folder / manifest.MANIFEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_hint(root: Path, tag: str) -> None:
+    """Name the newest checkpoint in ``LATEST``.
+
+    Raises:
+        StorageError: it cannot be replaced; the checkpoint itself stands.
+    """
+    with pending_folder(root, HINT_NAME) as pending:
+        durable.write_file(pending / HINT_NAME, f"{tag}\n".encode())
+        with durable.storage_errors("rename", root / HINT_NAME, what=HINT_NAME):
+            (pending / HINT_NAME).rename(root / HINT_NAME)
+    durable.sync_folder(root)
 
 
 def sweep(root: Path) -> None:
@@ -106,10 +128,10 @@ def sweep(root: Path) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
                     os.close(lock)
         elif folder.name.startswith(REPLACED_PREFIX):
+            tag = folder.name[len(REPLACED_PREFIX) : -1 - 2 * _SUFFIX_BYTES]
             with contextlib.suppress(CheckpointError):
-                tag = manifest.read(folder).tag
-                if manifest.read(root / tag).tag == tag:
-                    shutil.rmtree(folder, ignore_errors=True)
+                manifest.read(root / tag)
+                _remove(folder)
 
 
 def subfolders(root: Path) -> list[Path]:

@@ -331,7 +331,7 @@ def test_order_of_syncs_and_renames(tmp_path, small_engine, monkeypatch):
         "sync .state", "rename .state", "sync .tmp",
         "sync .manifest.json", "rename .manifest.json", "sync .tmp",
         "rename .tmp", "sync run",
-        "sync .LATEST", "rename .LATEST", "sync run",
+        "sync .LATEST", "rename .LATEST", "sync .tmp", "rename LATEST", "sync run",
     ]  # fmt: skip
 
 
