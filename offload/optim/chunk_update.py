@@ -141,9 +141,9 @@ def _follow_edit(weight: Any, master: Any) -> None:
 
 
 class OptimizerUpdate(ChunkUpdate):
-    """Runs a torch optimizer on whole parameters in fp32; every chunk is a whole bucket.
+    """Runs a torch optimizer on whole parameters in fp32, one by one; every chunk is a whole bucket.
 
-    The fp32 copies of parameters and gradients are `scratch_bytes` at most.
+    A complex parameter is stepped as the pairs of its parts, as torch's own optimizers do inside.
     """
 
     def __init__(
@@ -155,8 +155,11 @@ class OptimizerUpdate(ChunkUpdate):
 
     @staticmethod
     def scratch_bytes(bucket: Bucket) -> int:
-        """Bytes of the fp32 copies while a bucket is updated: parameter and gradient."""
-        return 2 * bucket.numel * torch.float32.itemsize
+        """Bytes beside the staged state: copies and temporaries in fp32 of the largest parameter.
+
+        Parameter, gradient, and two more for the arithmetic of conversions and of the optimizer.
+        """
+        return 4 * max(slot.numel for slot in bucket.slots) * torch.float32.itemsize
 
     @property
     def scalars(self) -> dict[int, dict[str, Any]]:
@@ -165,14 +168,16 @@ class OptimizerUpdate(ChunkUpdate):
 
     def update(self, work: ChunkWork, settings: StepSettings) -> ParameterState | None:
         """See `ChunkUpdate.update`."""
-        updates = [self._gathered(work, segment, settings) for segment in work.segments]
-        self._rule.step_bucket(updates)
         not_finite = None
-        for segment, update in zip(work.segments, updates, strict=True):
+        for segment in work.segments:
             state = self._parameters[segment.param]
+            update = self._gathered(work, segment, settings)
+            self._rule.step_bucket([update])
             self._scalars[segment.param] = update.scalars
-            flat = memory_order(update.parameter, state)
-            if not self._scattered(work, segment, flat):
+            values = update.parameter.detach()
+            if state.parameter.dtype.is_complex:
+                values = torch.view_as_complex(values)
+            if not self._scattered(work, segment, memory_order(values, state)):
                 not_finite = not_finite or state
         return not_finite
 
@@ -183,9 +188,9 @@ class OptimizerUpdate(ChunkUpdate):
             for name, place in self._fields(work)
         }
         values = master_values(tensors, edited=state.edited)
-        parameter = module_order(values, state).detach().requires_grad_()
+        parameter = real_parts(module_order(values, state)).requires_grad_()
         gradient = tensors["gradient"].float() * settings.gradient_scale
-        parameter.grad = module_order(gradient, state)
+        parameter.grad = real_parts(module_order(gradient, state))
         layout = self._store.block(work.bucket.index, "optimizer").layout
         assert isinstance(layout, TensorLayout)
         return GenericUpdate(
@@ -202,6 +207,11 @@ class OptimizerUpdate(ChunkUpdate):
             for name, place in self._fields(work)
         }
         return set_master_values(tensors, values.detach())
+
+
+def real_parts(values: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers, with one dimension more; others as they are."""
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def master_values(tensors: Mapping[str, torch.Tensor], *, edited: bool) -> torch.Tensor:
