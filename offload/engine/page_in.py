@@ -85,6 +85,11 @@ class PageIn:
             raise
         self.advance()
 
+    def settle(self) -> None:
+        """After `finish`: wait for the last copies and give their staging back."""
+        while self._copying:
+            self._end_copy()
+
     @property
     def _all_started(self) -> bool:
         return self._next_chunk == len(self._block.layout.chunk_nbytes)

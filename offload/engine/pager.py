@@ -368,6 +368,9 @@ class Pager:
         if loading is not None:
             self._bind(loading)
             return
+        if self._draining:
+            self._draining.pop(0).settle()
+            return
         if has_room:
             raise self._store.no_staging([page.block], 0)
         raise BudgetError(
@@ -498,8 +501,7 @@ class Pager:
                     for parameter in page.parameters:
                         parameter.wear(parameter.guard_class)
             for page_in in self._draining:
-                while not page_in.advance():
-                    page_in.finish()
+                page_in.settle()
 
 
 def _checksum(parameter: PagedParameter) -> int:

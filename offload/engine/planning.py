@@ -88,14 +88,20 @@ def _on_meta(path: Path) -> nn.Module:
     return module
 
 
+def device_is_host_memory(config: OffloadConfig) -> bool:
+    """Whether the device tier is a part of host memory, because there is no accelerator."""
+    kind = config.tiers.device.kind
+    return kind == "cpu" or (kind == "auto" and not torch.cuda.is_available())
+
+
 def available_device_bytes(config: OffloadConfig) -> int:
     """The device budget in bytes: what the configuration says, or a share of what is free now."""
     memory = config.tiers.device.memory
     if memory != "auto":
         return memory
-    kind = config.tiers.device.kind
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+    if device_is_host_memory(config):
         return int(available_host_bytes() * HOST_SHARE * _CPU_DEVICE_SHARE)
+    kind = config.tiers.device.kind
     device = torch.device("cuda" if kind == "auto" else kind)
     return int(torch.cuda.mem_get_info(device)[0] * _CUDA_DEVICE_SHARE)
 
@@ -106,21 +112,18 @@ def available_arena_bytes(config: OffloadConfig) -> int:
     if memory != "auto":
         return memory
     available = int(available_host_bytes() * HOST_SHARE)
-    kind = config.tiers.device.kind
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+    if device_is_host_memory(config):
         return max(available - available_device_bytes(config), 1)
     return available
 
 
 def describe_machine(config: OffloadConfig, nvme_bytes: int | None) -> Machine:
     """The budgets as the planner takes them; `nvme_bytes` None: the tier is not used."""
-    kind = config.tiers.device.kind
-    on_cpu = kind == "cpu" or (kind == "auto" and not torch.cuda.is_available())
     return Machine(
         device_bytes=available_device_bytes(config),
         host_bytes=available_arena_bytes(config),
         nvme_bytes=nvme_bytes,
-        host_addressable=on_cpu,
+        host_addressable=device_is_host_memory(config),
         nvme_mode=config.tiers.nvme.mode,
         staging=Staging(update=_UPDATE_DEPTH if config.overlap.optimizer else 1),
     )

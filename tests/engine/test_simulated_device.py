@@ -1,0 +1,109 @@
+"""The way of an accelerator, on the CPU: a device that host code cannot address.
+
+The simulated device's copies end in random order, and their targets hold NaNs until then, so a wait
+that is missing shows as a wrong number. What is checked here is what a GPU would have to show.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.engine import build, planning
+from offload.tiers.host import HostArena
+from offload.tiers.simulated import LaneModel, SimulatedDeviceTier, SimulatedIo, VirtualClock
+
+STEPS = 4
+ON_DEVICE = {"weights": "device", "gradients": "device", "optimizer": "device"}
+PLACEMENTS = {
+    "device": ON_DEVICE,
+    "host": {"weights": "host", "gradients": "host", "optimizer": "host"},
+    "nvme": {"weights": "nvme", "gradients": "nvme", "optimizer": "nvme"},
+    "mixed": {"weights": "host", "gradients": "device", "optimizer": "nvme"},
+}
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines get a simulated accelerator for their device tier."""
+
+    def open_device_tier(
+        kind: str, budget_bytes: int, io: object, *, deadline_seconds: float
+    ) -> SimulatedDeviceTier:
+        del kind, io, deadline_seconds
+        slow = LaneModel(bytes_per_second=1e9, latency_seconds=1e-4, jitter_seconds=1e-3)
+        simulated = SimulatedIo(VirtualClock(), lanes={"h2d": slow, "d2h": slow}, seed=3)
+        return SimulatedDeviceTier(budget_bytes, simulated, host_addressable=False)
+
+    monkeypatch.setattr(planning, "device_is_host_memory", lambda config: False)
+    monkeypatch.setattr(build, "open_device_tier", open_device_tier)
+    monkeypatch.setattr(HostArena, "page_lock", lambda arena: None)
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [
+        layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())
+    ]
+    return nn.Sequential(nn.Embedding(64, 64), *blocks, nn.Linear(64, 64))
+
+
+def train(path: Path, placement: dict[str, str], compute: str, accumulation: int) -> Any:
+    """Losses and full state after `STEPS` steps."""
+    config = {
+        "tiers": {
+            "device": {"kind": "cpu", "memory": "1MiB" if "device" in placement.values() else "200KiB"},
+            "host": {"memory": "8MiB"},
+            "nvme": {"paths": [str(path)]},
+        },
+        "placement": placement,
+        "precision": {"compute": compute},
+        "partition": {"bucket_elements": 8192},
+        "training": {"gradient_accumulation_steps": accumulation, "max_grad_norm": 1.0},
+        "optimizer": {"lr": 1e-2},
+    }
+    ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    losses = []
+    with offload.initialize(make_model(), config) as engine:
+        for micro_step in range(STEPS * accumulation):
+            logits = engine(ids[micro_step % 4 :]).float()
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[micro_step % 4 :].flatten())
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses, dict(engine.named_state()), engine.report()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("placement", list(PLACEMENTS))
+def test_an_accelerator_gives_the_bits_of_host_memory(
+    placement: str,
+    compute: str,
+    accumulation: int,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    losses, state, _ = train(tmp_path, ON_DEVICE, compute, accumulation)
+    request.getfixturevalue("accelerator")
+    simulated_losses, simulated_state, report = train(
+        tmp_path, PLACEMENTS[placement], compute, accumulation
+    )
+    assert simulated_losses == losses
+    for name, tensors in state.items():
+        for field, tensor in tensors.items():
+            assert torch.equal(simulated_state[name][field], tensor), (name, field)
+    assert report.lanes["d2h"].bytes > 0, "gradients have left the device"
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_missing_wait_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1)
+    monkeypatch.setattr(SimulatedDeviceTier, "make_current_wait", lambda tier, transfer: None)
+    hasty_losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1)
+    assert hasty_losses != losses
