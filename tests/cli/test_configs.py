@@ -1,4 +1,4 @@
-"""The files in configs/ are complete: they load, name a model that exists, and fit their budgets."""
+"""The files in configs/ are complete: they load, name a real model, and fit their budgets."""
 
 from __future__ import annotations
 
