@@ -31,7 +31,15 @@ from offload.engine.optimizer import OffloadOptimizer, configured_groups
 from offload.engine.pages import PagedParameter, forget
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
-from offload.engine.windows import GatheredWindow, RootWindow, Window, gathered_modules, install
+from offload.engine.windows import (
+    FusedWindow,
+    GatheredWindow,
+    RootWindow,
+    Window,
+    fused_modules,
+    gathered_modules,
+    install,
+)
 from offload.errors import EngineStateError, NonFiniteError, OffloadError, StorageError
 from offload.optim.chunk_update import StepSettings
 from offload.optim.clipping import clip_coefficient, global_norm, square_sum
@@ -243,6 +251,7 @@ class Engine:
         parameters, "gradient" if one has arrived (unscaled by the loss scale).
         """
         for state in self._parts.parameters:
+            self._check_open()
             yield state.name, self._full_state(state)
 
     def set_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -406,6 +415,10 @@ class Engine:
         for name, module in gathered.items():
             every = self._paged_of(module.parameters(), by_parameter)
             windows.append(GatheredWindow(module, name, every, self._parts.pager))
+        for name, module in fused_modules(self.module).items():
+            every = self._paged_of(module.parameters(), by_parameter)
+            if every and id(module) not in below:
+                windows.append(FusedWindow(module, name, every, self._parts.pager))
         resident = [p for p in self._parts.paged if not p.page.is_paged]
         return windows, RootWindow(self.module, resident, self._parts.pager)
 

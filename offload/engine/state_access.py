@@ -134,17 +134,19 @@ class StateAccess:
             state.edited = False
 
     def master(self, state: ParameterState) -> torch.Tensor:
-        """The fp32 values of a parameter, as the optimizer sees them."""
+        """The fp32 values of a parameter, complex ones as they are: what the optimizer updates."""
         weight = self.read(state, "weight")
         for name in COMPLETIONS:
             if name in self.fields(state):
                 rest = self.read(state, name)
                 return rest if name == "master" else merge_tensor(weight, rest)
-        return weight.float()
+        return weight if weight.is_complex() else weight.float()
 
     def set_master(self, state: ParameterState, values: torch.Tensor) -> None:
         """Set the weight, and what completes it, from fp32 values of the parameter's shape."""
-        values = values.detach().to(device="cpu", dtype=torch.float32)
+        values = values.detach().cpu()
+        if not state.parameter.dtype.is_complex:
+            values = values.float()
         fields = self.fields(state)
         if "remainder" in fields:
             high, low = split_tensor(values)
