@@ -146,7 +146,10 @@ def settings(
     bucket_elements: int = 4096,
     **sections: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A configuration with all state in one tier; `sections` override whole entries of sections."""
+    """A configuration with all state in one tier; `sections` override what they name.
+
+    A section with a `name` replaces all that there is.
+    """
     config: dict[str, dict[str, Any]] = {
         "tiers": {
             "device": {"kind": "cpu", "memory": device},
@@ -159,7 +162,8 @@ def settings(
         "partition": {"bucket_elements": bucket_elements},
     }
     for name, section in sections.items():
-        config[name] = {**config.get(name, {}), **section}
+        inherited = {} if "name" in section else config.get(name, {})
+        config[name] = {**inherited, **section}
     return config
 
 
