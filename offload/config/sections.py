@@ -59,6 +59,15 @@ def _as_activation_tier(value: object) -> object:
     return value
 
 
+def _as_nvme_mode(value: object) -> object:
+    if value == "atomic":
+        raise ValueError(
+            "'atomic' comes with instant checkpoints, which this version does not have: the only "
+            "value is 'roll_forward', in which an interrupted step is completed by the next step()"
+        )
+    return value
+
+
 SizeOrAuto = Annotated[
     int | Literal["auto"], PlainValidator(parse_size_or_auto), WithJsonSchema(_SIZE_SCHEMA)
 ]
@@ -111,10 +120,9 @@ class NvmeTierSection(Section):
     paths are relative to the current directory."""
     capacity: SizeOrAuto = "auto"
     """Most bytes to allocate over all paths. `auto`: what the plan needs."""
-    mode: Literal["roll_forward", "atomic"] = "roll_forward"
-    """How new state replaces old. `roll_forward`: a few spare extents, a step interrupted by an
-    error is completed by the next `step()`. `atomic`: twice the space, the last committed state
-    stays intact."""
+    mode: Annotated[Literal["roll_forward"], BeforeValidator(_as_nvme_mode)] = "roll_forward"
+    """How new state replaces old. `roll_forward`: into a few spare extents; a step interrupted by an
+    error is completed by the next `step()`."""
 
 
 class TiersSection(Section):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.config import OffloadConfig
+from offload.config import OffloadConfig, available_host_bytes
 from offload.engine.collect import Collection, collect, convert_buffers
 from offload.engine.gradients import GradientHome
 from offload.engine.guard import GuardedTensor, guard_class_of
@@ -28,7 +28,7 @@ from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage, register
 from offload.engine.planning import OptimizerFactory, choose_rule, describe_machine, plan_module
 from offload.engine.poison import poison_storage
-from offload.errors import UnsupportedPlatformError
+from offload.errors import DoesNotFitError, UnsupportedPlatformError, format_bytes
 from offload.native import IoEngine
 from offload.optim.chunk_update import ChunkUpdate, KernelUpdate, OptimizerUpdate
 from offload.optim.generic import GenericRule
@@ -75,7 +75,7 @@ class Parts:
     streamed: StreamedStep
     updater: ChunkUpdate
     rule: UpdateRule | GenericRule
-    prototype: torch.optim.Optimizer | None
+    groups: list[dict[str, Any]]
     meter: LaneMeter
     closing: contextlib.ExitStack = field(repr=False)
 
@@ -118,12 +118,32 @@ def build(module: nn.Module, config: OffloadConfig, optimizer: OptimizerFactory 
         io = open_io(config)
         closing.callback(io.close)
         nvme = _open_nvme(config, io, closing)
-        rule, groups, prototype = choose_rule(collection, config, optimizer)
+        rule, groups = choose_rule(collection, config, optimizer)
         machine = describe_machine(config, None if nvme is None else nvme.bytes_free())
         plan = plan_module(collection, config, machine, rule, groups)
         plan.require_fit()
+        _require_memory(plan, machine)
         return _reserve_and_move(
-            module, config, collection, plan, machine, (io, nvme), (rule, prototype), closing
+            module, config, collection, plan, machine, (io, nvme), (rule, groups), closing
+        )
+
+
+def _require_memory(plan: Plan, machine: Machine) -> None:
+    """Refuse budgets that the machine does not have, before anything is allocated.
+
+    Raises:
+        DoesNotFitError: the plan's peak exceeds the host memory that is available now.
+    """
+    needed = plan.peak_bytes["host"]
+    if machine.host_addressable:
+        needed += plan.peak_bytes["device"]
+    available = available_host_bytes()
+    if needed > available:
+        raise DoesNotFitError(
+            fact=f"the plan holds up to {format_bytes(needed)} of host memory, of which "
+            f"{format_bytes(available)} are available under the machine's and its cgroup's limits",
+            table=f"{plan}\nlower tiers.host.memory and tiers.device.memory, and name "
+            "tiers.nvme.paths to take the rest",
         )
 
 
@@ -152,11 +172,11 @@ def _reserve_and_move(
     plan: Plan,
     machine: Machine,
     disks: tuple[IoEngine, NvmeStore | None],
-    rules: tuple[UpdateRule | GenericRule, torch.optim.Optimizer | None],
+    rules: tuple[UpdateRule | GenericRule, list[dict[str, Any]]],
     closing: contextlib.ExitStack,
 ) -> Parts:
     io, nvme = disks
-    rule, prototype = rules
+    rule, groups = rules
     deadline = config.io.deadline_seconds
     host = HostArena(max(machine.host_bytes, 1 << 16))
     closing.callback(host.close)
@@ -218,7 +238,7 @@ def _reserve_and_move(
         meter=meter,
         updater=updater,
         rule=rule,
-        prototype=prototype,
+        groups=groups,
         closing=closing.pop_all(),
     )
 

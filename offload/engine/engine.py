@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.config import OffloadConfig
 from offload.engine.build import Parts
-from offload.engine.optimizer import OffloadOptimizer, configured_groups
+from offload.engine.optimizer import OffloadOptimizer
 from offload.engine.pages import PagedParameter, forget
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
@@ -382,14 +382,8 @@ class Engine:
         return self.plan.buckets[state.bucket].trainable
 
     def _make_optimizer(self) -> OffloadOptimizer:
-        if self._parts.prototype is not None:
-            groups = [dict(group) for group in self._parts.prototype.param_groups]
-            defaults = dict(self._parts.prototype.defaults)
-        else:
-            groups, defaults = configured_groups(self.config.optimizer, self._trainable)
         optimizer = OffloadOptimizer(
-            groups,
-            defaults,
+            self._parts.groups,
             take_step=self._take_step,
             forget_gradients=self._zero_grad,
         )

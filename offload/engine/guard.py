@@ -123,6 +123,7 @@ def _metadata() -> frozenset[object]:
 _METADATA = _metadata()
 _RAW = frozenset(_members(_RAW_METHODS))
 _REFUSED = frozenset(_members(_REFUSED_METHODS))
+_FOREACH = frozenset(getattr(torch, name) for name in dir(torch) if name.startswith("_foreach_"))
 _DATA: Any = torch.Tensor.data
 _SET_DATA = _DATA.__set__
 _ALIASES = frozenset({torch.Tensor.detach, torch.detach, _DATA.__get__})
@@ -158,6 +159,11 @@ class Guarded:
         if known is None:
             known = memo[id(self)] = plain_copy(self)
         return known
+
+    def __repr__(self, **_: Any) -> str:
+        """What the user's own class shows of the values."""
+        assert isinstance(self, torch.Tensor)
+        return repr(plain_copy(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle a plain copy: true values, and no trace of the engine."""
@@ -232,22 +238,27 @@ def _paged_arguments(
     return found
 
 
+def active_transform() -> str | None:
+    """What reads the memory of tensors past their classes at this moment; None if nothing does."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"
+    return None
+
+
 def refuse_transforms(what: str) -> None:
     """Refuse torch.func transforms and jit tracing over absent parameters.
 
     Raises:
         GuardError: one is active.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        active = "a torch.func transform"
-    elif torch._C._is_tracing():
-        active = "torch.jit.trace"
-    else:
-        return
-    raise GuardError(
-        f"{what} is used under {active}, which reads memory that may be absent",
-        remedy="wrap the call in `with engine.gathered():`",
-    )
+    active = active_transform()
+    if active is not None:
+        raise GuardError(
+            f"{what} is used under {active}, which reads memory that may be absent",
+            remedy="wrap the call in `with engine.gathered():`",
+        )
 
 
 def _run_guarded(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -265,7 +276,25 @@ def _run_guarded(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     if func == _SET_DATA and touched[0][0] is args[0]:
         return _replace_data(args[0], args[1], touched[0][1])
     refuse_transforms(f"parameter {touched[0][1].state.name}")
+    if func in _FOREACH and len(args[0]) > 1:
+        return _run_each(func, args, kwargs)
     return _run_pinned(func, args, kwargs, touched)
+
+
+def _run_each(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an op on lists of tensors element by element: together they may exceed the budget."""
+    count = len(args[0])
+
+    def element(value: Any, index: int) -> Any:
+        is_list = isinstance(value, (tuple, list)) and len(value) == count
+        return [value[index]] if is_list else value
+
+    results: list[Any] = []
+    for index in range(count):
+        chosen = {name: element(value, index) for name, value in kwargs.items()}
+        result = _run_guarded(func, tuple(element(arg, index) for arg in args), chosen)
+        results.extend(result or ())
+    return results or None
 
 
 def _run_pinned(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from offload.errors import EngineStateError
 from offload.optim.rules import RULES
 
 if TYPE_CHECKING:
     from offload.config import OptimizerSection
-    from offload.partition.parameters import ParameterState
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 
@@ -31,7 +32,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],
-        defaults: Mapping[str, Any],
         *,
         take_step: Callable[[], bool],
         forget_gradients: Callable[[], None],
@@ -40,7 +40,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._forget_gradients = forget_gradients
         self.step_was_skipped = False
         with _NO_GUARD():
-            super().__init__([dict(group) for group in groups], dict(defaults))
+            super().__init__([dict(group) for group in groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimizer step with the gradients that have arrived; they stay until `zero_grad`.
@@ -90,30 +90,39 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
 
 def configured_groups(
-    section: OptimizerSection, parameters: Sequence[ParameterState]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The parameter groups and the defaults that `[optimizer]` and its groups describe.
+    section: OptimizerSection, parameters: Sequence[tuple[Sequence[str], nn.Parameter]]
+) -> list[dict[str, Any]]:
+    """The parameter groups that `[optimizer]` and its groups describe, with all their settings.
 
     The first group whose pattern matches any name of a parameter takes it; the rest form the default
-    group. Groups that match nothing are kept, empty ones cannot be, so they are left out.
+    group. A group that matches nothing is left out, with a warning: it is often a misspelt name.
+
+    Args:
+        section: `[optimizer]`.
+        parameters: the names of each trainable parameter, and the parameter.
     """
     keys = RULES[section.name].hyper_defaults
-    defaults = {key: getattr(section, key, default) for key, default in keys.items()}
-    rest: list[Any] = []
-    matched: list[list[Any]] = [[] for _ in section.groups]
-    for state in parameters:
+    settings = {key: getattr(section, key, default) for key, default in keys.items()}
+    rest: list[nn.Parameter] = []
+    matched: list[list[nn.Parameter]] = [[] for _ in section.groups]
+    for names, parameter in parameters:
         group = next(
             (
                 members
                 for members, asked in zip(matched, section.groups, strict=True)
-                if any(fnmatchcase(name, p) for name in state.names for p in asked.match)
+                if any(fnmatchcase(name, pattern) for name in names for pattern in asked.match)
             ),
             rest,
         )
-        group.append(state.parameter)
-    groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
+        group.append(parameter)
+    groups: list[dict[str, Any]] = [{**settings, "params": rest}] if rest else []
     for members, asked in zip(matched, section.groups, strict=True):
-        if members:
-            given = asked.model_dump(exclude_none=True, exclude={"match"})
-            groups.append({"params": members, **{k: v for k, v in given.items() if k in keys}})
-    return groups, defaults
+        if not members:
+            warnings.warn(
+                f"optimizer.groups: no trainable parameter matches {', '.join(asked.match)}",
+                stacklevel=2,
+            )
+            continue
+        given = asked.model_dump(exclude_none=True, exclude={"match"})
+        groups.append({**settings, **given, "params": members})
+    return groups

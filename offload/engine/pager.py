@@ -180,6 +180,8 @@ class Pager:
         with self._lock:
             if torch._C._current_graph_task_id() == -1:
                 self._node_pins.release_thread()
+            if self._window_threads:
+                return  # a run inside another, or beside it in another thread: one trace for both
             if self._key == key and self._recorder is None:
                 known = self._traces.get(key)  # `expect` has started it
                 self._recorder = TraceRecorder()
@@ -206,6 +208,8 @@ class Pager:
     def end(self) -> None:
         """The run is over; a trace that differs from the known one replaces it."""
         with self._lock:
+            if self._window_threads:
+                return
             recorder, self._recorder = self._recorder, None
             key, self._key = self._key, None
             if recorder is None or key is None:
@@ -386,7 +390,11 @@ class Pager:
         """The page to evict: unused, best next use farthest away; None if there is none."""
         free = [page for page in self._present if not (page.pins or page.kept or page.windows)]
         if not free and set(self._window_threads) <= {threading.get_ident()}:
-            free = [page for page in self._present if not (page.pins or page.kept)]
+            free = [
+                page
+                for page in self._present
+                if not (page.pins or page.kept or any(p.has_plain_views for p in page.parameters))
+            ]
         return max(free, key=self._distance(), default=None)
 
     def _distance(self) -> Callable[[WeightPage], tuple[int, int]]:

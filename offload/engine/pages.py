@@ -13,6 +13,7 @@ revived with it, because they share the storage.
 [Note: Parameter classes]
   plain    the class the user gave the parameter. Ops on it cost nothing extra, and nothing watches
            them: it is worn only while the page is held (a window, `gathered`, or a home on the device).
+           A view made meanwhile that outlives the holder keeps its page on the device until the step ends.
   guarded  a subclass with `__torch_function__`, see guard.py: ops fault the page in and pin it.
 Changing `__class__` keeps the object, so ties, optimizers and `named_parameters()` never notice.
 """
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 _Swap = "Callable[[torch.UntypedStorage, torch.UntypedStorage], None]"
 # Private, and not in torch's stubs; `build` refuses a torch that lacks it.
 _swap: _Swap = getattr(torch.UntypedStorage, "_swap_data_ptr_", None)  # type: ignore[assignment]
+
+
+def _num_uses(storage: torch.UntypedStorage) -> int:
+    """Tensors that share the storage; what autograd saves of it is none, see saved.py."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
 
 
 class PageHolder(Protocol):
@@ -83,6 +89,7 @@ class PagedParameter:
     __slots__ = (
         "_elsewhere",
         "_itemsize",
+        "_plain_uses",
         "guard_class",
         "home_is_stale",
         "needs_guard",
@@ -117,6 +124,7 @@ class PagedParameter:
         self.proven: set[bool] = set()
         self.needs_guard = False
         self.raw_checksum: int | None = None
+        self._plain_uses = 0
         self._itemsize = page.block.bucket.itemsize
         self._elsewhere: torch.UntypedStorage | None = None
 
@@ -158,6 +166,14 @@ class PagedParameter:
         self.plain_depth += 1
         if self.plain_depth == 1 and self.page.residency is Residency.ON_DEVICE:
             self.wear(self.plain_class)
+            self._plain_uses = _num_uses(self.storage)
+
+    @property
+    def has_plain_views(self) -> bool:
+        """Whether views made since the plain class was put on are alive: no guard watches them."""
+        if type(self.state.parameter) is not self.plain_class:
+            return False
+        return _num_uses(self.storage) > self._plain_uses
 
     def wear_guard(self) -> None:
         """One holder less; without any, ops are guarded again."""

@@ -29,7 +29,6 @@ from offload.partition.layout import (
     round_up,
     state_fields,
 )
-from offload.partition.parameters import ParameterState
 from offload.partition.tensor_layout import StateTensorSpec, TensorLayout
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import Machine, Staging
@@ -66,7 +65,7 @@ def plan(
         model_or_path if isinstance(model_or_path, nn.Module) else _on_meta(Path(model_or_path))
     )
     collection = collect(module, loaded.precision.compute, allow_meta=True)
-    rule, groups, _ = choose_rule(collection, loaded, None)
+    rule, groups = choose_rule(collection, loaded, None)
     machine = describe_machine(loaded, free_nvme_bytes(loaded))
     return plan_module(collection, loaded, machine, rule, groups)
 
@@ -223,31 +222,16 @@ def _generic_layouts(
 
 def choose_rule(
     collection: Collection, config: OffloadConfig, optimizer: OptimizerFactory | None
-) -> tuple[UpdateRule | GenericRule, list[dict[str, Any]], torch.optim.Optimizer | None]:
-    """The update rule, the parameter groups, and the optimizer that a factory made.
+) -> tuple[UpdateRule | GenericRule, list[dict[str, Any]]]:
+    """The update rule and the parameter groups, from the config or from a factory's optimizer.
 
     Raises:
         OffloadError: the factory's optimizer cannot be applied to one bucket at a time.
     """
-    trainable = [c.parameter for c in collection.paged if c.spec.trainable]
+    trainable = [collected for collected in collection.paged if collected.spec.trainable]
     if optimizer is None:
-        named = [
-            ParameterState(
-                index=index,
-                names=collected.names,
-                parameter=collected.parameter,
-                shape=collected.parameter.shape,
-                stride=collected.stride,
-                numel=collected.spec.numel,
-                bucket=0,
-                offset=0,
-            )
-            for index, collected in enumerate(collection.paged)
-            if collected.spec.trainable
-        ]
-        groups, defaults = configured_groups(config.optimizer, named)
-        settings = [{**defaults, **group} for group in groups]
-        return make_rule(config.optimizer.name, settings), settings, None
-    prototype = optimizer(trainable)
+        groups = configured_groups(config.optimizer, [(c.names, c.parameter) for c in trainable])
+        return make_rule(config.optimizer.name, groups), groups
+    prototype = optimizer([collected.parameter for collected in trainable])
     groups = [dict(group) for group in prototype.param_groups]
-    return from_torch(prototype) or GenericRule(prototype), groups, prototype
+    return from_torch(prototype) or GenericRule(prototype), groups

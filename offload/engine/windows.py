@@ -8,7 +8,11 @@
            begin and end runs, i.e. traces.
 
 A parameter is proven once its module has run under guard and nothing of it escaped; see `needs_guard`
-in pages.py. The pages of gathered modules stay pinned until the backward through them is over.
+in pages.py. If its module behaves otherwise later on, the page stays until the step ends. The pages of
+gathered modules stay pinned until the backward through them is over.
+
+Under a torch.func transform or jit tracing no window may do anything: what it would use must be there
+already, as inside `gathered()`.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from offload.engine.guard import refuse_transforms
+from offload.engine.guard import active_transform, refuse_transforms
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage
 from offload.engine.saved import pop_page_hooks, push_page_hooks
@@ -44,14 +48,16 @@ class Window:
 
     def enter(self) -> None:
         """Before the forward: bring the pages in."""
-        refuse_transforms(f"module {self.name}")
+        under_transform = active_transform() is not None
+        if under_transform and not all(parameter.plain_depth for parameter in self.parameters):
+            refuse_transforms(f"module {self.name}")
         _stop_autocast_cache()
         self.pager.open_window(self.pages, f"module {self.name}")
         grad_mode = torch.is_grad_enabled()
         plain = [p for p in self.parameters if self._may_be_plain(p, grad_mode=grad_mode)]
         for parameter in plain:
             parameter.wear_plain()
-        pushed = push_page_hooks()
+        pushed = not under_transform and push_page_hooks()
         self._stack().append((plain, pushed, grad_mode))
 
     def leave(self) -> None:
@@ -63,6 +69,9 @@ class Window:
         if pushed:
             pop_page_hooks()
         for parameter in plain:
+            if parameter.has_plain_views:
+                parameter.needs_guard = True
+                self.pager.keep_until_step(parameter.page)
             parameter.wear_guard()
         for parameter in self.parameters:
             parameter.proven.add(grad_mode)
@@ -120,6 +129,51 @@ class GatheredWindow(Window):
         return True
 
 
+class FusedWindow(Window):
+    """The window of a module that runs as one kernel over all its weights, unless it sees a guard.
+
+    Its other way has the same results only nearly, and placements must agree to the bit: so where the
+    kernel can run, all weights are brought in and plain.
+    """
+
+    def enter(self) -> None:
+        """Before the forward: if the kernel may run, bring everything in and pin it."""
+        differentiates = torch.is_grad_enabled() and any(
+            parameter.state.parameter.requires_grad for parameter in self.parameters
+        )
+        if self.module.training or differentiates or active_transform() is not None:
+            self._entered().append(False)
+            return
+        self.pager.pin(self.pages, f"module {self.name}")
+        try:
+            super().enter()
+        except BaseException:
+            self.pager.unpin(self.pages)
+            raise
+        self._entered().append(True)
+
+    def leave(self) -> None:
+        """After the forward."""
+        if self._entered() and self._entered().pop():
+            super().leave()
+            self.pager.unpin(self.pages)
+
+    def unwind(self) -> None:
+        """Leave as often as this thread has entered."""
+        while self._entered():
+            self.leave()
+
+    def _may_be_plain(self, parameter: PagedParameter, *, grad_mode: bool) -> bool:
+        del parameter, grad_mode
+        return True
+
+    def _entered(self) -> list[bool]:
+        if not hasattr(self._open, "entered"):
+            self._open.entered = []
+        entered: list[bool] = self._open.entered
+        return entered
+
+
 class RootWindow:
     """The window of the whole module: pages that never leave, and the beginning of runs.
 
@@ -137,14 +191,13 @@ class RootWindow:
         """Before the forward of the whole module: a run begins."""
         stack = self._stack()
         if not stack:
-            refuse_transforms("the model")
             _stop_autocast_cache()
             self.pager.begin((self.module.training, torch.is_grad_enabled()))
             if not self._awake:
                 self._awake = True
                 for parameter in self._resident:
                     parameter.wear_plain()
-        stack.append(push_page_hooks())
+        stack.append(active_transform() is None and push_page_hooks())
 
     def leave(self) -> None:
         """After it. A run without gradients has no backward: it ends here."""
@@ -191,8 +244,13 @@ class _Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _no_hook
 
-    def __reduce__(self) -> str:
-        return "_no_hook"
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[()]]:
+        return _make_no_hook, ()
+
+
+def _make_no_hook() -> Callable[..., None]:
+    """What a pickled hook becomes; a function of no arguments, as pickle wants it."""
+    return _no_hook
 
 
 def _no_hook(*_: Any) -> None:
@@ -202,10 +260,19 @@ def _no_hook(*_: Any) -> None:
 def install(window: Window | RootWindow) -> list[RemovableHandle]:
     """Hook a window to its module; the handles remove it."""
     module = window.module
+    enter, leave = (torch._disable_dynamo(act) for act in (window.enter, window.leave))
     return [
-        module.register_forward_pre_hook(_Hook(module, window.enter), prepend=True),
-        module.register_forward_hook(_Hook(module, window.leave), always_call=True),
+        module.register_forward_pre_hook(_Hook(module, enter), prepend=True),
+        module.register_forward_hook(_Hook(module, leave), always_call=True),
     ]
+
+
+def fused_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that may run as one kernel over all their weights, the outermost ones."""
+    kinds = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    found = {name: child for name, child in module.named_modules() if isinstance(child, kinds)}
+    inner = {id(below) for child in found.values() for below in child.modules() if below is not child}
+    return {name: child for name, child in found.items() if id(child) not in inner}
 
 
 def gathered_modules(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ from offload.errors import ConfigError
 CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
     ({"placement": {"weights": "nvme"}}, "placement.weights = 'nvme' needs tiers.nvme.paths"),
     ({"tiers": {"nvme": {"capacity": "1GiB"}}}, "tiers.nvme.capacity is set but"),
-    ({"tiers": {"nvme": {"mode": "atomic"}}}, "tiers.nvme.mode is set but"),
+    ({"tiers": {"nvme": {"mode": "roll_forward"}}}, "tiers.nvme.mode is set but"),
     ({"tiers": {"nvme": {"paths": ["a", "a/"]}}}, "names 'a' more than once"),
     ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum is not a setting of adamw, but of sgd"),
     ({"optimizer": {"name": "sgd", "betas": [0.9, 0.9]}}, "optimizer.betas is not a setting"),
@@ -31,7 +31,7 @@ CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
 ]
 
 LEGAL: list[dict[str, Any]] = [
-    {"placement": {"weights": "nvme"}, "tiers": {"nvme": {"paths": ["a"], "mode": "atomic"}}},
+    {"placement": {"weights": "nvme"}, "tiers": {"nvme": {"paths": ["a"], "mode": "roll_forward"}}},
     {"optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True}},
     {"lr_scheduler": {"name": "constant", "warmup_steps": 8}},
     {"lr_scheduler": {"name": "linear", "warmup_steps": 8, "total_steps": 8}},
