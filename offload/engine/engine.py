@@ -34,6 +34,7 @@ from offload.engine.state_access import StateAccess, load_scalar_state, scalar_s
 from offload.engine.windows import (
     FusedWindow,
     GatheredWindow,
+    Places,
     RootWindow,
     Window,
     fused_modules,
@@ -101,6 +102,7 @@ class Engine:
             parts.closing.close()
             raise
         self._windows, self._root = self._open_windows()
+        self._places = Places(self.module, parts.paged)
         self._handles = [handle for w in self._windows for handle in install(w)]
         self._handles += install(self._root)
         self._handles += self._watch_gradients()
@@ -113,6 +115,7 @@ class Engine:
             BudgetError, StorageError: weights could not be brought in; the engine stays usable.
         """
         self._check_ready("forward")
+        self._places.check()
         with self._meter.computing():
             try:
                 return self.module(*args, **kwargs)
@@ -517,6 +520,7 @@ class Engine:
     def _settings(self) -> StepSettings | None:
         """Freeze what the step applies; None when it is skipped."""
         parts = self._parts
+        self._places.check()
         parts.pager.release_nodes()
         self._release_gathered()
         self._take_assigned_gradients()

@@ -29,6 +29,7 @@ from offload.engine.guard import active_transform, refuse_transforms
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage
 from offload.engine.saved import pop_page_hooks, push_page_hooks
+from offload.errors import GuardError
 
 
 class Window:
@@ -239,13 +240,19 @@ class _Hook:
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if module is self._module:
-            self._act()
+            _run(self._act)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _no_hook
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[()]]:
         return _make_no_hook, ()
+
+
+@torch._disable_dynamo
+def _run(act: Callable[[], None]) -> None:
+    """Run a hook; torch.compile leaves it as it is."""
+    act()
 
 
 def _make_no_hook() -> Callable[..., None]:
@@ -260,11 +267,44 @@ def _no_hook(*_: Any) -> None:
 def install(window: Window | RootWindow) -> list[RemovableHandle]:
     """Hook a window to its module; the handles remove it."""
     module = window.module
-    enter, leave = (torch._disable_dynamo(act) for act in (window.enter, window.leave))
     return [
-        module.register_forward_pre_hook(_Hook(module, enter), prepend=True),
-        module.register_forward_hook(_Hook(module, leave), always_call=True),
+        module.register_forward_pre_hook(_Hook(module, window.enter), prepend=True),
+        module.register_forward_hook(_Hook(module, window.leave), always_call=True),
     ]
+
+
+class Places:
+    """Where a module holds its parameters: conversions such as `.to("meta")` put others there."""
+
+    def __init__(self, module: nn.Module, parameters: Sequence[PagedParameter]) -> None:
+        paged_of = {id(paged.state.parameter): paged for paged in parameters}
+        self._places = [
+            (owner._parameters, name, paged_of[id(parameter)])
+            for owner in module.modules()
+            for name, parameter in owner._parameters.items()
+            if id(parameter) in paged_of
+        ]
+
+    def check(self) -> None:
+        """Every place holds the parameter that it held, over the memory that it had.
+
+        Raises:
+            GuardError: one does not; names the parameter.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            for held, name, paged in self._places:
+                parameter = held.get(name)
+                if parameter is None:
+                    continue  # moved, as parametrizations do: wherever it is, it is the same object
+                same = parameter is paged.state.parameter
+                if same and parameter.untyped_storage()._cdata == paged.storage._cdata:
+                    continue
+                raise GuardError(
+                    f"parameter {paged.state.name} was replaced: the engine trains the one it was "
+                    "given",
+                    remedy="convert or exchange parameters before offload.initialize; change values "
+                    "in place",
+                )
 
 
 def fused_modules(module: nn.Module) -> dict[str, nn.Module]:

@@ -229,6 +229,30 @@ def guard_per_class() -> None:
 
 
 @_break
+def places() -> None:
+    """The engine trains parameters that are no longer the module's."""
+    windows.Places.check = _nothing  # type: ignore[method-assign]
+
+
+@_break
+def fused() -> None:
+    """Modules that look for overrides see guards."""
+    engine_module.fused_modules = lambda *_: {}  # type: ignore[assignment]
+
+
+@_break
+def escapes() -> None:
+    """Views that leave a plain module are not looked for."""
+    PagedParameter.has_plain_views = False  # type: ignore[assignment,method-assign]
+
+
+@_break
+def foreach() -> None:
+    """Ops on lists of weights want them all at once."""
+    guard._FOREACH = frozenset()
+
+
+@_break
 def closing() -> None:
     """A closed engine does not tell its parameters."""
     Pager.close = _nothing  # type: ignore[method-assign]

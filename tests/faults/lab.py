@@ -199,7 +199,7 @@ def make_engine(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             collection = collect(module, loaded.precision.compute)
-        rule, groups, _ = choose_rule(collection, loaded, None)
+        rule, groups, *_ = choose_rule(collection, loaded, None)
         plan = plan_module(collection, loaded, describe_machine(loaded, _LARGE), rule, groups)
         sizes = sorted(layouts["weights"].nbytes for layouts in plan.layouts)
         need = sum(sizes[-pages:]) + plan.gradient_bytes + collection.resident_bytes

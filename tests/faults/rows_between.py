@@ -89,7 +89,7 @@ def head_borrowed_from_the_embedding(run: Run) -> None:
         run.train(loss_of(logits, step) + similar.sum())
 
 
-@row("copies", "dispatch", make=Blocks)
+@row("copies", "dispatch", "foreach", make=Blocks)
 def average_of_weights(run: Run) -> None:
     average = AveragedModel(run.module, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     other = AveragedModel(run.module)

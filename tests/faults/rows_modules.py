@@ -61,7 +61,7 @@ class Attends(nn.Module):
         return hidden
 
 
-@row("dispatch", "pack", make=Attends, pages=14)
+@row("dispatch", "pack", "fused", make=Attends, pages=14)
 def multihead_attention(run: Run) -> None:
     for step in range(3):
         run.train(loss_of(run(tokens(step)), step))

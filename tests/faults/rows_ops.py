@@ -71,6 +71,45 @@ def views_returned_by_a_module(run: Run) -> None:
         run.train(loss_of(run(inputs(step))))
 
 
+class Leaks(nn.Module):
+    """Behaves for two runs; then it takes a view, and uses or returns it after other pages came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = weight(WIDTH, WIDTH)
+        self.inner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.turn = 0
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.turn += 1
+        view = self.table.t() if self.turn > 2 else None
+        x = x @ self.table
+        for layer in self.inner:
+            x = torch.tanh(layer(x))
+        if view is not None:
+            x = x @ view
+        return x, None if view is None else view[4:8]
+
+
+class LeaksLate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.leak = Leaks()
+        self.last = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, view = self.leak(x)
+        for layer in self.last:
+            x = torch.tanh(layer(x))
+        return x if view is None else x + x @ view.t() @ view
+
+
+@row("escapes", "dispatch", make=LeaksLate, pages=3)
+def view_that_escapes_in_a_later_run(run: Run) -> None:
+    for step in range(6):
+        run.train(loss_of(run(inputs(step))))
+
+
 class Stashes(nn.Module):
     """Views made once, in the first forward, and used in all."""
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_leaves
 
 from offload.engine.build import build
 from offload.engine.engine import Engine
@@ -26,11 +27,14 @@ def _gathered(run: Run, *, writable: bool = False) -> Any:
     return run.offloaded.gathered(writable=writable)
 
 
-def _refused_unless_plain(run: Run, act: Callable[[], Any]) -> None:
+def _refused_unless_present(run: Run, act: Callable[[], Any], *, plain: Any) -> None:
     """Outside `gathered()`: what PyTorch gives, or an OffloadError; never anything else."""
     run.evict_all()
-    if run.engine is None:
-        act()
+    if run.kind in ("plain", "device"):
+        with contextlib.suppress(OffloadError):
+            got, expected = act(), plain()
+            for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+                assert torch.equal(a, b)
         return
     with pytest.raises(OffloadError):
         act()
@@ -57,11 +61,23 @@ def torch_func(run: Run) -> None:
 
     with _gathered(run):
         uses_weights()
-    _refused_unless_plain(run, lambda: grad(loss)(dict(run.module.named_parameters()), x))
-    _refused_unless_plain(
-        run, lambda: vmap(lambda one: run.module.blocks[0].up.weight @ one)(x)
+    weight = run.module.blocks[0].up.weight
+    copies = {name: p.detach().clone() for name, p in run.module.named_parameters()}
+    _refused_unless_present(
+        run,
+        lambda: grad(loss)(dict(run.module.named_parameters()), x),
+        plain=lambda: grad(loss)(copies, x),
     )
-    _refused_unless_plain(run, lambda: vmap(run.module)(x))
+    _refused_unless_present(
+        run,
+        lambda: vmap(lambda one: weight @ one)(x),
+        plain=lambda: vmap(lambda one: copies["blocks.0.up.weight"] @ one)(x),
+    )
+    _refused_unless_present(
+        run, lambda: vmap(run.module)(x), plain=lambda: vmap(functional_call, (None, None, 0))(
+            run.module, copies, x
+        )
+    )
     run.train(loss_of(run(x)))
 
 
@@ -80,7 +96,10 @@ def jit_trace(run: Run) -> None:
     with _gathered(run), torch.no_grad():
         traced = torch.jit.trace(block, x, check_trace=False)
         run.record("traced", traced(x))
-    _refused_unless_plain(run, lambda: torch.jit.trace(run.module.blocks[1], x))
+    second = run.module.blocks[1]
+    _refused_unless_present(
+        run, lambda: torch.jit.trace(second, x, check_trace=False)(x), plain=lambda: second(x)
+    )
     run.train(loss_of(run(x)))
 
 
@@ -176,8 +195,6 @@ def new_data(run: Run) -> None:
             run.module.half,
             run.module.double,
             lambda: run.module.to(torch.bfloat16),
-            lambda: run.module.to("meta"),
-            lambda: run.module.to_empty(device="cpu"),
             lambda: setattr(run.module.blocks[0].up.weight, "data", torch.zeros(3)),
         ):
             _keeps_or_refuses(run, act)
@@ -206,7 +223,6 @@ def memory_that_belongs_to_the_engine(run: Run) -> None:
         for act in (
             target.share_memory_,
             run.module.share_memory,
-            lambda: target.detach().set_(torch.zeros(3)),
             lambda: target.data.resize_(3),
             lambda: target.data.resize_as_(torch.zeros(3)),
         ):
@@ -214,6 +230,34 @@ def memory_that_belongs_to_the_engine(run: Run) -> None:
             with pytest.raises(OffloadError):
                 act()
     run.train(loss_of(run(inputs(1))))
+
+
+@row("places", make=Blocks, runs=("device", "host", "nvme"))
+def parameters_that_are_replaced(run: Run) -> None:
+    x = inputs()
+    run.train(loss_of(run(x)))
+    first = run.module.blocks[0].up
+    kept = first.weight
+    first.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+    loss = loss_of(run.module(x))
+    run.backward(loss)
+    for act in (lambda: run(x), run.offloaded.step):
+        with pytest.raises(OffloadError, match=r"blocks\.0\.up\.weight was replaced"):
+            act()
+    first.weight = kept
+    run.offloaded.optimizer.zero_grad()
+    run.train(loss_of(run(x)))
+    run.record("weights", run.weights())
+    with torch.no_grad():
+        first.weight.set_(torch.zeros(WIDTH, WIDTH))
+    with pytest.raises(OffloadError, match="was replaced"):
+        run(x)
+    run.module.to("meta")
+    with pytest.raises(OffloadError, match="was replaced"):
+        run(x)
+    run.module.to_empty(device="cpu")
+    with pytest.raises(OffloadError, match="was replaced"):
+        run(x)
 
 
 class Doubled(torch.Tensor):
@@ -369,11 +413,12 @@ def compiled_after(run: Run) -> None:
         compiled = torch.compile(run.module.blocks[1], backend=backend)
         for step in range(2):
             x = inputs(step)
+            first, second, _, fourth = run.module.blocks
             try:
-                loss = loss_of(run.module.blocks[3](compiled(run.module.blocks[0](x))))
+                loss = loss_of(fourth(compiled(first(x))))
             except OffloadError:
                 assert run.engine is not None
-                return
+                loss = loss_of(fourth(second(first(x))))
             run.train(loss)
 
 
