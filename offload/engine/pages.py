@@ -171,8 +171,10 @@ class PagedParameter:
     @property
     def has_plain_views(self) -> bool:
         """Whether views made since the plain class was put on are alive: no guard watches them."""
-        if type(self.state.parameter) is not self.plain_class:
-            return False
+        if type(self.state.parameter) is not self.plain_class or self.plain_depth > 1:
+            return False  # the last holder asks
+        if self.page.pins:
+            return False  # what a running node has unpacked shares the storage too
         return _num_uses(self.storage) > self._plain_uses
 
     def wear_guard(self) -> None:

@@ -32,6 +32,10 @@ from offload.engine.saved import pop_page_hooks, push_page_hooks
 from offload.errors import GuardError
 
 
+# The parameters that went plain, whether hooks were pushed, the grad mode. None: under a transform.
+_Entered = tuple[list[PagedParameter], bool, bool]
+
+
 class Window:
     """The parameters one module is about to use, and what is open of it in each thread."""
 
@@ -49,24 +53,28 @@ class Window:
 
     def enter(self) -> None:
         """Before the forward: bring the pages in."""
-        under_transform = active_transform() is not None
-        if under_transform and not all(parameter.plain_depth for parameter in self.parameters):
-            refuse_transforms(f"module {self.name}")
+        if active_transform() is not None:
+            if not all(parameter.plain_depth for parameter in self.parameters):
+                refuse_transforms(f"module {self.name}")
+            self._stack().append(None)
+            return
         _stop_autocast_cache()
         self.pager.open_window(self.pages, f"module {self.name}")
         grad_mode = torch.is_grad_enabled()
         plain = [p for p in self.parameters if self._may_be_plain(p, grad_mode=grad_mode)]
         for parameter in plain:
             parameter.wear_plain()
-        pushed = not under_transform and push_page_hooks()
-        self._stack().append((plain, pushed, grad_mode))
+        self._stack().append((plain, push_page_hooks(), grad_mode))
 
     def leave(self) -> None:
         """After the forward, also one that has failed."""
         stack = self._stack()
         if not stack:
             return  # `enter` itself has failed
-        plain, pushed, grad_mode = stack.pop()
+        entered = stack.pop()
+        if entered is None:
+            return
+        plain, pushed, grad_mode = entered
         if pushed:
             pop_page_hooks()
         for parameter in plain:
@@ -86,10 +94,10 @@ class Window:
     def _may_be_plain(self, parameter: PagedParameter, *, grad_mode: bool) -> bool:
         return grad_mode in parameter.proven and not parameter.needs_guard
 
-    def _stack(self) -> list[tuple[list[PagedParameter], bool, bool]]:
+    def _stack(self) -> list[_Entered | None]:
         if not hasattr(self._open, "stack"):
             self._open.stack = []
-        stack: list[tuple[list[PagedParameter], bool, bool]] = self._open.stack
+        stack: list[_Entered | None] = self._open.stack
         return stack
 
 
@@ -191,6 +199,9 @@ class RootWindow:
     def enter(self) -> None:
         """Before the forward of the whole module: a run begins."""
         stack = self._stack()
+        if active_transform() is not None:
+            stack.append(False)
+            return
         if not stack:
             _stop_autocast_cache()
             self.pager.begin((self.module.training, torch.is_grad_enabled()))
@@ -198,7 +209,7 @@ class RootWindow:
                 self._awake = True
                 for parameter in self._resident:
                     parameter.wear_plain()
-        stack.append(active_transform() is None and push_page_hooks())
+        stack.append(push_page_hooks())
 
     def leave(self) -> None:
         """After it. A run without gradients has no backward: it ends here."""
@@ -233,6 +244,14 @@ class _Hook:
     """A module hook that belongs to one module and one engine; copies of the module have none."""
 
     __slots__ = ("_act", "_module")
+
+    @property
+    def __name__(self) -> str:
+        """torch.jit.script asks for it, to compile the hook."""
+        raise GuardError(
+            "torch.jit.script of a module whose weights come and go",
+            remedy="use torch.jit.trace inside `engine.gathered()`, or script a deepcopy",
+        )
 
     def __init__(self, module: nn.Module, act: Callable[[], None]) -> None:
         self._module = module

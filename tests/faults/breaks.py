@@ -253,6 +253,12 @@ def foreach() -> None:
 
 
 @_break
+def hook_names() -> None:
+    """torch.jit.script finds hooks like any other."""
+    windows._Hook.__name__ = "hook"
+
+
+@_break
 def closing() -> None:
     """A closed engine does not tell its parameters."""
     Pager.close = _nothing  # type: ignore[method-assign]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import threading
 import weakref
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 from offload.errors import OffloadError
 from tests.faults.lab import Run, row
-from tests.faults.modules import Blocks, Chain, inputs, loss_of, tokens
+from tests.faults.modules import Blocks, inputs, loss_of
 
 
 class StopError(Exception):
@@ -89,27 +88,6 @@ def interrupt_in_forward(run: Run) -> None:
             run(inputs(step))
         _is_consistent(run)
         run.train(loss_of(run(inputs(step))))
-
-
-@row("unwind", make=Chain)
-def interrupts_at_any_moment(run: Run) -> None:
-    for step in range(3):
-        for microseconds in (200, 500, 900, 1500):
-            signal.signal(signal.SIGALRM, _interrupt)
-            signal.setitimer(signal.ITIMER_REAL, microseconds * 1e-6)
-            try:
-                while True:
-                    run(tokens(step))
-            except KeyboardInterrupt:
-                pass
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            _is_consistent(run)
-        run.train(loss_of(run(tokens(step)), step))
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 class FailsInBackward(nn.Module):
