@@ -32,6 +32,7 @@ def test_a_missing_device_is_an_error(
         open_device_tier(kind, MEBIBYTE, io)
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_copies_there_and_back_are_exact(io: IoEngine) -> None:
     tier = open_device_tier("cuda", 64 * MEBIBYTE, io)
