@@ -43,6 +43,14 @@ def dispatch() -> None:
 
 
 @_break
+def forward() -> None:
+    """Nothing brings pages in before an op: neither windows nor guards."""
+    dispatch()
+    windows.Window.enter = _nothing  # type: ignore[method-assign]
+    windows.Window.leave = _nothing  # type: ignore[method-assign]
+
+
+@_break
 def pack() -> None:
     """Autograd saves weights as they are."""
     saved._pack_page = _nothing  # type: ignore[assignment]
@@ -185,9 +193,19 @@ def hook_copies() -> None:
 
 
 @_break
+def failed_forward() -> None:
+    """Windows close only if the forward has ended well."""
+    Engine._unwind = _nothing  # type: ignore[method-assign]
+    register = torch.nn.Module.register_forward_hook
+    torch.nn.Module.register_forward_hook = (  # type: ignore[method-assign]
+        lambda self, hook, *, always_call: register(self, hook)
+    )
+
+
+@_break
 def hooks_left() -> None:
-    """Windows do not close when a forward has failed, and hooks stay after the end."""
-    windows.Window.leave = _nothing  # type: ignore[method-assign]
+    """The engine's hooks stay when it is closed."""
+    torch.utils.hooks.RemovableHandle.remove = _nothing  # type: ignore[method-assign]
 
 
 @_break

@@ -33,7 +33,7 @@ def graph_kept_across_step_raises(run: Run) -> None:
     run.train(loss_of(run(x)))
 
 
-@row("dispatch", "pack", make=Blocks)
+@row("forward", "pack", make=Blocks)
 def gradient_penalty(run: Run) -> None:
     for step in range(4):
         x = inputs(step).requires_grad_()
@@ -43,7 +43,7 @@ def gradient_penalty(run: Run) -> None:
         run.train(2.0**-10 * (out.square().mean() + (slope.norm() - 1.0).square()))
 
 
-@row("dispatch", "pack", make=Blocks)
+@row("forward", "pack", make=Blocks)
 def double_backward_through_the_engine(run: Run) -> None:
     for step in range(3):
         x = inputs(step).requires_grad_()
@@ -55,7 +55,7 @@ def double_backward_through_the_engine(run: Run) -> None:
         run.step()
 
 
-@row("dispatch", "pack", make=Blocks)
+@row("forward", "pack", make=Blocks)
 def gradient_with_respect_to_weights(run: Run) -> None:
     parameters = list(run.module.parameters())
     for step in range(3):
@@ -67,7 +67,7 @@ def gradient_with_respect_to_weights(run: Run) -> None:
         run.train(loss)
 
 
-@row("dispatch", "pack", make=Blocks)
+@row("forward", "pack", make=Blocks)
 def second_derivative_of_weights(run: Run) -> None:
     parameters = list(run.module.parameters())
     for step in range(3):
@@ -76,7 +76,7 @@ def second_derivative_of_weights(run: Run) -> None:
         run.train(loss + sum(slope.square().sum() for slope in slopes))
 
 
-@row("dispatch", "pack", make=Blocks)
+@row("forward", "pack", make=Blocks)
 def partial_backward(run: Run) -> None:
     for step in range(3):
         x = inputs(step).requires_grad_()
@@ -89,7 +89,7 @@ def partial_backward(run: Run) -> None:
         run.step()
 
 
-@row("dispatch", "pack", make=Blocks)
+@row("forward", "pack", make=Blocks)
 def two_forwards_one_backward(run: Run) -> None:
     for step in range(3):
         first = run(inputs(step))
@@ -97,7 +97,7 @@ def two_forwards_one_backward(run: Run) -> None:
         run.train(loss_of(first) + loss_of(second) + (first * second).mean())
 
 
-@row("dispatch", "pack", make=Blocks)
+@row("forward", "pack", make=Blocks)
 def two_backwards_one_step(run: Run) -> None:
     for step in range(3):
         first = loss_of(run(inputs(step)))
@@ -128,7 +128,7 @@ def _in_threads(count: int, work: Any) -> None:
         raise errors[0]
 
 
-@row("dispatch", "pack", "pins", make=Blocks, pages=8)
+@row("forward", "pack", "node_pin", make=Blocks, pages=4)
 def backward_in_four_threads(run: Run) -> None:
     for step in range(5):
         roots = [inputs(step * 10 + i).requires_grad_() for i in range(4)]
@@ -150,7 +150,7 @@ def backward_in_four_threads(run: Run) -> None:
         run.train(sum(losses))  # type: ignore[arg-type]
 
 
-@row("dispatch", "pack", "pins", make=Blocks, pages=8)
+@row("forward", "pack", "pins", make=Blocks, pages=8)
 def forward_and_backward_in_four_threads(run: Run) -> None:
     for step in range(5):
         slopes: list[Any] = [None] * 4
@@ -237,7 +237,7 @@ def checkpoint_inside_a_leaf_module(run: Run) -> None:
     _checkpointed(run)
 
 
-@row("dispatch", "pack", "innermost_hooks", make=Chain)
+@row("forward", "pack", "innermost_hooks", make=Chain)
 def saved_tensors_on_the_cpu(run: Run) -> None:
     for step in range(3):
         with torch.autograd.graph.save_on_cpu():
@@ -270,7 +270,7 @@ def saved_tensors_in_backward(run: Run) -> None:
         run.train(loss_of(run(tokens(step))))
 
 
-@row("dispatch", "pack", make=Blocks)
+@row("forward", "pack", make=Blocks)
 def plain_backward_and_optimizer(run: Run) -> None:
     for step in range(3):
         loss = loss_of(run(inputs(step)))

@@ -53,7 +53,7 @@ def evaluation_between_steps(run: Run) -> None:
             run.record("part", run.module.layers[1](torch.ones(1, WIDTH)))
 
 
-@row("dispatch", "pack", make=Chain)
+@row("forward", "pack", make=Chain)
 def evaluation_between_forward_and_backward(run: Run) -> None:
     for step in range(4):
         loss = loss_of(run(tokens(step)), step)
@@ -64,7 +64,7 @@ def evaluation_between_forward_and_backward(run: Run) -> None:
         run.train(loss)
 
 
-@row("dispatch", make=Chain)
+@row("forward", make=Chain)
 def generation_by_hand(run: Run) -> None:
     for step in range(3):
         run.train(loss_of(run(tokens(step)), step))
@@ -89,7 +89,7 @@ def head_borrowed_from_the_embedding(run: Run) -> None:
         run.train(loss_of(logits, step) + similar.sum())
 
 
-@row("copies", "dispatch", "foreach", make=Blocks)
+@row("dispatch", "foreach", make=Blocks)
 def average_of_weights(run: Run) -> None:
     average = AveragedModel(run.module, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     other = AveragedModel(run.module)
@@ -122,7 +122,7 @@ class Features(Dataset[Any]):
         return {"features": features, "error": ""}
 
 
-@row("dispatch", make=Blocks)
+@row("forward", make=Blocks)
 def forked_worker_with_the_model(run: Run) -> None:
     run.train(loss_of(run(inputs())))
     with torch.no_grad():
@@ -137,7 +137,7 @@ def forked_worker_with_the_model(run: Run) -> None:
     run.train(loss_of(run(inputs(1))))
 
 
-@row("dispatch", make=Blocks, runs=("host", "nvme"))
+@row("forward", make=Blocks, runs=("host", "nvme"))
 def forked_child_closes_nothing(run: Run) -> None:
     run.train(loss_of(run(inputs())))
     child = os.fork()
@@ -151,7 +151,7 @@ def forked_child_closes_nothing(run: Run) -> None:
         run.train(loss_of(run(inputs(step))))
 
 
-@row("dispatch", make=Blocks)
+@row("forward", make=Blocks)
 def accumulation_by_hand(run: Run) -> None:
     for step in range(3):
         for part in range(3):
@@ -159,7 +159,7 @@ def accumulation_by_hand(run: Run) -> None:
         run.step()
 
 
-@row("dispatch", make=Chain)
+@row("forward", make=Chain)
 def same_module_called_in_parts(run: Run) -> None:
     for step in range(4):
         hidden = run.module.embed(tokens(step))

@@ -127,7 +127,7 @@ class EditsItself(nn.Module):
         return torch.tanh(x @ self.weight)
 
 
-@row("dispatch", "write_back", make=lambda: nn.Sequential(*(EditsItself() for _ in range(5))))
+@row("forward", "write_back", make=lambda: nn.Sequential(*(EditsItself() for _ in range(5))))
 def edits_by_a_leaf_of_itself(run: Run) -> None:
     for step in range(5):
         run.train(loss_of(run(inputs(step))))
@@ -306,7 +306,7 @@ def _tiny_llama() -> nn.Module:
     )
 
 
-@row("dispatch", "pack", make=lambda: _tiny_llama(), pages=3)
+@row("forward", "pack", make=lambda: _tiny_llama(), pages=3)
 def llama_with_tied_weights_and_generate(run: Run) -> None:
     for step in range(3):
         ids = tokens(step)

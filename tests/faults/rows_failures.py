@@ -13,7 +13,7 @@ from torch import nn
 
 from offload.errors import OffloadError
 from tests.faults.lab import Run, row
-from tests.faults.modules import Blocks, inputs, loss_of
+from tests.faults.modules import WIDTH, Blocks, inputs, loss_of, weight
 
 
 class StopError(Exception):
@@ -21,19 +21,21 @@ class StopError(Exception):
 
 
 class Fails(torch.autograd.Function):
-    """Its backward raises if it is told to."""
+    """Its backward raises, if it is told to, when the weight has been brought back for it."""
 
     now = False
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w = ctx.saved_tensors
         if Fails.now:
             raise StopError
-        return g
+        return g @ w.t(), x.t() @ g
 
 
 def _is_consistent(run: Run) -> None:
@@ -55,7 +57,7 @@ def _forget_gradients(run: Run) -> None:
         run.module.zero_grad()
 
 
-@row("dispatch", "hooks_left", make=Blocks)
+@row("forward", "failed_forward", make=Blocks)
 def exception_in_forward(run: Run) -> None:
     stop = []
 
@@ -94,10 +96,11 @@ class FailsInBackward(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = Blocks(2)
+        self.middle = weight(WIDTH, WIDTH)
         self.last = Blocks(2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(Fails.apply(self.first(x)))
+        return self.last(Fails.apply(self.first(x), self.middle))
 
 
 @row("node_release", make=FailsInBackward)
@@ -173,7 +176,7 @@ def nothing_keeps_a_closed_engine(run: Run) -> None:
     assert seen() is None or gc.get_referrers(seen())
 
 
-@row("dispatch", make=Blocks, pages=8)
+@row("forward", make=Blocks, pages=8)
 def exception_in_one_of_many_threads(run: Run) -> None:
     for step in range(3):
         stop = threading.local()

@@ -34,12 +34,12 @@ def _tokens(run: Run) -> None:
         run.train(loss_of(run(tokens(step)), step))
 
 
-@row("dispatch", "pack", make=lambda: Recurrent(nn.LSTM), pages=12)
+@row("forward", "pack", make=lambda: Recurrent(nn.LSTM), pages=12)
 def lstm(run: Run) -> None:
     _tokens(run)
 
 
-@row("dispatch", "pack", make=lambda: Recurrent(nn.GRU), pages=12)
+@row("forward", "pack", make=lambda: Recurrent(nn.GRU), pages=12)
 def gru(run: Run) -> None:
     _tokens(run)
 
@@ -86,7 +86,7 @@ class Normed(nn.Module):
         return x
 
 
-@row("dispatch", "pack", make=Normed, pages=3)
+@row("forward", "pack", make=Normed, pages=3)
 def weight_norm(run: Run) -> None:
     for step in range(4):
         run.train(loss_of(run(inputs(step))))
@@ -105,7 +105,7 @@ class Spectral(nn.Module):
         return x
 
 
-@row("dispatch", "pack", make=Spectral)
+@row("forward", "pack", make=Spectral)
 def spectral_norm(run: Run) -> None:
     for step in range(4):
         run.train(loss_of(run(inputs(step))))
@@ -131,7 +131,7 @@ class Parametrized(nn.Module):
         return x
 
 
-@row("dispatch", "pack", make=Parametrized)
+@row("forward", "pack", make=Parametrized)
 def parametrized_weights(run: Run) -> None:
     for step in range(3):
         run.train(loss_of(run(inputs(step))))
@@ -157,7 +157,7 @@ class Normalized(nn.Module):
         return x + F.pad(x @ self.turned.t(), (0, 16)) if len(self.empty) == 0 else x
 
 
-@row("dispatch", "pack", make=Normalized, pages=3)
+@row("forward", "pack", make=Normalized, pages=3)
 def frozen_scalar_and_empty_parameters(run: Run) -> None:
     for step in range(3):
         run.train(loss_of(run(inputs(step))))
@@ -181,7 +181,7 @@ def _cached_casts() -> int:
     return int(torch.is_autocast_cache_enabled())
 
 
-@row("dispatch", "pack", "autocast_cache", make=Autocast)
+@row("dispatch", "autocast_cache", make=Autocast)
 def autocast(run: Run) -> None:
     seen = []
     run.module.blocks[2].register_forward_hook(lambda *_: seen.append(_cached_casts()))

@@ -12,7 +12,7 @@ from tests.faults.lab import Run, row
 from tests.faults.modules import WIDTH, Chain, inputs, loss_of, tokens, weight
 
 
-@row("dispatch", "pack", "pins", "stale_copies", make=Chain)
+@row("forward", "pack", "stale_copies", make=Chain)
 def plain_ops(run: Run) -> None:
     for step in range(5):
         run.train(loss_of(run(tokens(step)), step))
@@ -35,7 +35,7 @@ class Experts(nn.Module):
         return x * self.scale.expand(4, WIDTH)
 
 
-@row("dispatch", "pack", "views", make=Experts)
+@row("dispatch", "pack", make=Experts)
 def views_of_weights(run: Run) -> None:
     for step in range(4):
         run.train(loss_of(run(inputs(step))))
@@ -133,7 +133,7 @@ def views_stashed_over_steps(run: Run) -> None:
         run.train(loss_of(run(inputs(step))))
 
 
-@row("dispatch", "pack", "pins", make=lambda: Chain(tied=True))
+@row("forward", "pack", make=lambda: Chain(tied=True))
 def tied_weights(run: Run) -> None:
     for step in range(4):
         run.train(loss_of(run(tokens(step)), step))
@@ -269,7 +269,7 @@ class Wanders(Chain):
         return torch.Generator().manual_seed(self.turn)
 
 
-@row("dispatch", "pack", "pins", make=Wanders)
+@row("dispatch", "pack", make=Wanders)
 def control_flow_that_changes(run: Run) -> None:
     for step in range(12):
         run.train(loss_of(run(tokens(step)), step))

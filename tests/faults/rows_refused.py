@@ -390,17 +390,17 @@ def _compiled_before(run: Run) -> None:
         run.record("evaluated", run(inputs(9)))
 
 
-@row("gather", make=_compiled("eager"), pages=11)
+@row("forward", make=_compiled("eager"), pages=11)
 def compiled_before_with_eager(run: Run) -> None:
     _compiled_before(run)
 
 
-@row("gather", make=_compiled("aot_eager"), pages=11)
+@row("forward", make=_compiled("aot_eager"), pages=11)
 def compiled_before_with_aot_eager(run: Run) -> None:
     _compiled_before(run)
 
 
-@row("dispatch", make=Blocks, pages=6)
+@row("forward", make=Blocks, pages=6)
 def compiled_after(run: Run) -> None:
     for backend in ("eager", "aot_eager"):
         torch._dynamo.reset()
