@@ -26,9 +26,15 @@ from offload.engine.gradients import GradientHome
 from offload.engine.guard import GuardedTensor, guard_class_of
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage, register
-from offload.engine.planning import OptimizerFactory, choose_rule, describe_machine, plan_module
+from offload.engine.planning import (
+    OptimizerFactory,
+    choose_rule,
+    describe_machine,
+    plan_module,
+    without_untrained,
+)
 from offload.engine.poison import poison_storage
-from offload.errors import DoesNotFitError, UnsupportedPlatformError, format_bytes
+from offload.errors import ConfigError, DoesNotFitError, UnsupportedPlatformError, format_bytes
 from offload.native import IoEngine
 from offload.optim.chunk_update import ChunkUpdate, KernelUpdate, OptimizerUpdate
 from offload.optim.generic import GenericRule
@@ -113,12 +119,14 @@ def build(module: nn.Module, config: OffloadConfig, optimizer: OptimizerFactory 
             f"torch {torch.__version__} cannot swap the memory of a storage",
             expected="torch 2.11 to 2.13",
         )
+    _check_paths(module, config)
     collection = collect(module, config.precision.compute)
     with contextlib.ExitStack() as closing:
         io = open_io(config)
-        closing.callback(io.close)
+        closing.callback(io.close, config.io.deadline_seconds)
         nvme = _open_nvme(config, io, closing)
         rule, groups = choose_rule(collection, config, optimizer)
+        collection = without_untrained(collection, groups)
         machine = describe_machine(config, None if nvme is None else nvme.bytes_free())
         plan = plan_module(collection, config, machine, rule, groups)
         plan.require_fit()
@@ -126,6 +134,17 @@ def build(module: nn.Module, config: OffloadConfig, optimizer: OptimizerFactory 
         return _reserve_and_move(
             module, config, collection, plan, machine, (io, nvme), (rule, groups), closing
         )
+
+
+def _check_paths(module: nn.Module, config: OffloadConfig) -> None:
+    modules = dict(module.named_modules())
+    problems = [
+        f"guard.gather: the model has no module {path!r}"
+        for path in config.guard.gather
+        if path not in modules
+    ]
+    if problems:
+        raise ConfigError(problems=problems)
 
 
 def _require_memory(plan: Plan, machine: Machine) -> None:
@@ -178,7 +197,8 @@ def _reserve_and_move(
     io, nvme = disks
     rule, groups = rules
     deadline = config.io.deadline_seconds
-    host = HostArena(max(machine.host_bytes, 1 << 16))
+    # No larger than the plan: an arena is locked in memory where there is an accelerator.
+    host = HostArena(max(plan.peak_bytes["host"], 1 << 16))
     closing.callback(host.close)
     host.register_with(io)
     device = open_device_tier(

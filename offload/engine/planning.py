@@ -20,6 +20,7 @@ from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.generic import GenericRule
 from offload.optim.rules import UpdateRule, from_torch, make_rule
 from offload.partition.layout import (
+    BLOCK_ALIGNMENT_BYTES,
     REDUCTION_ELEMENTS,
     Bucket,
     ClassLayout,
@@ -163,8 +164,19 @@ def plan_module(
         )
     machine = replace(machine, device_bytes=left)
     if isinstance(rule, UpdateRule):
-        return plan_buckets(specs, config, machine=machine, moments=rule.state_fields)
-    return _plan_generic(specs, collection, config, machine, rule, groups)
+        planned = plan_buckets(specs, config, machine=machine, moments=rule.state_fields)
+    else:
+        planned = _plan_generic(specs, collection, config, machine, rule, groups)
+    return _with_overhead(planned, "device", collection.resident_bytes)
+
+
+def _with_overhead(planned: Plan, tier: str, nbytes: int) -> Plan:
+    """Count bytes of a tier that were taken off its budget before planning."""
+    peak, need, budget = (
+        {**amounts, tier: amounts[tier] + nbytes}
+        for amounts in (planned.peak_bytes, planned.need_bytes, planned.budget_bytes)
+    )
+    return replace(planned, peak_bytes=peak, need_bytes=need, budget_bytes=budget)
 
 
 def _plan_generic(
@@ -184,11 +196,15 @@ def _plan_generic(
         bucket_elements=elements,
         chunk_elements=round_up(max(elements, largest) + REDUCTION_ELEMENTS, REDUCTION_ELEMENTS),
     )
-    scratch = max((OptimizerUpdate.scratch_bytes(b) for b in buckets if b.trainable), default=0)
-    machine = replace(machine, host_bytes=max(machine.host_bytes - scratch, 1))
+    # The arena leases pages.
+    scratch = round_up(
+        max((OptimizerUpdate.scratch_bytes(b) for b in buckets if b.trainable), default=0),
+        BLOCK_ALIGNMENT_BYTES,
+    )
+    machine = replace(machine, host_bytes=machine.host_bytes - scratch)
     group_of = {id(p): group for group in groups for p in group["params"]}
     layouts = [_generic_layouts(bucket, collection, config, rule, group_of) for bucket in buckets]
-    return plan_layouts(
+    planned = plan_layouts(
         specs,
         buckets,
         tuple(layouts),  # type: ignore[arg-type]  # TensorLayout for the optimizer class
@@ -197,6 +213,7 @@ def _plan_generic(
         speeds=LaneSpeeds(),
         workload=Workload(),
     )
+    return _with_overhead(planned, "host", scratch)
 
 
 def _generic_layouts(
@@ -214,7 +231,10 @@ def _generic_layouts(
         tensors = {}
         for slot in bucket.slots:
             parameter = collection.paged[slot.param].parameter
-            layout = rule.state_layout(tuple(parameter.shape), group_of[id(parameter)])
+            shape = tuple(parameter.shape)
+            if parameter.is_complex():
+                shape = (*shape, 2)  # see `OptimizerUpdate`
+            layout = rule.state_layout(shape, group_of[id(parameter)])
             tensors[slot.param] = [StateTensorSpec(t.key, t.dtype, t.shape) for t in layout.tensors]
         layouts["optimizer"] = TensorLayout(bucket, fields["optimizer"], tensors)
     return layouts
@@ -235,3 +255,16 @@ def choose_rule(
     prototype = optimizer([collected.parameter for collected in trainable])
     groups = [dict(group) for group in prototype.param_groups]
     return from_torch(prototype) or GenericRule(prototype), groups
+
+
+def without_untrained(collection: Collection, groups: Sequence[dict[str, Any]]) -> Collection:
+    """The parameters that no group has count as frozen: no gradient, no optimizer state.
+
+    As with any torch optimizer, what backward leaves in their `.grad` is the user's own.
+    """
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    paged = [
+        replace(c, spec=replace(c.spec, trainable=False)) if id(c.parameter) not in known else c
+        for c in collection.paged
+    ]
+    return replace(collection, paged=tuple(paged))

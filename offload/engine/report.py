@@ -107,7 +107,8 @@ class StepMeter:
         device, host, nvme = parts.device, parts.host, parts.nvme
         found = {
             "device": TierReport(device.budget_bytes, device.used_bytes, device.peak_bytes),
-            "host": TierReport(host.budget_bytes, host.used_bytes, host.peak_bytes),
+            # The arena is only as large as the plan needs; this is what it might have been.
+            "host": TierReport(parts.plan.budget_bytes["host"], host.used_bytes, host.peak_bytes),
         }
         if nvme is not None:
             found["nvme"] = TierReport(nvme.capacity_bytes, nvme.used_bytes, nvme.peak_bytes)
