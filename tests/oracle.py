@@ -128,7 +128,9 @@ def small_loss(model: Any, index: int) -> torch.Tensor:
 def two_buckets_bytes(model: nn.Module, *, itemsize: int, bucket_elements: int) -> int:
     """The smallest device budget for paged weights: two largest buckets and a largest gradient."""
     specs = [
-        ParamSpec(name, tuple(p.shape), p.numel(), "bf16" if itemsize == 2 else "fp32", itemsize, True)
+        ParamSpec(
+            name, tuple(p.shape), p.numel(), "bf16" if itemsize == 2 else "fp32", itemsize, True
+        )
         for name, p in model.named_parameters()
     ]
     page = max(bucket.nbytes for bucket in pack(specs, bucket_elements=bucket_elements))
@@ -137,7 +139,7 @@ def two_buckets_bytes(model: nn.Module, *, itemsize: int, bucket_elements: int) 
 
 
 def settings(
-    placement: str,
+    tier: str,
     directory: Path | None = None,
     *,
     compute: str = "fp32",
@@ -156,7 +158,7 @@ def settings(
             "host": {"memory": host},
             **({"nvme": {"paths": [str(directory)]}} if directory else {}),
         },
-        "placement": dict.fromkeys(("weights", "gradients", "optimizer"), placement),
+        "placement": dict.fromkeys(("weights", "gradients", "optimizer"), tier),
         "precision": {"compute": compute},
         "optimizer": {"name": "adamw", **ADAMW},
         "partition": {"bucket_elements": bucket_elements},

@@ -124,9 +124,7 @@ def test_training_goes_on_after_an_error_anywhere(
 ) -> None:
     """One operation in a run fails, each time another one; the end is that of an undisturbed run."""
     training = {"training": {"gradient_accumulation_steps": accumulation}}
-    calm = train_engine(
-        small_model(), nvme_settings(tmp_path, **training), small_loss, steps=STEPS
-    )
+    calm = train_engine(small_model(), nvme_settings(tmp_path, **training), small_loss, steps=STEPS)
     code = errno.EIO if kind == "read" else errno.ENOSPC
     seen: set[str] = set()
     for nth in places(faulty(None, **training), kind):
@@ -140,3 +138,119 @@ def test_training_goes_on_after_an_error_anywhere(
         engine.close()
     assert "step" in seen
     assert seen & {"forward", "backward"}
+
+
+def test_a_pending_step_refuses_everything_but_its_completion(
+    faulty: Faulty, tmp_path: Path
+) -> None:
+    calm = train_engine(small_model(), nvme_settings(tmp_path), small_loss, steps=STEPS)
+    engine = faulty(None)
+    writes = places(engine, "write")[-1]
+    engine.close()
+    engine = faulty(f"op=write,nth={writes},errno={errno.ENOSPC}")
+    first = continue_engine_until_error(engine)
+    assert engine._pending is not None
+    weight = engine.module[1].weight
+    for action in (
+        lambda: engine(None),
+        lambda: engine.backward(weight.sum()),
+        lambda: engine.optimizer.zero_grad(),
+        lambda: engine.set_state("1.weight", {}),
+        lambda: engine.load_state_dict({}),
+        lambda: engine.write_state("1.weight", "weight", weight),
+        lambda: engine.gathered().__enter__(),
+    ):
+        with pytest.raises(EngineStateError, match="pending"):
+            action()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 1e6  # frozen when the step began
+    assert engine.step()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 1e-3
+    rest = continue_engine(engine, small_loss, steps=STEPS - engine.global_steps)
+    rest.losses = first + rest.losses
+    rest.norms = calm.norms
+    assert_identical(rest, calm)
+
+
+def continue_engine_until_error(engine: Any) -> list[float]:
+    """Train until `step` fails; the losses up to there."""
+    losses = []
+    while True:
+        loss = small_loss(engine, engine.micro_steps)
+        losses.append(loss.item())
+        engine.backward(loss)
+        try:
+            engine.step()
+        except StorageError as error:
+            assert error.errno in (errno.ENOSPC, errno.EIO)
+            assert error.path
+            assert error.nbytes
+            assert error.what
+            return losses
+
+
+def test_an_error_again_and_again(faulty: Faulty, tmp_path: Path) -> None:
+    """Many writes in a row fail; each call of step gets further, and nothing is applied twice."""
+    calm = train_engine(small_model(), nvme_settings(tmp_path), small_loss, steps=2)
+    engine = faulty(None)
+    writes = places(engine, "write")[-4]
+    engine.close()
+    engine = faulty(f"op=write,nth={writes},count=9,errno={errno.EIO}")
+    continue_engine_until_error(engine)
+    failures = 1
+    while engine.global_steps < 2:
+        try:
+            engine.step()
+        except StorageError:
+            failures += 1
+    assert failures > 1
+    found = continue_engine(engine, small_loss, steps=0)
+    found.losses, found.norms = calm.losses, calm.norms
+    assert_identical(found, calm)
+
+
+@pytest.mark.parametrize("backend", ["threads", "python"])
+def test_a_flipped_bit_is_an_error_that_names_the_record(backend: str, faulty: Faulty) -> None:
+    engine = faulty(None)
+    reads = places(engine, "read")
+    engine.close()
+    for nth in (reads[1], reads[-1]):
+        engine = faulty(f"op=read,nth={nth},corrupt=1", backend=backend)
+        with pytest.raises(ChecksumError, match=r"(weights|gradients|optimizer) of bucket \d+"):
+            run_until_error(engine)
+        engine.close()
+
+
+@pytest.mark.parametrize("damage", ["lost=1", "misdirect=4096", "corrupt=1"])
+def test_a_write_that_went_wrong_is_found_when_it_is_read(damage: str, faulty: Faulty) -> None:
+    engine = faulty(None)
+    writes = places(engine, "write")
+    engine.close()
+    engine = faulty(f"op=write,nth={writes[3]},{damage}")
+    with pytest.raises(ChecksumError):
+        run_until_error(engine)
+
+
+def run_until_error(engine: Any) -> None:
+    for _ in range(STEPS):
+        engine.backward(small_loss(engine, engine.micro_steps))
+        engine.step()
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_an_operation_that_hangs_is_an_error_in_time(kind: str, faulty: Faulty) -> None:
+    engine = faulty(None)
+    where = places(engine, kind)
+    engine.close()
+    for nth in (where[0], where[-1]):
+        engine = faulty(f"op={kind},nth={nth},drop=1", io={"deadline_seconds": 0.3})
+        started = time.monotonic()
+        with pytest.raises(DeadlineError, match="still in flight"):
+            run_until_error(engine)
+        assert time.monotonic() - started < 5
+        started = time.monotonic()
+        with pytest.raises(DeadlineError):
+            engine.close()
+        engine.close()
+        assert time.monotonic() - started < 5

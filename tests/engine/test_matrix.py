@@ -43,7 +43,9 @@ def _telling() -> list[tuple[Any, ...]]:
         for column, placement in enumerate(PLACEMENTS):
             turn = row + column
             accumulation = 4 if turn % 3 == 2 else 1
-            cases.append((model, COMPUTE[turn % 2], placement, accumulation, CHECKPOINTING[turn % 3]))
+            cases.append(
+                (model, COMPUTE[turn % 2], placement, accumulation, CHECKPOINTING[turn % 3])
+            )
     return cases
 
 
@@ -59,7 +61,7 @@ def _config(model: str, compute: str, placement: str, path: Path | None, steps: 
         compute=compute,
         bucket_elements=BUCKET_ELEMENTS,
         device=(64 << 20) if tier == "device" else smallest,
-        host=(3 << 20) if tier == "auto" else (64 << 20),
+        host=(5 << 18) if tier == "auto" else (64 << 20),
         training={"gradient_accumulation_steps": steps},
         io={"backend": backend or "auto"},
     )
@@ -99,7 +101,9 @@ def test_bits_do_not_depend_on_the_placement_in_any_combination(
 @pytest.mark.parametrize("model", MODELS)
 def test_auto_placement_uses_every_tier(model: str, tmp_path: Path) -> None:
     """Else the `auto` column of the matrix would not test what it is there for."""
-    with make_engine(transformers_model(model), _config(model, "fp32", "auto", tmp_path, 1)) as engine:
+    with make_engine(
+        transformers_model(model), _config(model, "fp32", "auto", tmp_path, 1)
+    ) as engine:
         homes = {tier: sum(classes.values()) for tier, classes in engine.plan.bytes.items()}
         assert homes["host"] > 0
         assert homes["nvme"] > 0
@@ -110,13 +114,13 @@ def test_auto_placement_uses_every_tier(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_fp32_equals_plain_pytorch(model: str, steps: int) -> None:
     checkpointing = "off" if steps == 1 else "not_reentrant"
-    plain = train_plain(
-        transformers_model(model, checkpointing), language_loss, accumulation=steps
-    )
+    plain = train_plain(transformers_model(model, checkpointing), language_loss, accumulation=steps)
     found = _on_device(model, "fp32", steps, checkpointing)
     assert_close(found, plain, tolerance=TOLERANCE)
+    for name in [name for name in plain.state if name.endswith("self.key.bias")]:
+        del plain.state[name]  # BERT's: its gradient is zero but for rounding, its moments noise
     for key in ("exp_avg", "exp_avg_sq"):
-        assert_close(found, plain, tolerance=10 * TOLERANCE, key=key)
+        assert_close(found, plain, tolerance=TOLERANCE, key=key)
     for one, other in zip(found.norms, plain.norms, strict=True):
         assert one == pytest.approx(other, rel=TOLERANCE)
 

@@ -47,9 +47,7 @@ def everywhere(
 ) -> Run:
     """Train in every tier; the runs are identical."""
     runs = [
-        train_engine(
-            make(), config(tier, path, **options), loss, steps=steps, **(factories or {})
-        )
+        train_engine(make(), config(tier, path, **options), loss, steps=steps, **(factories or {}))
         for tier in TIERS
     ]
     for run in runs[1:]:
@@ -131,10 +129,10 @@ def test_clipped_gradient_is_exactly_scaled(tmp_path: Path) -> None:
 
 
 def test_accumulation_equals_plain_accumulation(tmp_path: Path) -> None:
-    run = everywhere(
-        small_model, small_loss, tmp_path, training={"gradient_accumulation_steps": 4}
+    run = everywhere(small_model, small_loss, tmp_path, training={"gradient_accumulation_steps": 4})
+    assert_close(
+        run, train_plain(small_model(), small_loss, steps=4, accumulation=4), tolerance=1e-6
     )
-    assert_close(run, train_plain(small_model(), small_loss, steps=4, accumulation=4), tolerance=1e-6)
 
 
 def test_the_boundary_is_announced(tmp_path: Path) -> None:
@@ -308,9 +306,7 @@ def _schedule(optimizer: Any) -> Any:
 
 
 def test_a_schedule_from_a_factory(tmp_path: Path) -> None:
-    run = everywhere(
-        small_model, small_loss, tmp_path, factories={"lr_scheduler": _schedule}
-    )
+    run = everywhere(small_model, small_loss, tmp_path, factories={"lr_scheduler": _schedule})
     plain = train_plain(small_model(), small_loss, steps=4, scheduler=_schedule)
     assert_close(run, plain, tolerance=1e-6)
 
@@ -542,7 +538,8 @@ def test_state_round_trips(compute: str, tier: str, tmp_path: Path) -> None:
             other.loss_scale.load_state_dict(engine.loss_scale.state_dict())
         assert_same_state(dict(other.named_state()), state)
         assert_identical(
-            continue_engine(other, small_loss, steps=2), continue_engine(engine, small_loss, steps=2)
+            continue_engine(other, small_loss, steps=2),
+            continue_engine(engine, small_loss, steps=2),
         )
 
 
@@ -597,7 +594,10 @@ def test_gathered_edits_reach_weight_and_master(compute: str, tier: str, tmp_pat
         expected = (torch.arange(1024).view(32, 32) / 1024).to(weight.dtype)
         assert torch.equal(state["weight"], expected)
         assert torch.equal(state["master"], expected.float())
-        with pytest.raises(OffloadError, match=r"1\.weight was edited"), engine.gathered("1.weight"):
+        with (
+            pytest.raises(OffloadError, match=r"1\.weight was edited"),
+            engine.gathered("1.weight"),
+        ):
             with torch.no_grad():
                 weight.zero_()
         with pytest.raises(OffloadError, match="no parameter nonsense"):
@@ -648,4 +648,3 @@ def test_close_is_final_and_idempotent(tier: str, tmp_path: Path) -> None:
             action()
     with pytest.raises(EngineStateError):
         engine.module(torch.zeros(1, 1, dtype=torch.long))
-

@@ -47,9 +47,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
-    blocks = [
-        layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())
-    ]
+    blocks = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())]
     return nn.Sequential(nn.Embedding(64, 64), *blocks, nn.Linear(64, 64))
 
 
@@ -57,7 +55,10 @@ def train(path: Path, placement: dict[str, str], compute: str, accumulation: int
     """Losses and full state after `STEPS` steps."""
     config = {
         "tiers": {
-            "device": {"kind": "cpu", "memory": "1MiB" if "device" in placement.values() else "200KiB"},
+            "device": {
+                "kind": "cpu",
+                "memory": "1MiB" if "device" in placement.values() else "200KiB",
+            },
             "host": {"memory": "8MiB"},
             "nvme": {"paths": [str(path)]},
         },
@@ -72,7 +73,9 @@ def train(path: Path, placement: dict[str, str], compute: str, accumulation: int
     with offload.initialize(make_model(), config) as engine:
         for micro_step in range(STEPS * accumulation):
             logits = engine(ids[micro_step % 4 :]).float()
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[micro_step % 4 :].flatten())
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[micro_step % 4 :].flatten()
+            )
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
