@@ -63,22 +63,21 @@ Attempt next_attempt(const Block& block, FaultSpec& fault) noexcept {
   attempt.offset = spec.offset + start;
   attempt.address = spec.address + start;
   attempt.nbytes = block.extent.nbytes - block.num_done;
+  attempt.action = fault.next(spec.operation);
+  if (attempt.action.kind == FaultKind::kMisdirect) attempt.offset += attempt.action.value;
+  if (attempt.action.kind == FaultKind::kShort) {
+    attempt.nbytes = std::clamp<std::uint64_t>(attempt.action.value, 1, attempt.nbytes);
+  }
   // After a short call the rest may be unaligned.
   const bool aligned =
       (attempt.offset | attempt.nbytes) % spec.alignment == 0 &&
       reinterpret_cast<std::uintptr_t>(attempt.address) % spec.memory_alignment == 0;
   attempt.fd = block.extent.direct && aligned ? spec.direct_fd : spec.fd;
-  attempt.action = fault.next(spec.operation);
-  if (attempt.action.kind == FaultKind::kMisdirect) attempt.offset += attempt.action.value;
   return attempt;
 }
 
 std::int64_t apply_fault(const Attempt& attempt, int buffered_fd, std::int64_t result) noexcept {
-  if (result <= 0) return result;
-  if (attempt.action.kind == FaultKind::kShort) {
-    return std::min(result, static_cast<std::int64_t>(attempt.action.value));
-  }
-  if (attempt.action.kind == FaultKind::kCorrupt) {
+  if (result > 0 && attempt.action.kind == FaultKind::kCorrupt) {
     const auto flipped = static_cast<unsigned char>(~attempt.address[0]);
     if (attempt.operation == Operation::kRead) {
       attempt.address[0] = flipped;

@@ -19,6 +19,7 @@ from offload.native.checksums import crc32c_combine_python, crc32c_python
 from offload.native.core import LANES, CopyRequest, CoreSettings, Outcome, Request
 from offload.native.fault_spec import FaultAction, FaultSpec
 
+_RETRIED = (errno_codes.EINTR, errno_codes.EAGAIN)
 _MAX_RETRIES = 200  # without progress, 1 ms apart
 _RETRY_SECONDS = 1e-3
 
@@ -258,22 +259,26 @@ def _transfer(
     """Move one block completely. Raises OSError or _ShortError."""
     call = os.preadv if request.operation == "read" else os.pwritev
     num_done = num_retries = 0
+    direct = block.direct
     while num_done < block.nbytes:
         position = block.start + num_done
         nbytes = block.nbytes - num_done
         offset, address = request.offset + position, request.address + position
+        if action is not None and action.kind == "short":
+            nbytes = min(nbytes, max(1, action.value))
         whole = offset % request.alignment == 0 and nbytes % request.alignment == 0
         whole = whole and address % request.memory_alignment == 0
-        fd = request.direct_fd if block.direct and whole else request.fd
+        fd = request.direct_fd if direct and whole else request.fd
         try:
             moved = _attempt(call, fd, offset, address, nbytes, action)
         except OSError as error:
             num_retries += 1
-            if error.errno not in (errno_codes.EINTR, errno_codes.EAGAIN):
+            if error.errno == errno_codes.EINVAL and fd == request.direct_fd:
+                direct = False  # the file system refuses O_DIRECT after all
+            elif error.errno in _RETRIED and num_retries <= _MAX_RETRIES:
+                time.sleep(_RETRY_SECONDS)
+            else:
                 raise
-            if num_retries > _MAX_RETRIES:
-                raise
-            time.sleep(_RETRY_SECONDS)
         else:
             if moved == 0:
                 raise _ShortError
@@ -296,10 +301,9 @@ def _attempt(
         return nbytes
     if kind == "misdirect":
         offset += value
-    moved = int(call(fd, [(ctypes.c_uint8 * nbytes).from_address(address)], offset))
     if kind == "delay":
         time.sleep(value / 1e3)
-    return min(moved, value) if kind == "short" else moved
+    return int(call(fd, [(ctypes.c_uint8 * nbytes).from_address(address)], offset))
 
 
 def _corrupt(request: Request, offset: int, address: int) -> None:

@@ -8,7 +8,7 @@
     count=N                        how many from there on; 0 = all (1)
 
     errno=N          the attempt fails with errno N; 4 (EINTR) and 11 (EAGAIN) are retried
-    short=BYTES      at most so many bytes are reported as moved
+    short=BYTES      at most so many bytes are moved (at least 1)
     delay=MS         the completion comes so much later
     corrupt=1        one byte is flipped: of the buffer after a read, of the file after a write
     lost=1           reported as done, but nothing is moved
