@@ -116,7 +116,7 @@ def _in_threads(count: int, work: Any) -> None:
         try:
             ready.wait()
             work(index)
-        except BaseException as error:  # noqa: BLE001: told below
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
@@ -141,9 +141,7 @@ def backward_in_four_threads(run: Run) -> None:
             roots: list[torch.Tensor] = roots,
             slopes: list[Any] = slopes,
         ) -> None:
-            (slopes[index],) = torch.autograd.grad(
-                losses[index], roots[index], retain_graph=True
-            )
+            (slopes[index],) = torch.autograd.grad(losses[index], roots[index], retain_graph=True)
 
         _in_threads(4, work)
         run.record("slopes", slopes)

@@ -155,8 +155,9 @@ def use_after_close(run: Run) -> None:
         lambda: run.module.blocks[0].up.weight.fill_(0.0),
         lambda: torch.save(run.module.blocks[0].up.weight, run.folder / "one"),
     ):
-        with torch.no_grad() if act is not kept.backward else torch.enable_grad(), pytest.raises(
-            OffloadError
+        with (
+            torch.no_grad() if act is not kept.backward else torch.enable_grad(),
+            pytest.raises(OffloadError),
         ):
             act()
     assert run.module.blocks[0].up.weight.shape == (32, 32)

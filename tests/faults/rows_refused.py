@@ -7,7 +7,7 @@ import copy
 import ctypes
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -75,9 +75,9 @@ def torch_func(run: Run) -> None:
         plain=lambda: vmap(lambda one: copies["blocks.0.up.weight"] @ one)(x),
     )
     _refused_unless_present(
-        run, lambda: vmap(run.module)(x), plain=lambda: vmap(functional_call, (None, None, 0))(
-            run.module, copies, x
-        )
+        run,
+        lambda: vmap(run.module)(x),
+        plain=lambda: vmap(functional_call, (None, None, 0))(run.module, copies, x),
     )
     run.train(loss_of(run(x)))
 
@@ -260,15 +260,13 @@ class Doubled(torch.Tensor):
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Doubled:
+    def __new__(cls, inner: torch.Tensor) -> Self:
         made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
         made.inner = inner
         return made
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def bare(value: Any) -> Any:
             return value.inner if isinstance(value, Doubled) else value
 

@@ -47,7 +47,7 @@ def _child(row_name: str, break_name: str | None, folder: Path) -> int:
         if break_name is not None:
             BREAKS[break_name]()
         run_row(ROWS[row_name], folder)
-    except BaseException:  # noqa: BLE001: whatever it is, it is what the test reports
+    except BaseException:
         traceback.print_exc()
         return 1
     return 0
@@ -118,7 +118,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     import torch._dynamo
-    import transformers  # noqa: F401: what rows and engines import, once
+    import transformers  # noqa: F401  what rows and engines import, once
 
     import tests.faults.all_rows  # noqa: F401
 

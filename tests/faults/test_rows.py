@@ -18,9 +18,7 @@ def test_use_gives_the_numbers_of_plain_pytorch(name: str, run_in_child: RunInCh
 @pytest.mark.parametrize(
     ("name", "broken"), [(name, broken) for name, row in ROWS.items() for broken in row.breaks]
 )
-def test_row_fails_on_the_unguarded_build(
-    name: str, broken: str, run_in_child: RunInChild
-) -> None:
+def test_row_fails_on_the_unguarded_build(name: str, broken: str, run_in_child: RunInChild) -> None:
     answer = run_in_child(name, broken, seconds=30.0)
     assert answer["outcome"] != "passed", f"{name} passes with {broken} off: it has no teeth"
 
