@@ -59,11 +59,19 @@ def transformers_model(name: str, checkpointing: str = "off") -> nn.Module:
         ),
         "gpt2": lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
-                n_embd=64, n_layer=2, n_head=4, vocab_size=256, bos_token_id=0, eos_token_id=0
+                n_embd=64,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                vocab_size=256,
+                bos_token_id=0,
+                eos_token_id=0,
             )
         ),
         "bert": lambda: transformers.BertForMaskedLM(
-            transformers.BertConfig(**_SIZES, intermediate_size=128, num_hidden_layers=2)
+            transformers.BertConfig(
+                **_SIZES, intermediate_size=128, num_hidden_layers=2, max_position_embeddings=64
+            )
         ),
         "t5": lambda: transformers.T5ForConditionalGeneration(
             transformers.T5Config(

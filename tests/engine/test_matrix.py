@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import offload
 from offload.native import BACKENDS, IoEngine
 from tests.oracle import (
     LockStep,
@@ -49,22 +50,24 @@ def _telling() -> list[tuple[Any, ...]]:
     return cases
 
 
-def _config(model: str, compute: str, placement: str, path: Path | None, steps: int) -> Any:
+def _config(name: str, compute: str, placement: str, path: Path | None, steps: int) -> Any:
     tier, _, backend = placement.partition(" ")
-    itemsize = 2 if compute == "bf16" else 4
-    smallest = two_buckets_bytes(
-        transformers_model(model), itemsize=itemsize, bucket_elements=BUCKET_ELEMENTS
-    )
-    return settings(
-        tier,
-        path,
-        compute=compute,
-        bucket_elements=BUCKET_ELEMENTS,
-        device=(64 << 20) if tier == "device" else smallest,
-        host=(5 << 18) if tier == "auto" else (64 << 20),
-        training={"gradient_accumulation_steps": steps},
-        io={"backend": backend or "auto"},
-    )
+    model = transformers_model(name)
+    options: dict[str, Any] = {
+        "compute": compute,
+        "bucket_elements": BUCKET_ELEMENTS,
+        "training": {"gradient_accumulation_steps": steps},
+        "io": {"backend": backend or "auto"},
+    }
+    if tier != "device":
+        itemsize = 2 if compute == "bf16" else 4
+        options["device"] = two_buckets_bytes(
+            model, itemsize=itemsize, bucket_elements=BUCKET_ELEMENTS
+        )
+    if tier == "auto":  # room for a part of the state beside the staging that the rest needs
+        staging = offload.plan(model, settings("nvme", path, **options)).need_bytes["host"]
+        options["host"] = staging + (512 << 10)
+    return settings(tier, path, **options)
 
 
 @functools.cache
