@@ -6,41 +6,31 @@
   window     a module whose forward is running says that it will use the page; it is evicted only if
              nothing else can be, and only by the thread whose windows are the only ones open.
   plan       says at each event of the trace what to evict and what to fetch. It is followed as far
-             as reality allows: an eviction of a pinned page and a fetch that finds no room are left out.
+             as reality allows: an eviction of a pinned page and a fetch that finds no room are left
+             out.
 
-Without a plan, or after the run has left its trace, only faults move pages, and the page that goes is
-the one whose next use in the trace is farthest away, or else the one that was used longest ago.
+Without a plan, or after the run has left its trace, only faults move pages, and the page that goes
+is the one whose next use in the trace is farthest away, or else the one used longest ago.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from offload.engine.node_pins import NodePins
 from offload.engine.page_in import PageIn
 from offload.engine.pages import PagedParameter, WeightPage
-from offload.errors import BudgetError, DoesNotFitError, EngineStateError
+from offload.engine.runs import RunKey, Runs
+from offload.errors import BudgetError, EngineStateError
 from offload.native import crc32c
 from offload.partition.blocks import BlockStore
 from offload.partition.residency import Residency
-from offload.schedule.lookahead import Actions, LookaheadPlan, plan_lookahead
-from offload.schedule.trace import CLOSE, OPEN, EventKind, Trace, TraceCursor, TraceRecorder
-
-TraceKey = tuple[object, ...]
-
-
-class _KnownTrace:
-    """A recorded trace, its plan, and the cursor that follows it."""
-
-    def __init__(self, trace: Trace, plan: LookaheadPlan | None) -> None:
-        self.trace = trace
-        self.plan = plan
-        self.cursor = TraceCursor(trace)
-        self.position = 0
+from offload.schedule.lookahead import Actions
+from offload.schedule.trace import CLOSE, OPEN, EventKind
 
 
 class Pager:
@@ -64,8 +54,6 @@ class Pager:
         self.pages = pages
         self.faults = 0
         self._store = store
-        self._capacity_bytes = capacity_bytes
-        self._lookahead_depth = lookahead_depth
         self._staging_depth = staging_depth
         self._lock = threading.RLock()
         self._clock = 0
@@ -73,10 +61,7 @@ class Pager:
         self._draining: list[PageIn] = []
         self._node_pins = NodePins(self.unpin, self._lock)
         self._window_threads: dict[int, int] = {}
-        self._traces: dict[TraceKey, _KnownTrace] = {}
-        self._key: TraceKey | None = None
-        self._recorder: TraceRecorder | None = None
-        self._resident: frozenset[int] = frozenset()
+        self._runs = Runs(capacity_bytes=capacity_bytes, lookahead_depth=lookahead_depth)
         self.stall_seconds = 0.0
         self._closed = False
 
@@ -85,9 +70,16 @@ class Pager:
         """Where the parameters say they are."""
         return self._store.device.device
 
+    def __repr__(self) -> str:
+        with self._lock:
+            return " ".join(map(repr, self.pages))
+
     def seal(self) -> None:
         """All pages are there."""
-        self._resident = frozenset(page.index for page in self.pages if not page.is_paged)
+        self._runs.seal(
+            {page.index: page.nbytes for page in self.pages},
+            frozenset(page.index for page in self.pages if not page.is_paged),
+        )
 
     # -- pins and windows ------------------------------------------------------------------------
 
@@ -175,85 +167,32 @@ class Pager:
 
     # -- traces ----------------------------------------------------------------------------------
 
-    def begin(self, key: TraceKey) -> None:
-        """A run of the module starts; runs of one key are expected to repeat their trace."""
+    def begin(self, key: RunKey) -> None:
+        """A run of the module starts; see [Note: Runs]."""
         with self._lock:
             if torch._C._current_graph_task_id() == -1:
                 self._node_pins.release_thread()
             if self._window_threads:
                 return  # a run inside another, or beside it in another thread: one trace for both
-            if self._key == key and self._recorder is None:
-                known = self._traces.get(key)  # `expect` has started it
-                self._recorder = TraceRecorder()
-                if known is not None:
-                    return
-            self.end()
-            self._key = key
-            self._recorder = TraceRecorder()
-            known = self._traces.get(key)
-            if known is not None:
-                known.cursor.rewind()
-                self._start_of(known)
+            self._act(self._runs.begin(key))
 
-    def expect(self, key: TraceKey) -> None:
+    def expect(self, key: RunKey) -> None:
         """A run of this key comes next: fetch ahead what it uses first."""
         with self._lock:
-            self.end()
-            known = self._traces.get(key)
-            if known is not None:
-                self._key = key
-                known.cursor.rewind()
-                self._start_of(known)
+            if not self._window_threads:
+                self._act(self._runs.expect(key))
 
     def end(self) -> None:
-        """The run is over; a trace that differs from the known one replaces it."""
+        """The run is over."""
         with self._lock:
-            if self._window_threads:
-                return
-            recorder, self._recorder = self._recorder, None
-            key, self._key = self._key, None
-            if recorder is None or key is None:
-                return
-            trace = recorder.finish()
-            known = self._traces.get(key)
-            if known is None or known.trace.events != trace.events:
-                self._traces[key] = _KnownTrace(trace, self._plan(trace))
-
-    def _plan(self, trace: Trace) -> LookaheadPlan | None:
-        sizes = {page.index: page.nbytes for page in self.pages}
-        try:
-            return plan_lookahead(
-                trace,
-                sizes,
-                capacity_bytes=self._capacity_bytes,
-                resident=self._resident,
-                depth=self._lookahead_depth,
-            )
-        except DoesNotFitError:
-            return None  # windows overlap by more than there is room for: demand fetches serve them
-
-    def _start_of(self, known: _KnownTrace) -> None:
-        known.position = 0
-        if known.plan is not None:
-            self._act(known.plan.start)
+            if not self._window_threads:
+                self._runs.end()
 
     def _event(self, kind: EventKind, page: WeightPage) -> None:
         """Record an event, and do what the plan says at it."""
         if not page.is_paged:
             return
-        if self._recorder is not None:
-            if kind is OPEN:
-                self._recorder.open(page.index)
-            else:
-                self._recorder.close(page.index)
-        known = self._traces.get(self._key) if self._key is not None else None
-        if known is None or not known.trace.events:
-            return
-        position = known.cursor.advance(kind, page.index)
-        if position is not None:
-            known.position = position
-            if known.plan is not None:
-                self._act(known.plan.actions[position])
+        self._act(self._runs.event(kind, page.index))
 
     def _act(self, actions: Actions) -> None:
         for bucket in actions.evict:
@@ -395,14 +334,11 @@ class Pager:
                 for page in self._present
                 if not (page.pins or page.kept or any(p.has_plain_views for p in page.parameters))
             ]
-        return max(free, key=self._distance(), default=None)
-
-    def _distance(self) -> Callable[[WeightPage], tuple[int, int]]:
-        known = self._traces.get(self._key) if self._key is not None else None
-        if known is None or known.cursor.diverged or not known.trace.events:
-            return lambda page: (0, -page.last_use)
-        trace, position = known.trace, known.position + 1
-        return lambda page: (trace.next_open(position, page.index), -page.last_use)
+        return max(
+            free,
+            key=lambda page: (self._runs.next_use(page.index), -page.last_use),
+            default=None,
+        )
 
     # -- edits and steps -------------------------------------------------------------------------
 
@@ -497,7 +433,7 @@ class Pager:
                         parameter.raw_checksum = None
 
     def close(self) -> None:
-        """Take every parameter off the device; what is under way is waited for. Touches fail now."""
+        """Take every parameter off the device, after what is under way. Touches fail now."""
         with self._lock:
             self._closed = True
             self._node_pins.release_all()

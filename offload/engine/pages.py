@@ -223,6 +223,12 @@ class WeightPage:
         self.kept = False
         self.last_use = 0
 
+    def __repr__(self) -> str:
+        """The bucket's number, `-` away, `~` loading, `+` there; then pins, windows, kept."""
+        where = {Residency.HOME: "-", Residency.LOADING: "~", Residency.ON_DEVICE: "+"}
+        held = "p" * self.pins + "w" * self.windows + "k" * self.kept
+        return f"{self.index}{where[self.residency]}{held}"
+
     @property
     def index(self) -> int:
         """The number of the bucket."""

@@ -31,7 +31,6 @@ from offload.engine.pages import PagedParameter, WeightPage
 from offload.engine.saved import pop_page_hooks, push_page_hooks
 from offload.errors import GuardError
 
-
 # The parameters that went plain, whether hooks were pushed, the grad mode. None: under a transform.
 _Entered = tuple[list[PagedParameter], bool, bool]
 
@@ -250,7 +249,7 @@ class _Hook:
         """torch.jit.script asks for it, to compile the hook."""
         raise GuardError(
             "torch.jit.script of a module whose weights come and go",
-            remedy="use torch.jit.trace inside `engine.gathered()`, or script a deepcopy",
+            remedy="use torch.jit.trace inside `engine.gathered()`, or script before offload.initialize",
         )
 
     def __init__(self, module: nn.Module, act: Callable[[], None]) -> None:
@@ -330,7 +329,9 @@ def fused_modules(module: nn.Module) -> dict[str, nn.Module]:
     """The modules that may run as one kernel over all their weights, the outermost ones."""
     kinds = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
     found = {name: child for name, child in module.named_modules() if isinstance(child, kinds)}
-    inner = {id(below) for child in found.values() for below in child.modules() if below is not child}
+    inner = {
+        id(below) for child in found.values() for below in child.modules() if below is not child
+    }
     return {name: child for name, child in found.items() if id(child) not in inner}
 
 

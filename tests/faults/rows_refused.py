@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import warnings
 from collections.abc import Callable
@@ -114,8 +113,6 @@ def jit_script(run: Run) -> None:
             torch.jit.script(linear)
     with pytest.raises(OffloadError, match="script"):
         torch.jit.script(run.module)
-    with torch.no_grad():
-        run.record("scripted copy", torch.jit.script(copy.deepcopy(linear))(x))
     run.train(loss_of(run(x)))
 
 
