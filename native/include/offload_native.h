@@ -89,7 +89,7 @@ OFFLOAD_API const char* offload_engine_backend(const offload_engine* engine) OFF
  * are still in flight and go on; call again. A negative timeout is none. */
 OFFLOAD_API int offload_engine_close(offload_engine* engine, int64_t timeout_ns) OFFLOAD_NOEXCEPT;
 
-/* Frees a closed engine; its tickets must have been freed. One that is not closed is left alone. */
+/* Frees a closed engine; its tickets stay valid. One that is not closed is left alone. */
 OFFLOAD_API void offload_engine_free(offload_engine* engine) OFFLOAD_NOEXCEPT;
 
 /* Fixed buffers of io_uring: the pages are locked now and found without cost at each request.

@@ -13,12 +13,13 @@
 #include "engine.hpp"
 #include "offload_native.h"
 
+// Tickets keep the engine: a garbage collector may free the two in any order.
 struct offload_engine {
-  offload::Engine engine;
+  std::shared_ptr<offload::Engine> engine;
 };
 
 struct offload_ticket {
-  offload_engine* owner;
+  std::shared_ptr<offload::Engine> engine;
   std::shared_ptr<offload::Request> request;
 };
 
@@ -63,10 +64,10 @@ std::optional<Clock::time_point> time_limit(std::int64_t timeout_ns) {
   return now + std::min<Clock::duration>(std::chrono::nanoseconds(timeout_ns), longest);
 }
 
-int publish(offload_engine* owner, std::shared_ptr<offload::Request> request,
+int publish(const offload_engine& owner, std::shared_ptr<offload::Request> request,
             std::unique_ptr<offload_ticket> place, offload_ticket** ticket) {
   if (request == nullptr) return ESHUTDOWN;
-  place->owner = owner;
+  place->engine = owner.engine;
   place->request = std::move(request);
   *ticket = place.release();
   return 0;
@@ -103,45 +104,45 @@ int offload_engine_create(const offload_options* options, offload_engine** engin
         options->backend,     options->queue_depth,
         options->threads,     options->copy_threads,
         options->block_bytes, options->fault != nullptr ? options->fault : ""};
-    *engine = new offload_engine{offload::Engine(chosen)};
+    *engine = new offload_engine{std::make_shared<offload::Engine>(chosen)};
     return 0;
   });
 }
 
 const char* offload_engine_backend(const offload_engine* engine) noexcept {
-  return engine->engine.backend().c_str();
+  return engine->engine->backend().c_str();
 }
 
 int offload_engine_close(offload_engine* engine, int64_t timeout_ns) noexcept {
-  if (engine->engine.is_child()) return 0;
+  if (engine->engine->is_child()) return 0;
   return guarded(nullptr, 0,
-                 [&] { return engine->engine.close(time_limit(timeout_ns)) ? 0 : ETIMEDOUT; });
+                 [&] { return engine->engine->close(time_limit(timeout_ns)) ? 0 : ETIMEDOUT; });
 }
 
 void offload_engine_free(offload_engine* engine) noexcept {
-  if (!engine->engine.is_child() && engine->engine.is_closed()) delete engine;
+  if (!engine->engine->is_child() && engine->engine->is_closed()) delete engine;
 }
 
 int offload_register(offload_engine* engine, void* address, uint64_t nbytes, char* text,
                      size_t text_bytes) noexcept {
-  if (engine->engine.is_child()) return EPERM;
+  if (engine->engine->is_child()) return EPERM;
   if (address == nullptr || nbytes == 0) return EINVAL;
   return guarded(text, text_bytes, [&] {
     std::string reason;
-    const int error = engine->engine.register_buffer(address, nbytes, reason);
+    const int error = engine->engine->register_buffer(address, nbytes, reason);
     put_text(text, text_bytes, reason);
     return error;
   });
 }
 
 int offload_unregister(offload_engine* engine, void* address) noexcept {
-  if (engine->engine.is_child()) return EPERM;
-  return guarded(nullptr, 0, [&] { return engine->engine.unregister_buffer(address); });
+  if (engine->engine->is_child()) return EPERM;
+  return guarded(nullptr, 0, [&] { return engine->engine->unregister_buffer(address); });
 }
 
 int offload_start(offload_engine* engine, const offload_request* request,
                   offload_ticket** ticket) noexcept {
-  if (engine->engine.is_child()) return EPERM;
+  if (engine->engine->is_child()) return EPERM;
   if (!is_valid(*request)) return EINVAL;
   return guarded(nullptr, 0, [&] {
     auto place = std::make_unique<offload_ticket>();
@@ -158,13 +159,13 @@ int offload_start(offload_engine* engine, const offload_request* request,
     spec.address = static_cast<unsigned char*>(request->address);
     spec.has_checksum = request->has_checksum != 0;
     spec.checksum_seed = request->checksum_seed;
-    return publish(engine, engine->engine.start(spec), std::move(place), ticket);
+    return publish(*engine, engine->engine->start(spec), std::move(place), ticket);
   });
 }
 
 int offload_start_copy(offload_engine* engine, int lane, void* destination, const void* source,
                        uint64_t nbytes, offload_ticket** ticket) noexcept {
-  if (engine->engine.is_child()) return EPERM;
+  if (engine->engine->is_child()) return EPERM;
   if ((lane != OFFLOAD_H2D && lane != OFFLOAD_D2H) || destination == nullptr || source == nullptr ||
       nbytes > kMaxOffset) {
     return EINVAL;
@@ -177,7 +178,7 @@ int offload_start_copy(offload_engine* engine, int lane, void* destination, cons
     spec.nbytes = nbytes;
     spec.address = static_cast<unsigned char*>(destination);
     spec.source = static_cast<const unsigned char*>(source);
-    return publish(engine, engine->engine.start_copy(spec), std::move(place), ticket);
+    return publish(*engine, engine->engine->start_copy(spec), std::move(place), ticket);
   });
 }
 
@@ -187,7 +188,7 @@ int offload_ticket_done(const offload_ticket* ticket) noexcept {
 
 int offload_ticket_wait(offload_ticket* ticket, int64_t timeout_ns,
                         offload_outcome* outcome) noexcept {
-  offload::Engine& engine = ticket->owner->engine;
+  offload::Engine& engine = *ticket->engine;
   if (engine.is_child()) return EPERM;
   return guarded(nullptr, 0, [&] {
     if (!engine.wait(*ticket->request, time_limit(timeout_ns))) return ETIMEDOUT;
@@ -198,17 +199,17 @@ int offload_ticket_wait(offload_ticket* ticket, int64_t timeout_ns,
 }
 
 void offload_ticket_free(offload_ticket* ticket) noexcept {
-  if (!ticket->owner->engine.is_child()) delete ticket;
+  if (!ticket->engine->is_child()) delete ticket;
 }
 
 int offload_fsync(offload_engine* engine, int fd) noexcept {
-  return engine->engine.is_child() ? EPERM : engine->engine.fsync(fd);
+  return engine->engine->is_child() ? EPERM : engine->engine->fsync(fd);
 }
 
 int offload_lanes(offload_engine* engine, offload_lane_report* lanes) noexcept {
-  if (engine->engine.is_child()) return EPERM;
+  if (engine->engine->is_child()) return EPERM;
   return guarded(nullptr, 0, [&] {
-    const auto clocks = engine->engine.lanes();
+    const auto clocks = engine->engine->lanes();
     for (std::size_t i = 0; i < clocks.size(); ++i) {
       lanes[i] = {clocks[i].nbytes(), clocks[i].busy_seconds()};
     }

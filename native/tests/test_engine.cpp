@@ -390,6 +390,17 @@ TEST(several_engines_and_none_after_close) {
   }
 }
 
+TEST(tickets_outlive_their_engine) {
+  for (const auto& backend : working_backends()) {
+    const File file;
+    const Memory memory(kBlockBytes, 4);
+    auto engine = std::make_unique<Engine>(backend);
+    Ticket ticket(*engine, OFFLOAD_WRITE, file, 0, memory.data(), kBlockBytes);
+    engine.reset();
+    CHECK_EQUAL(ticket.wait().checksum, offload_crc32c(memory.data(), kBlockBytes, 0));
+  }
+}
+
 TEST(bad_options_are_refused_with_a_text) {
   const offload_options good{"auto", 8, 2, 1, 0, kBlockBytes, nullptr};
   std::vector<offload_options> bad(5, good);

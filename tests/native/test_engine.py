@@ -197,6 +197,20 @@ def test_a_dropped_ticket_leaves_its_request_in_order(backend, tmp_path, make_me
     assert (tmp_path / "f").read_bytes() == memory.part(0, BLOCK)
 
 
+def test_a_cycle_of_ticket_and_engine_is_collected(backend, tmp_path, make_memory):
+    """The collector finalizes the members of a cycle in any order."""
+    memory = make_memory(BLOCK, 8)
+    for _ in range(5):
+        engine = IoEngine(backend=backend)
+        with engine.open(str(tmp_path / "f"), flags=os.O_RDWR | os.O_CREAT) as file:
+            ticket = engine.start_write(file, 0, memory.address, BLOCK)
+        cycle: list[object] = [engine, ticket]
+        cycle.append(cycle)
+        del engine, ticket, cycle
+        gc.collect()
+    assert (tmp_path / "f").read_bytes() == memory.part(0, BLOCK)
+
+
 def test_descriptors_are_given_back(backend, tmp_path, make_memory):
     memory = make_memory(BLOCK, 8)
 
