@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -59,6 +60,7 @@ class Pager:
         self._clock = 0
         self._present: dict[WeightPage, PageIn | None] = {}  # paged ones that hold a lease
         self._draining: list[PageIn] = []
+        self._wanted: deque[WeightPage] = deque()  # planned fetches that found no room yet
         self._node_pins = NodePins(self.unpin, self._lock)
         self._window_threads: dict[int, int] = {}
         self._runs = Runs(capacity_bytes=capacity_bytes, lookahead_depth=lookahead_depth)
@@ -174,13 +176,13 @@ class Pager:
                 self._node_pins.release_thread()
             if self._window_threads:
                 return  # a run inside another, or beside it in another thread: one trace for both
-            self._act(self._runs.begin(key))
+            self._start_run(self._runs.begin(key))
 
     def expect(self, key: RunKey) -> None:
         """A run of this key comes next: fetch ahead what it uses first."""
         with self._lock:
             if not self._window_threads:
-                self._act(self._runs.expect(key))
+                self._start_run(self._runs.expect(key))
 
     def end(self) -> None:
         """The run is over."""
@@ -194,6 +196,15 @@ class Pager:
             return
         self._act(self._runs.event(kind, page.index))
 
+    def _start_run(self, actions: Actions) -> None:
+        """Start what a run fetches first. Its plan counts on a device without other paged weights."""
+        self._wanted.clear()
+        if actions.fetch:
+            for page in list(self._present):
+                if page.index not in actions.fetch and not (page.pins or page.windows or page.kept):
+                    self._evict(page)
+        self._act(actions)
+
     def _act(self, actions: Actions) -> None:
         for bucket in actions.evict:
             page = self.pages[bucket]
@@ -201,8 +212,8 @@ class Pager:
                 self._evict(page)
         for bucket in actions.fetch:
             page = self.pages[bucket]
-            if page.residency is Residency.HOME:
-                self._start(page, wait=False)
+            if page.residency is Residency.HOME and not self._start(page, wait=False):
+                self._wanted.append(page)
 
     # -- movements -------------------------------------------------------------------------------
 
@@ -222,6 +233,8 @@ class Pager:
         if page.residency is Residency.ON_DEVICE:
             return
         self.faults += was_absent and page.residency is Residency.HOME
+        if page in self._wanted:
+            self._wanted.remove(page)
         while page.residency is Residency.HOME and not self._start(page, wait=True):
             self._make_room(page, together, user)
         self._bind(page)
@@ -290,10 +303,16 @@ class Pager:
         page.lease = None
 
     def _advance(self) -> None:
+        """Collect what has ended, and start the fetches that found no room when it was their turn."""
         for page_in in list(self._present.values()):
             if page_in is not None:
                 page_in.advance()
         self._draining = [page_in for page_in in self._draining if not page_in.advance()]
+        while self._wanted:
+            page = self._wanted[0]
+            if page.residency is Residency.HOME and not self._start(page, wait=False):
+                return
+            self._wanted.popleft()
 
     def _make_room(self, page: WeightPage, together: Sequence[WeightPage], user: str) -> None:
         """Evict one page, or wait for one transfer, so that `page` may find room.
