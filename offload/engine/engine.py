@@ -5,11 +5,11 @@
     engine.backward    autograd; each gradient goes home as soon as it is finished
     engine.step        norm, finite check, clipping; then the streamed update, and stale copies go
 
-An optimizer step that an error interrupts is *pending*: its settings are frozen, its gradients kept.
-`step()` completes it; until then whatever would read or change state is refused.
+An optimizer step that an error interrupts is *pending*: its settings are frozen, its gradients
+kept. `step()` completes it; until then whatever would change state or need all of it is refused.
 
-A backward that fails has brought home some gradients of a parameter's users and not others. There is no
-telling which, so the gradients of the whole accumulation are forgotten.
+A backward that fails has brought some gradients home and others not. There is no telling which, so
+the gradients of the whole accumulation are forgotten.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class Engine:
 
         Raises:
             StorageError: state could not be read or written; the step is pending.
-            NonFiniteError: an updated weight is not finite. The step has been taken all the same, in
-                every placement alike: load a checkpoint, and lower the learning rate.
+            NonFiniteError: an updated weight is not finite. The step has been taken all the same,
+                in every placement alike: load a checkpoint, and lower the learning rate.
         """
         self._check_open()
         if not self._step_is_due:
@@ -451,7 +451,7 @@ class Engine:
             state.parameter.grad = None
 
     def _take_assigned_gradients(self) -> None:
-        """Gradients that were assigned to `.grad`, not made by backward, replace what has arrived."""
+        """Gradients that the user has assigned to `.grad` replace what has arrived."""
         with _NO_GUARD(), torch.no_grad():
             for state in self._trainable:
                 gradient = state.parameter.grad

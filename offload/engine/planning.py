@@ -207,7 +207,7 @@ def _plan_generic(
     planned = plan_layouts(
         specs,
         buckets,
-        tuple(layouts),  # type: ignore[arg-type]  # TensorLayout for the optimizer class
+        tuple(layouts),
         config,
         machine=machine,
         speeds=LaneSpeeds(),

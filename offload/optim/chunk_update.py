@@ -141,7 +141,7 @@ def _follow_edit(weight: Any, master: Any) -> None:
 
 
 class OptimizerUpdate(ChunkUpdate):
-    """Runs a torch optimizer on whole parameters in fp32, one by one; every chunk is a whole bucket.
+    """Runs a torch optimizer on whole parameters in fp32, one by one; a chunk is a whole bucket.
 
     A complex parameter is stepped as the pairs of its parts, as torch's own optimizers do inside.
     """

@@ -9,9 +9,9 @@ For each chunk with a gradient: load weights, gradient and optimizer state, upda
     write   c    c+1  c+2
 
 A chunk commits alone (roll-forward). What has been updated is noted before its stores start, and a
-store that fails keeps its buffer, so after an error `run` may be called again with the same settings:
-it stores what is left to store, updates what is left to update, and applies nothing twice. Parameters
-without a gradient are not touched, not even read where a whole chunk has none.
+store that fails keeps its buffer, so after an error `run` may be called again with the same
+settings: it stores what is left to store, updates what is left to update, and applies nothing
+twice. Parameters without a gradient are not touched, nor read where a whole chunk has none.
 
 A weight that becomes infinite does not stop the step, because state that is updated where it lives
 cannot be taken back: the step ends, the same bits in every placement, and then it is an error.
@@ -62,7 +62,8 @@ class StreamedStep:
 
         Raises:
             StorageError: reading or writing state failed; call again to complete the step.
-            NonFiniteError: the step has been taken, and a weight of the parameter named is not finite.
+            NonFiniteError: the step has been taken, and a weight of the parameter it names
+                is not finite.
         """
         self._store.retry_failed()
         waiting = deque(self._work())
