@@ -22,7 +22,7 @@ Model = Callable[[], nn.Module]
 Loss = Callable[[Any, int], torch.Tensor]
 State = dict[str, dict[str, torch.Tensor]]
 
-# Gradients that are zero in exact arithmetic (GPT-2's key bias: softmax ignores a shift) are rounding
+# Gradients that are zero in exact arithmetic (a key bias: softmax ignores a shift) are rounding
 # noise. Adam divides noise by its own size, so both sides use an epsilon that is larger than it.
 EPS = 1e-6
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": EPS, "weight_decay": 0.1}
@@ -50,7 +50,7 @@ def make_engine(
 
 
 def transformers_model(name: str, checkpointing: str = "off") -> nn.Module:
-    """A tiny model of the zoo with seeded weights, training; `checkpointing`: off, reentrant, not."""
+    """A tiny model with seeded weights; `checkpointing` is off, reentrant or not_reentrant."""
     import transformers
 
     configs: dict[str, Callable[[], nn.Module]] = {
@@ -241,8 +241,8 @@ def train_plain(
 class LockStep:
     """Plain AdamW beside an engine: every step starts from the engine's own state.
 
-    Two bf16 runs that differ in one rounding drift apart, because bf16 arithmetic turns one flipped bit
-    into another gradient. Set to the engine's state before each step, the plain model must give the
+    Two bf16 runs that differ in one rounding drift apart, because bf16 arithmetic turns one flipped
+    bit into another gradient. Set to the engine's state before each step, the plain model must give the
     same loss and the same gradients bit for bit, and the same update within fp32 rounding.
     """
 
@@ -304,7 +304,7 @@ class LockStep:
 
 
 def _compute_in_bf16(model: nn.Module) -> None:
-    """Weights and the buffers of the state dict in bf16; tables that modules compute stay as they are."""
+    """Weights and the buffers of the state dict in bf16; computed tables stay as they are."""
     for owner in model.modules():
         for name, buffer in owner._buffers.items():
             stays = name in owner._non_persistent_buffers_set

@@ -1,4 +1,4 @@
-"""Settings of the engine's tests: one thread, since tiny tensors on shared cores gain nothing by two."""
+"""Settings of the engine's tests: one thread, since tiny tensors gain nothing by two."""
 
 from __future__ import annotations
 

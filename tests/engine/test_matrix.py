@@ -1,4 +1,4 @@
-"""Five models in every placement: the same bits everywhere, and those of plain PyTorch within 1e-6."""
+"""Five models in every placement: the same bits everywhere, plain PyTorch's within 1e-6."""
 
 from __future__ import annotations
 

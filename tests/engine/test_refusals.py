@@ -19,7 +19,7 @@ from tests.oracle import continue_engine, make_engine, settings, small_loss, sma
 
 
 def assert_untouched(model: nn.Module) -> None:
-    """The model has its values, its classes and no hooks: it trains as if nothing had been tried."""
+    """The model has its values, its classes and no hooks: it trains as if nothing had been."""
     fresh = small_model()
     for (name, found), expected in zip(model.named_parameters(), fresh.parameters(), strict=True):
         assert type(found) is nn.Parameter, name

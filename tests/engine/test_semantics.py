@@ -148,7 +148,7 @@ def test_the_boundary_is_announced(tmp_path: Path) -> None:
         assert engine.global_steps == 2
 
 
-# -- non-finite values -------------------------------------------------------------------------------
+# -- non-finite values ----------------------------------------------------------------------------
 
 
 def every_byte(engine: Any) -> dict[tuple[int, str], bytes]:
@@ -207,7 +207,7 @@ def test_a_weight_that_overflows_is_an_error_after_the_step(tier: str, tmp_path:
         assert engine.step()
 
 
-# -- fp16 --------------------------------------------------------------------------------------------
+# -- fp16 -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -256,12 +256,14 @@ def test_fp16_follows_grad_scaler(tier: str, tmp_path: Path) -> None:
 
 
 def test_fp16_refuses_an_unscaled_backward(tmp_path: Path) -> None:
-    with make_engine(small_model(), config("host", tmp_path, compute="fp16")) as engine:
-        with pytest.raises(EngineStateError, match="engine.backward"):
-            small_loss(engine, 0).backward()
+    with (
+        make_engine(small_model(), config("host", tmp_path, compute="fp16")) as engine,
+        pytest.raises(EngineStateError, match=r"engine\.backward"),
+    ):
+        small_loss(engine, 0).backward()
 
 
-# -- groups, schedules, optimizers ------------------------------------------------------------------
+# -- groups, schedules, optimizers ----------------------------------------------------------------
 
 
 def test_groups_by_pattern(tmp_path: Path) -> None:
@@ -360,7 +362,7 @@ def test_an_optimizer_of_some_parameters_leaves_the_others_alone(tmp_path: Path)
         assert run.steps == [2, 2, 2] + [0] * (len(run.steps) - 3)
 
 
-# -- the plain idiom ---------------------------------------------------------------------------------
+# -- the plain idiom ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -439,7 +441,7 @@ def test_a_failed_backward_leaves_no_gradients(tmp_path: Path) -> None:
     assert_identical(second, calm)
 
 
-# -- unusual parameters ------------------------------------------------------------------------------
+# -- unusual parameters ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -512,13 +514,13 @@ def test_sparse_gradients(tmp_path: Path) -> None:
     assert_close(run, plain, tolerance=1e-6)
 
 
-# -- access to state ---------------------------------------------------------------------------------
+# -- access to state ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
 def test_state_round_trips(compute: str, tier: str, tmp_path: Path) -> None:
-    """What `named_state` gives, `set_state` brings to another engine: it goes on with the same bits."""
+    """What `named_state` gives, `set_state` brings to another engine; it goes on as the first."""
     training = {"gradient_accumulation_steps": 2}
     precision = {"initial_loss_scale": 1024.0}
     options = {"compute": compute, "training": training, "precision": precision}
@@ -597,17 +599,16 @@ def test_gathered_edits_reach_weight_and_master(compute: str, tier: str, tmp_pat
         with (
             pytest.raises(OffloadError, match=r"1\.weight was edited"),
             engine.gathered("1.weight"),
+            torch.no_grad(),
         ):
-            with torch.no_grad():
-                weight.zero_()
+            weight.zero_()
         with pytest.raises(OffloadError, match="no parameter nonsense"):
-            with engine.gathered("nonsense"):
-                pass
+            engine.gathered("nonsense").__enter__()
         with pytest.raises(OffloadError, match="shape"):
             engine.set_state("1.weight", {"exp_avg": torch.zeros(3)})
 
 
-# -- the engine as an object -------------------------------------------------------------------------
+# -- the engine as an object ----------------------------------------------------------------------
 
 
 def test_several_engines_in_one_process(tmp_path: Path) -> None:

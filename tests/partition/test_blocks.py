@@ -1,4 +1,4 @@
-"""Blocks at their homes, staging, and writes that fail: nothing is lost, nothing is read too early."""
+"""Blocks at their homes, staging, failed writes: nothing is lost or read too early."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def fill(store: BlockStore, block: Block, chunk: int, value: int) -> None:
 
 
 def fill_together(store: BlockStore, block: Block, *values: int) -> None:
-    """Chunks 0, 1, ...: all staged before the first is written, whose error then has no call between."""
+    """Chunks 0, 1, ...: staged before the first is written, so that its error meets no call."""
     staged = [store.stage_or_raise(block, chunk) for chunk in range(len(values))]
     for chunk, (buffer, value) in enumerate(zip(staged, values, strict=True)):
         buffer.tensor.fill_(value)
