@@ -36,8 +36,8 @@ class Collection:
 
     Attributes:
         paged: those that the engine moves, in registration order.
-        resident: those that it cannot move (tensor subclasses, classes that cannot be guarded): they
-            stay where the user put them, and count against the device budget.
+        resident: those that it cannot move (tensor subclasses, classes that cannot be guarded):
+            they stay where the user put them, and count against the device budget.
     """
 
     paged: tuple[Collected, ...]
@@ -55,8 +55,8 @@ def collect(module: nn.Module, compute: str, *, allow_meta: bool = False) -> Col
     Floating-point parameters get the compute dtype; a complex64 one counts as pairs of fp32.
 
     Raises:
-        OffloadError: a parameter is lazy, or (unless `allow_meta`) on the meta device, or of a dtype
-            that cannot be trained; names it.
+        OffloadError: a parameter is lazy, or (unless `allow_meta`) on the meta device, or of a
+            dtype that cannot be trained; names it.
         ConfigError: the module has no parameters.
     """
     names: dict[nn.Parameter, list[str]] = {}
@@ -141,7 +141,7 @@ def _collected(names: tuple[str, ...], parameter: nn.Parameter, compute: str) ->
 
 def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
     """The parameter's stride if its elements fill their memory, else the contiguous one."""
-    order = sorted(range(parameter.dim()), key=lambda d: parameter.stride(d), reverse=True)
+    order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
     expected = 1
     for dimension in reversed(order):
         size = parameter.size(dimension)
@@ -152,7 +152,7 @@ def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def convert_buffers(module: nn.Module, compute: str, device: torch.device) -> None:
-    """Move buffers to the device; floating-point ones that a state dict holds get the compute dtype.
+    """Move buffers to the device; floating ones that a state dict holds get the compute dtype.
 
     Buffers that are not persistent (rotary frequencies, masks) are tables that modules compute in a
     precision of their own choice: they keep it.

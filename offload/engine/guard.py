@@ -29,6 +29,7 @@ from offload.engine.saved import hooks_are_ours, page_hooks
 from offload.errors import GuardError
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
+_preserve_version = torch.autograd.grad_mode._unsafe_preserve_version_counter
 _Call = Callable[..., Any]
 
 _METADATA_PROPERTIES = [
@@ -160,19 +161,21 @@ class Guarded:
             known = memo[id(self)] = plain_copy(self)
         return known
 
-    def __repr__(self, **_: Any) -> str:
-        """What the user's own class shows of the values."""
-        assert isinstance(self, torch.Tensor)
-        return repr(plain_copy(self))
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle a plain copy: true values, and no trace of the engine."""
         assert isinstance(self, torch.Tensor)
         return plain_copy(self).__reduce_ex__(protocol)
 
 
+def _plain_repr(tensor: torch.Tensor, **_: Any) -> str:
+    """What the user's own class shows of the values."""
+    return repr(plain_copy(tensor))
+
+
 class GuardedTensor(Guarded, torch.Tensor):
     """A view of a paged parameter."""
+
+    __repr__ = _plain_repr  # type: ignore[assignment]
 
 
 _guard_classes: dict[type, type[torch.Tensor]] = {}
@@ -186,8 +189,13 @@ def guard_class_of(plain: type[torch.Tensor]) -> type[torch.Tensor]:
     """
     known = _guard_classes.get(plain)
     if known is None:
-        body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
-        known = _guard_classes[plain] = type(plain)(plain.__name__, (Guarded, plain), body)
+        body = {
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__repr__": _plain_repr,
+        }
+        make: Callable[..., type[torch.Tensor]] = type(plain)
+        known = _guard_classes[plain] = make(plain.__name__, (Guarded, plain), body)
     return known
 
 
@@ -357,8 +365,7 @@ def _guard_views(result: Any, touched: Sequence[tuple[torch.Tensor, PagedParamet
 
 def _replace_data(parameter: torch.Tensor, values: torch.Tensor, paged: PagedParameter) -> None:
     same_kind = (
-        isinstance(values, torch.Tensor)
-        and values.shape == parameter.shape
+        values.shape == parameter.shape
         and values.dtype == parameter.dtype
         and values.device == parameter.device
     )
@@ -370,6 +377,6 @@ def _replace_data(parameter: torch.Tensor, values: torch.Tensor, paged: PagedPar
         )
     if find_paged(values) is paged:
         return
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(parameter):
+    with torch.no_grad(), _preserve_version(parameter):
         _run_pinned(torch.Tensor.copy_, (parameter, values), {}, [(parameter, paged)])
     paged.mark_edited()

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 class PageIn:
     """Brings the weights of one bucket into a device lease.
 
-    Each chunk is read into staging (or is host memory already) and copied from there. At most `depth`
-    chunks are staged at a time; a chunk's staging is given back when its copy has ended. Whoever holds
-    a PageIn drives it: `advance` does what can be done without waiting, `finish` waits for the rest.
-    After an error all staging is given back, and the lease holds nothing of use: `advance` and `finish`
-    start again with the first chunk.
+    Each chunk is read into staging (or is host memory already) and copied from there. At most
+    `depth` chunks are staged at a time; a chunk's staging is given back when its copy has ended.
+    Whoever holds a PageIn drives it: `advance` does what can be done without waiting, `finish`
+    waits for the rest. After an error all staging is given back, and the lease holds nothing of
+    use: `advance` and `finish` start again with the first chunk.
     """
 
     def __init__(self, block: Block, lease: DeviceLease, store: BlockStore, *, depth: int) -> None:

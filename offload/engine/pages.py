@@ -2,25 +2,26 @@
 
 [Note: Page]
 A *page* is a bucket of weights. Its parameters stay the module's own objects; each has a storage of
-its own, so that raw access, deep copies and version counters are as in plain PyTorch. While the page
-is on the device, every storage points into the page's device lease. While it is away, every storage
-points at *poison*: memory of NaNs that can be read and not written, so that a touch that no guard
-has seen gives NaN instead of a dead process.
+its own, so that raw access, deep copies and version counters are as in plain PyTorch. While the
+page is on the device, every storage points into the page's device lease. While it is away, every
+storage points at *poison*: memory of NaNs that can be read and not written, so that a touch that no
+guard has seen gives NaN instead of a dead process.
 
 Moving a storage is `UntypedStorage._swap_data_ptr_`: views of the parameter that autograd holds are
 revived with it, because they share the storage.
 
 [Note: Parameter classes]
   plain    the class the user gave the parameter. Ops on it cost nothing extra, and nothing watches
-           them: it is worn only while the page is held (a window, `gathered`, or a home on the device).
-           A view made meanwhile that outlives the holder keeps its page on the device until the step ends.
+           them: it is worn only while the page is held (a window, `gathered`, or a home on the
+           device). A view made meanwhile that outlives the holder keeps its page on the device
+           until the step ends.
   guarded  a subclass with `__torch_function__`, see guard.py: ops fault the page in and pin it.
 Changing `__class__` keeps the object, so ties, optimizers and `named_parameters()` never notice.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -34,9 +35,8 @@ if TYPE_CHECKING:
     from offload.tiers.device import DeviceLease
 
 
-_Swap = "Callable[[torch.UntypedStorage, torch.UntypedStorage], None]"
 # Private, and not in torch's stubs; `build` refuses a torch that lacks it.
-_swap: _Swap = getattr(torch.UntypedStorage, "_swap_data_ptr_", None)  # type: ignore[assignment]
+_swap: Any = getattr(torch.UntypedStorage, "_swap_data_ptr_", None)
 
 
 def _num_uses(storage: torch.UntypedStorage) -> int:
@@ -76,7 +76,8 @@ class PagedParameter:
         state: what is true of the parameter wherever it is.
         page: the bucket it moves in.
         storage: the storage object that its tensor and all views of it share.
-        plain_class, guard_class: see [Note: Parameter classes]; `view_class` is worn by guarded views.
+        plain_class, guard_class: see [Note: Parameter classes]; `view_class` is worn by guarded
+            views.
         version: the tensor's version counter when the home copy was last known to be equal.
         home_is_stale: the device copy was edited and not written home yet.
         plain_depth: how many holders want the plain class at present.
@@ -139,7 +140,7 @@ class PagedParameter:
         return self.state.numel * self._itemsize
 
     def mark_edited(self) -> None:
-        """The user has changed the values: they go home before the page leaves, and into the master."""
+        """The user has changed the values: home and master follow before it leaves."""
         self.state.edited = True
         self.home_is_stale = True
 
@@ -161,7 +162,8 @@ class PagedParameter:
     def wear_plain(self) -> None:
         """One more holder vouches that the page stays: ops need no guard while it is there.
 
-        A window of many pages may have lost its first when its last arrives: that one stays guarded.
+        A window of many pages may have lost its first when its last arrives: that one stays
+        guarded.
         """
         self.plain_depth += 1
         if self.plain_depth == 1 and self.page.residency is Residency.ON_DEVICE:
@@ -193,7 +195,8 @@ class WeightPage:
         parameters: in slot order.
         residency: see [Note: Residency]; changed only by `move`.
         lease: the device memory, while LOADING or ON_DEVICE.
-        pins: ops and autograd nodes that use the page at this moment; a pinned page is never evicted.
+        pins: ops and autograd nodes that use the page at this moment; a pinned page is never
+            evicted.
         windows: modules whose forward is running and that use the page.
         kept: a raw pointer to the page is out: not evicted before the step ends.
         last_use: the pager's clock when the page was last touched.
@@ -279,7 +282,7 @@ def forget(parameter: PagedParameter) -> None:
 
 
 def find_paged(tensor: torch.Tensor) -> PagedParameter | None:
-    """The paged parameter that `tensor` is or is a view of; guards must be off when this is called."""
+    """The paged parameter that `tensor` is or is a view of; to be called with guards off."""
     try:
         return _PAGED.get(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # no storage: sparse, functorch wrappers, ...

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -73,6 +75,7 @@ def poison_storage(nbytes: int, device: torch.device, *, enabled: bool) -> torch
     """
     if not enabled or device.type != "cpu" or not nbytes:
         return torch.UntypedStorage(0, device=device)
-    make = torch._C._construct_storage_from_data_pointer
-    storage: torch.UntypedStorage = make(_address_of(nbytes), device, nbytes)
-    return storage
+    make: Callable[..., torch.UntypedStorage] = cast(
+        "Any", torch._C._construct_storage_from_data_pointer
+    )
+    return make(_address_of(nbytes), device, nbytes)

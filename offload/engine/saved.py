@@ -1,15 +1,15 @@
-"""Saved-tensor hooks: what autograd saves of a parameter is a reference to its page, not its memory.
+"""Saved-tensor hooks: what autograd saves of a parameter is its page, not its memory.
 
 [Note: Saved pages]
 Autograd saves weights, and views of them, for the backward pass. The hooks replace what shares a
-paged storage by `SavedPage` (which page, and how the view lies in it) and bring the page back when the
-node runs, pinned until the node has ended. They repeat the version check that torch leaves out when
-hooks are set.
+paged storage by `SavedPage` (which page, and how the view lies in it) and bring the page back when
+the node runs, pinned until the node has ended. They repeat the version check that torch leaves out
+when hooks are set.
 
 torch asks only the innermost pair of hooks. The engine's pair is outermost around the module; where
-somebody else's (activation checkpointing, save_on_cpu) lies on top, windows and guarded ops put a pair
-on top of that which takes the pages and hands everything else on. So weights never become part of what
-a checkpointed region saves or recomputes, in the first run and in the recomputation alike.
+somebody else's (activation checkpointing, save_on_cpu) lies on top, windows and guarded ops put a
+pair on top of that which takes the pages and hands everything else on. So weights never become part
+of what a checkpointed region saves or recomputes, in the first run and in the recomputation alike.
 
 Under `create_graph` a node's own backward saves what was unpacked for it; torch restores the hooks
 around every node to those of the `backward` call, so `unpack` puts the pair in place for its node.
@@ -28,9 +28,11 @@ from offload.engine.pages import PagedParameter, find_paged
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
-_top = torch._C._autograd._top_saved_tensors_default_hooks
 
 _Hook = Callable[[Any], Any]
+_top: Callable[[bool], tuple[_Hook, _Hook] | None] = (
+    torch._C._autograd._top_saved_tensors_default_hooks
+)
 
 
 class SavedPage(NamedTuple):
@@ -111,7 +113,7 @@ def hooks_are_ours() -> bool:
 
 
 def push_page_hooks() -> bool:
-    """Put the engine's hooks on top; False if they are there already. Undo with `pop_page_hooks`."""
+    """Put the engine's hooks on top, to `pop_page_hooks` later; False if they are there already."""
     top = _top(False)
     if top is None:
         _push(_pack, _unpack)

@@ -2,17 +2,18 @@
 
 [Note: Windows]
   window   from before a module's forward to after it, for the parameters that are directly its own
-           (for a gathered or compiled module: of its whole subtree). Its pages are brought in, and the
-           parameters that have proven safe wear their plain class: ops on them cost nothing extra.
+           (for a gathered or compiled module: of its whole subtree). Its pages are brought in, and
+           the parameters that have proven safe wear their plain class: ops on them cost nothing
+           extra.
   root     the window of the engine's module, for the pages whose home is the device. Its hooks also
            begin and end runs, i.e. traces.
 
-A parameter is proven once its module has run under guard and nothing of it escaped; see `needs_guard`
-in pages.py. If its module behaves otherwise later on, the page stays until the step ends. The pages of
-gathered modules stay pinned until the backward through them is over.
+A parameter is proven once its module has run under guard and nothing of it escaped; see
+`needs_guard` in pages.py. If its module behaves otherwise later on, the page stays until the step
+ends. The pages of gathered modules stay pinned until the backward through them is over.
 
-Under a torch.func transform or jit tracing no window may do anything: what it would use must be there
-already, as inside `gathered()`.
+Under a torch.func transform or jit tracing no window may do anything: what it would use must be
+there already, as inside `gathered()`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from offload.engine.guard import active_transform, refuse_transforms
@@ -140,8 +142,8 @@ class GatheredWindow(Window):
 class FusedWindow(Window):
     """The window of a module that runs as one kernel over all its weights, unless it sees a guard.
 
-    Its other way has the same results only nearly, and placements must agree to the bit: so where the
-    kernel can run, all weights are brought in and plain.
+    Its other way has the same results only nearly, and placements must agree to the bit: so where
+    the kernel can run, all weights are brought in and plain.
     """
 
     def enter(self) -> None:
@@ -249,7 +251,7 @@ class _Hook:
         """torch.jit.script asks for it, to compile the hook."""
         raise GuardError(
             "torch.jit.script of a module whose weights come and go",
-            remedy="use torch.jit.trace inside `engine.gathered()`, or script before offload.initialize",
+            remedy="trace it inside `engine.gathered()`, or script it before offload.initialize",
         )
 
     def __init__(self, module: nn.Module, act: Callable[[], None]) -> None:
@@ -267,7 +269,7 @@ class _Hook:
         return _make_no_hook, ()
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def _run(act: Callable[[], None]) -> None:
     """Run a hook; torch.compile leaves it as it is."""
     act()
@@ -320,8 +322,8 @@ class Places:
                 raise GuardError(
                     f"parameter {paged.state.name} was replaced: the engine trains the one it was "
                     "given",
-                    remedy="convert or exchange parameters before offload.initialize; change values "
-                    "in place",
+                    remedy="convert or exchange parameters before offload.initialize; change "
+                    "values in place",
                 )
 
 

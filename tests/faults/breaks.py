@@ -273,7 +273,7 @@ def foreach() -> None:
 @_break
 def hook_names() -> None:
     """torch.jit.script finds hooks like any other."""
-    windows._Hook.__name__ = "hook"
+    windows.GuardError = lambda *_, **__: AttributeError("__name__")  # type: ignore[assignment]
 
 
 @_break

@@ -1,11 +1,12 @@
 """What a row of the table of uses runs in: plain PyTorch, then the engine at every placement.
 
-A row is a function of a `Run`. It is called once for each run of `RUNS`, in one process, and records
-tensors; every record must be the same bits in all runs. The optimizer is SGD with a learning rate that
-is a power of two: its update is exact, so plain PyTorch is the oracle bit for bit, over several steps.
+A row is a function of a `Run`. It is called once for each run of `RUNS`, in one process, and
+records tensors; every record must be the same bits in all runs. The optimizer is SGD with a
+learning rate that is a power of two: its update is exact, so plain PyTorch is the oracle bit for
+bit, over several steps.
 
-The budgets are the smallest legal ones: on the device two pages (or as many as the row says that one
-op needs) and one gradient; on the host the staging.
+The budgets are the smallest legal ones: on the device two pages (or as many as the row says that
+one op needs) and one gradient; on the host the staging.
 """
 
 from __future__ import annotations
