@@ -193,9 +193,10 @@ def make_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Contend
             engine, registered=False, checksum=False
         )
         if backend == "io_uring":
-            contenders["io_uring, fixed buffers"] = make_engine_contender(
-                engine, registered=True, checksum=True
-            )
+            for name, checksum in (("", True), (", no checksum", False)):
+                contenders[f"io_uring, fixed buffers{name}"] = make_engine_contender(
+                    engine, registered=True, checksum=checksum
+                )
     for mib in (4, 8, 16):
         contenders[f"plain Python pool, {mib} MiB"] = make_python_contender(
             mib * MIB, args.threads, checksum=False
