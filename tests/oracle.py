@@ -241,9 +241,10 @@ def train_plain(
 class LockStep:
     """Plain AdamW beside an engine: every step starts from the engine's own state.
 
-    Two bf16 runs that differ in one rounding drift apart, because bf16 arithmetic turns one flipped
-    bit into another gradient. Set to the engine's state before each step, the plain model must give the
-    same loss and the same gradients bit for bit, and the same update within fp32 rounding.
+    Two bf16 runs that differ in one rounding drift apart, because bf16 arithmetic turns one
+    flipped bit into another gradient. Set to the engine's state before each step, the plain model
+    must give the same loss and the same gradients bit for bit, and the same update within fp32
+    rounding.
     """
 
     def __init__(self, model: nn.Module, engine: Any) -> None:
