@@ -95,6 +95,7 @@ class Pager:
         with self._lock:
             if self._closed:
                 raise EngineStateError(f"{user} on parameters of an engine that is closed")
+            self._node_pins.enter_node()
             for page in pages:
                 page.pins += 1
             try:
@@ -114,7 +115,6 @@ class Pager:
     def pin_for_node(self, page: WeightPage) -> None:
         """Pin a page for the autograd node that runs in this thread, until that node has ended."""
         with self._lock:
-            self._node_pins.enter_node()
             self.pin((page,), "the backward of an op")
             self._node_pins.add(page)
 
@@ -136,6 +136,7 @@ class Pager:
         """
         thread = threading.get_ident()
         with self._lock:
+            self._node_pins.enter_node()
             opened = 0
             try:
                 for page in pages:
@@ -197,7 +198,7 @@ class Pager:
         self._act(self._runs.event(kind, page.index))
 
     def _start_run(self, actions: Actions) -> None:
-        """Start what a run fetches first. Its plan counts on a device without other paged weights."""
+        """Start what a run fetches first. Its plan counts on an otherwise empty device."""
         self._wanted.clear()
         if actions.fetch:
             for page in list(self._present):
@@ -303,7 +304,7 @@ class Pager:
         page.lease = None
 
     def _advance(self) -> None:
-        """Collect what has ended, and start the fetches that found no room when it was their turn."""
+        """Collect what has ended, and start planned fetches that found no room before."""
         for page_in in list(self._present.values()):
             if page_in is not None:
                 page_in.advance()

@@ -195,7 +195,6 @@ def _checkpointed(run: Run) -> None:
     "pack",
     "innermost_hooks",
     make=lambda: Checkpointed(reentrant=False),
-    pages=3,
 )
 def checkpoint_not_reentrant(run: Run) -> None:
     _checkpointed(run)

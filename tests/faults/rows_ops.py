@@ -110,6 +110,27 @@ def view_that_escapes_in_a_later_run(run: Run) -> None:
         run.train(loss_of(run(inputs(step))))
 
 
+class Outer(nn.Module):
+    """Uses its own weight before and after its children, whose pages push it out meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = weight(WIDTH, WIDTH)
+        self.inner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(x @ self.table)
+        for layer in self.inner:
+            x = torch.tanh(layer(x))
+        return x @ self.table
+
+
+@row("window_class", "forward", "pack", make=Outer)
+def window_that_loses_its_page(run: Run) -> None:
+    for step in range(5):
+        run.train(loss_of(run(inputs(step))))
+
+
 class Stashes(nn.Module):
     """Views made once, in the first forward, and used in all."""
 
