@@ -3,10 +3,11 @@
 [Note: Building]
 Nothing of the module is touched before the plan fits and every byte of it is reserved:
 
-    collect -> open disks -> plan (DoesNotFitError) -> arena, device, files -> weights move, bucket by bucket
+    collect -> open disks -> plan (DoesNotFitError) -> arena, device, files -> weights move
 
-A weight leaves the module's own memory as soon as it has arrived at its home. An error closes what was
-opened; parameters that have moved by then are lost with it, so the errors that can be foreseen come first.
+Weights move bucket by bucket, and leave the module's own memory as soon as they have arrived. An
+error closes what was opened; parameters that have moved by then are lost with it, so the errors
+that can be foreseen come first.
 """
 
 from __future__ import annotations
@@ -362,7 +363,7 @@ def _store_bucket(
         weights = store.block(bucket.index, "weights")
         staged = store.stage_or_raise(weights, chunk.index)
         staged.tensor.zero_()
-        completion = _stage_completion(bucket, chunk.index, collection, store)
+        completion = _stage_completion(bucket, chunk.index, store)
         for segment in segments(bucket, chunk):
             state = parameters[segment.param]
             flat = memory_order(state.parameter, state)
@@ -391,7 +392,7 @@ def _is_opaque(values: torch.Tensor, target: torch.Tensor) -> bool:
     return not target.is_floating_point() and values.dtype != target.dtype
 
 
-def _stage_completion(bucket: Bucket, chunk: int, collection: Collection, store: BlockStore) -> Any:
+def _stage_completion(bucket: Bucket, chunk: int, store: BlockStore) -> Any:
     """The optimizer chunk zeroed in staging with its completing field, if it has to be written."""
     if not bucket.trainable or "optimizer" not in store.classes(bucket.index):
         return None

@@ -1,13 +1,13 @@
 """Gradients on their way home: each leaves the device as soon as backward has finished it.
 
 [Note: Gradient chunks]
-A gradient arrives whole, once for each backward that reaches its parameter. It is added into its home
-chunk in fp32 (the first one of a step replaces what was there) and `param.grad` is dropped. The sums
-of squares of the result, which the norm and the finite check need, come out of the same pass.
+A gradient arrives whole, once for each backward that reaches its parameter. It is added into its
+home chunk in fp32 (the first one of a step replaces what was there) and `param.grad` is dropped. The
+sums of squares of the result, which norm and finite check need, come out of the same pass.
 
-A home that the CPU reaches is added to in place. Otherwise the chunk is *open* in host staging until
-all its parameters have arrived or its staging is wanted; then it is written home. It is read again if
-more arrives later in the step.
+A home that the CPU reaches is added to in place. Otherwise the chunk is *open* in host staging
+until all its parameters have arrived or its staging is wanted; then it is written home. It is read
+again if more arrives later in the step.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class GradientHome:
     def _on_host(
         self, part: torch.Tensor, block: Block
     ) -> tuple[npt.NDArray[np.generic], Staged | None]:
-        """The gradient's bits as an array, through a landing lease if the device is not addressable."""
+        """The gradient's bits, through a landing lease if the device is not addressable."""
         if self._store.device.host_addressable:
             return tensor_bits(part), None
         raw = part.view(torch.uint8)

@@ -1,4 +1,4 @@
-"""The engine's optimizer as PyTorch knows one: groups, schedulers and the plain idiom work on it."""
+"""The engine's optimizer as PyTorch knows one: groups, schedulers, the plain idiom."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             super().__init__([dict(group) for group in groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one optimizer step with the gradients that have arrived; they stay until `zero_grad`.
+        """Take a step with the gradients that have arrived; they stay until `zero_grad`.
 
         Args:
             closure: evaluated first, with gradients enabled; its result is returned.
@@ -94,8 +94,8 @@ def configured_groups(
 ) -> list[dict[str, Any]]:
     """The parameter groups that `[optimizer]` and its groups describe, with all their settings.
 
-    The first group whose pattern matches any name of a parameter takes it; the rest form the default
-    group. A group that matches nothing is left out, with a warning: it is often a misspelt name.
+    The first group whose pattern matches any name of a parameter takes it; the rest form the
+    default group. A group that matches nothing is left out with a warning: it may be misspelt.
 
     Args:
         section: `[optimizer]`.

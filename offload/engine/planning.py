@@ -1,4 +1,4 @@
-"""Planning for a module: budgets of this machine, the update rule, and the plan of all its state."""
+"""Planning for a module: this machine's budgets, the update rule, and the plan of its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures a step: bytes and busy time of the lanes, memory of the tiers, and the bound they set."""
+"""Measures a step: bytes and busy time of lanes, memory of tiers, and the bound they set."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 [Note: State fields]
     weight               the compute dtype, in the parameter's shape
-    remainder | master   what completes it to fp32: int16 beside bf16, fp32 beside fp16, none for fp32
+    remainder | master   what completes it to fp32: int16 beside bf16, fp32 beside fp16
     exp_avg, ...         the optimizer's tensors, under the names that torch gives them
     gradient             what has arrived in this step; absent before
 All tensors are full, on the CPU, and copies.
@@ -198,7 +198,7 @@ class StateAccess:
         self._store.drain()
 
     def _own_tensor(self, state: ParameterState, name: str) -> torch.Tensor | None:
-        """A field of an arbitrary optimizer; None if `name` has one element for each of the weight's."""
+        """A field of an arbitrary optimizer; None if `name` has the weight's elements."""
         if _class_of(name) != "optimizer" or name in COMPLETIONS:
             return None
         block = self._store.block(state.bucket, "optimizer")

@@ -1,4 +1,4 @@
-"""Where the state of an arbitrary optimizer lies: whole tensors of any shape, a bucket at a time."""
+"""Where the state of an arbitrary optimizer lies: whole tensors of any shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StateTensorSpec(NamedTuple):
 
 
 class TensorLayout:
-    """One block for a bucket of one chunk: what completes the weights, then each parameter's tensors.
+    """One block for a one-chunk bucket: what completes the weights, then all tensors.
 
     Every tensor starts at a multiple of 64 bytes, the block ends at a multiple of 4096.
 
