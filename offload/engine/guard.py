@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from offload.engine.pages import PagedParameter, WeightPage, find_paged
 from offload.engine.saved import hooks_are_ours, page_hooks
@@ -269,6 +270,7 @@ def refuse_transforms(what: str) -> None:
         )
 
 
+@_disable_dynamo
 def _run_guarded(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     touched = _paged_arguments(args, kwargs)
     if not touched:
