@@ -245,8 +245,8 @@ class EngineStateError(OffloadError):
 class NonFiniteError(OffloadError):
     """An update would write an infinity or a NaN into the training state.
 
-    The step has been taken, in every placement alike, and the parameters named in the message are not
-    finite any more: load a checkpoint, and lower the learning rate.
+    The step has been taken, in every placement alike, and the parameters named in the message are
+    not finite any more: load a checkpoint, and lower the learning rate.
     """
 
 

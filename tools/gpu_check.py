@@ -4,11 +4,12 @@
 
 1. builds the native library if the package has none, and prints what machine this is;
 2. runs the tests that need a GPU (`pytest -m gpu`);
-3. parity: a tiny Llama in bf16 under every placement gives the bits of the all-on-device run, and the
-   losses of plain PyTorch on the same device within rounding;
-4. speed: tokens/s of a larger Llama with its state on host and on NVMe, as a share of all-on-device,
-   and the part of copy time that is not hidden;
-5. size: a model at least 4 times larger than the device budget, and the driver's count of what it took.
+3. parity: a tiny Llama in bf16 under every placement gives the bits of the all-on-device run, and
+   the losses of plain PyTorch on the same device within rounding;
+4. speed: tokens/s of a larger Llama with its state on host and on NVMe, as a share of
+   all-on-device, and the part of copy time that is not hidden;
+5. size: a model at least 4 times larger than the device budget, and the driver's count of what it
+   took.
 
 `--device cpu --small` runs parts 3 to 5 without a GPU, to try the script itself.
 """
@@ -61,7 +62,7 @@ def make_llama(hidden: int, layers: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(
+    model: nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=4096,
             hidden_size=hidden,
@@ -69,7 +70,8 @@ def make_llama(hidden: int, layers: int) -> nn.Module:
             num_hidden_layers=layers,
             num_attention_heads=hidden // 64,
         )
-    ).train()
+    )
+    return model.train()
 
 
 def settings(
@@ -89,9 +91,7 @@ def settings(
     }
 
 
-def run(
-    model: nn.Module, config: dict[str, Any], ids: torch.Tensor, steps: int
-) -> dict[str, Any]:
+def run(model: nn.Module, config: dict[str, Any], ids: torch.Tensor, steps: int) -> dict[str, Any]:
     """Train; losses, seconds a step (the first two left out), the last report, the weights."""
     import offload
 
@@ -175,7 +175,9 @@ def size(device: str, path: str, *, small: bool) -> dict[str, Any]:
 
 def main() -> int:
     """Run all parts; exit status 1 if a test or a parity check fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--path", default=tempfile.gettempdir(), help="directory for NVMe state")

@@ -121,8 +121,8 @@ class NvmeTierSection(Section):
     capacity: SizeOrAuto = "auto"
     """Most bytes to allocate over all paths. `auto`: what the plan needs."""
     mode: Annotated[Literal["roll_forward"], BeforeValidator(_as_nvme_mode)] = "roll_forward"
-    """How new state replaces old. `roll_forward`: into a few spare extents; a step interrupted by an
-    error is completed by the next `step()`."""
+    """How new state replaces old. `roll_forward`: into a few spare extents; a step that an error
+    interrupts is completed by the next `step()`."""
 
 
 class TiersSection(Section):

@@ -44,10 +44,7 @@ from offload.optim.split import split_tensor
 from offload.optim.streamed import StreamedStep
 from offload.partition.arrays import field_tensor, memory_order
 from offload.partition.blocks import BlockStore
-from offload.partition.layout import (
-    Bucket,
-    segments,
-)
+from offload.partition.layout import Bucket, segments
 from offload.partition.parameters import ParameterState
 from offload.schedule.executor import ComputePool
 from offload.schedule.footprint import Machine
@@ -303,7 +300,7 @@ def _move_weights(
     )
     paged: list[PagedParameter] = []
     for bucket in plan.buckets:
-        _store_bucket(bucket, collection, parameters, store)
+        _store_bucket(bucket, parameters, store)
         page = WeightPage(store.block(bucket.index, "weights"), pager)
         page.parameters = tuple(
             _page_parameter(
@@ -352,12 +349,7 @@ def _page_parameter(
     return paged
 
 
-def _store_bucket(
-    bucket: Bucket,
-    collection: Collection,
-    parameters: Sequence[ParameterState],
-    store: BlockStore,
-) -> None:
+def _store_bucket(bucket: Bucket, parameters: Sequence[ParameterState], store: BlockStore) -> None:
     """Write the initial weights of a bucket, and what completes them to fp32, to their homes."""
     for chunk in bucket.chunks:
         weights = store.block(bucket.index, "weights")

@@ -2,8 +2,8 @@
 
 [Note: Gradient chunks]
 A gradient arrives whole, once for each backward that reaches its parameter. It is added into its
-home chunk in fp32 (the first one of a step replaces what was there) and `param.grad` is dropped. The
-sums of squares of the result, which norm and finite check need, come out of the same pass.
+home chunk in fp32 (the first one of a step replaces what was there) and `param.grad` is dropped.
+The sums of squares of the result, which norm and finite check need, come out of the same pass.
 
 A home that the CPU reaches is added to in place. Otherwise the chunk is *open* in host staging
 until all its parameters have arrived or its staging is wanted; then it is written home. It is read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ class LossScale:
         self._good_steps += 1
         if self._good_steps == self._growth_interval:
             grown = _as_fp32(self.scale * self._growth_factor)
-            if np.isfinite(grown):
+            if math.isfinite(grown):
                 self.scale = grown
             self._good_steps = 0
 

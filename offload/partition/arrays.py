@@ -60,10 +60,10 @@ def tensor_bits(flat: torch.Tensor) -> npt.NDArray[np.generic]:
 
 
 def memory_order(tensor: torch.Tensor, state: ParameterState) -> torch.Tensor:
-    """The elements of a tensor of the parameter's shape in the order of the parameter's memory; 1-D.
+    """The elements, 1-D, of a tensor of the parameter's shape in the order of its memory.
 
-    A view if the tensor lies in memory as the parameter does, else a copy. A sparse gradient becomes
-    dense, a complex one the pairs of its parts.
+    A view if the tensor lies in memory as the parameter does, else a copy. A sparse gradient
+    becomes dense, a complex one the pairs of its parts.
     """
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
@@ -78,7 +78,7 @@ def memory_order(tensor: torch.Tensor, state: ParameterState) -> torch.Tensor:
 
 
 def module_order(flat: torch.Tensor, state: ParameterState) -> torch.Tensor:
-    """The inverse of `memory_order`: a view of the parameter's shape over its memory-order elements."""
+    """The inverse of `memory_order`: a view, in the parameter's shape, of its elements."""
     if state.parameter.dtype.is_complex:
         flat = torch.view_as_complex(flat.view(-1, 2))
     return flat.as_strided(state.shape, state.stride)

@@ -232,7 +232,7 @@ class ClassLayout:
         return self._chunks[chunk][name]
 
     def element_fields(self, chunk: int) -> Sequence[Field]:
-        """The fields of chunk number `chunk`; each has one element for each element of the chunk."""
+        """The fields of chunk number `chunk`; each has one element for each of the chunk's."""
         return tuple(self._chunks[chunk].values())
 
 

@@ -22,8 +22,9 @@ class ParameterState:
         numel: elements in memory order (a complex parameter counts its real and imaginary parts).
         bucket, offset: where its elements start, in elements of the bucket.
         steps: optimizer steps this parameter has taken (0 before its first gradient).
-        edited: the weight was changed by something other than the optimizer, and what completes it to
-            fp32 (remainder, master) has not followed yet; whoever touches that next sets it from the weight.
+        edited: the weight was changed by something other than the optimizer, and what completes it
+            to fp32 (remainder, master) has not followed yet; whoever touches that next sets it
+            from the weight.
         gradient_sums: fp64 sums of squares of its gradient over fixed blocks of 65,536 elements
             (non-finite if an element is); None while no gradient has arrived in this step.
     """

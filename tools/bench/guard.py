@@ -3,8 +3,9 @@
     python tools/bench/guard.py [--rounds 9] [--tokens 512] [--hidden 768 --layers 12]
 
 Both sides train the same Llama in the same precision: bf16 weights and gradients, fp32 masters and
-moments. The plain side is what people write by hand: bf16 module, fp32 masters, fused torch AdamW, casts.
-`guard` isolates forward and backward, where guard, hooks and gradient departure act.
+moments. The plain side is what people write by hand: bf16 module, fp32 masters, fused torch AdamW,
+casts. `passes` are forward and backward, where guard, hooks and gradient departure act; `update`
+is the optimizer's; `step` is both.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import argparse
 import json
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 import offload
+
+Phases = dict[str, float]  # seconds of passes, update and step
 
 
 def make_model(hidden: int, layers: int) -> nn.Module:
@@ -33,10 +38,23 @@ def make_model(hidden: int, layers: int) -> nn.Module:
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
     )
-    return LlamaForCausalLM(config)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
 
 
-class Plain:
+class Side(ABC):
+    """One way to train; both take the same steps."""
+
+    @abstractmethod
+    def passes(self, ids: torch.Tensor) -> None:
+        """Forward and backward."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """Optimizer step."""
+
+
+class Plain(Side):
     """bf16 weights with fp32 masters, by hand."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,11 +64,9 @@ class Plain:
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
 
     def passes(self, ids: torch.Tensor) -> None:
-        """Forward and backward."""
         self.model(input_ids=ids, labels=ids).loss.backward()
 
     def update(self) -> None:
-        """Optimizer step."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             assert weight.grad is not None
             master.grad = weight.grad.float()
@@ -61,7 +77,7 @@ class Plain:
                 weight.copy_(master)
 
 
-class Offloaded:
+class Offloaded(Side):
     """The engine with every tier on the device."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,11 +92,9 @@ class Offloaded:
         )
 
     def passes(self, ids: torch.Tensor) -> None:
-        """Forward and backward."""
         self.engine.backward(self.engine(input_ids=ids, labels=ids).loss)
 
     def update(self) -> None:
-        """Optimizer step."""
         self.engine.step()
 
 
@@ -91,55 +105,44 @@ def timed(action: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
+def measure(sides: dict[str, Side], ids: torch.Tensor, rounds: int) -> dict[str, list[Phases]]:
+    """Seconds of each round by side, interleaved; the first two rounds only warm up."""
+    seconds: dict[str, list[Phases]] = {name: [] for name in sides}
+    for _ in range(rounds + 2):
+        for name, side in sides.items():
+            passes, update = timed(partial(side.passes, ids)), timed(side.update)
+            seconds[name].append({"passes": passes, "update": update, "step": passes + update})
+    return {name: values[2:] for name, values in seconds.items()}
+
+
 def main() -> None:
     """Measure and print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     options = parser.parse_args()
     ids = torch.randint(0, 8192, (1, options.tokens), generator=torch.Generator().manual_seed(1))
+    model = make_model(options.hidden, options.layers)
+    numel = sum(p.numel() for p in model.parameters())
     sides = {
-        "plain": Plain(make_model(options.hidden, options.layers)),
+        "plain": Plain(model),
         "offload": Offloaded(make_model(options.hidden, options.layers)),
     }
-    numel = sum(p.numel() for p in sides["plain"].model.parameters())  # type: ignore[union-attr]
-    seconds: dict[str, dict[str, list[float]]] = {s: {"passes": [], "update": []} for s in sides}
-    for round_number in range(options.rounds + 2):
-        for name, side in sides.items():
-            passes = timed(lambda side=side: side.passes(ids))
-            update = timed(side.update)
-            if round_number >= 2:
-                seconds[name]["passes"].append(passes)
-                seconds[name]["update"].append(update)
+    seconds = measure(sides, ids, options.rounds)
     print(f"{numel / 1e6:.0f}M parameters, {options.tokens} tokens, {options.rounds} rounds")
-    result = {}
+    ratios = {}
     for phase in ("passes", "update", "step"):
-        medians = {}
-        for name, phases in seconds.items():
-            values = phases[phase] if phase != "step" else [
-                a + b for a, b in zip(phases["passes"], phases["update"], strict=True)
-            ]
-            medians[name] = statistics.median(values)
-            seconds[name].setdefault("step", values if phase == "step" else [])
-        ratios = [
-            b / a for a, b in zip(
-                *(
-                    phases[phase] if phase != "step" else [
-                        p + u for p, u in zip(phases["passes"], phases["update"], strict=True)
-                    ]
-                    for phases in seconds.values()
-                ),
-                strict=True,
-            )
-        ]
-        result[phase] = statistics.median(ratios)
+        plain, ours = ([values[phase] for values in seconds[name]] for name in sides)
+        ratios[phase] = statistics.median(b / a for a, b in zip(plain, ours, strict=True))
         print(
-            f"{phase:<8} plain {medians['plain']:.3f} s   offload {medians['offload']:.3f} s   "
-            f"ratio {result[phase]:.3f}"
+            f"{phase:<8} plain {statistics.median(plain):.3f} s   "
+            f"offload {statistics.median(ours):.3f} s   ratio {ratios[phase]:.3f}"
         )
-    print(json.dumps(result))
+    print(json.dumps(ratios))
 
 
 if __name__ == "__main__":

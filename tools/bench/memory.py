@@ -3,9 +3,9 @@
     python tools/bench/memory.py [--layers 6 --factor 4] [--hidden 512]
 
 Each run is a process of its own: a Llama with gradient checkpointing, everything on NVMe, the same
-budgets. The kernel's high-water mark (VmHWM) is reset after initialisation, so that it is that of the
-training steps. What a plain PyTorch process needs for activations, measured the same way with the same
-model, is taken off:
+budgets. The kernel's high-water mark (VmHWM) is reset after initialisation, so that it is that of
+the training steps. What a plain PyTorch process needs for activations, measured the same way with
+the same model, is taken off:
 
     overhead = VmHWM(offload) - peak bytes of device and host tier - activations(plain)
 """
@@ -105,7 +105,9 @@ def measure(options: argparse.Namespace, side: str, layers: int) -> dict[str, in
 
 def main() -> None:
     """Measure both sizes and print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)

@@ -1,9 +1,9 @@
-"""The optimizer step with its state on NVMe, alone, against the mixed read/write rate of the same disk.
+"""The optimizer step with its state on NVMe, alone, against the mixed read/write rate of the disk.
 
     python tools/bench/nvme_step.py --path DIR [--parameters 200] [--rounds 7]
 
-The bound is the time that the same bytes take when nothing but I/O happens: the same engine, files and
-request sizes, reads and writes in flight together, measured between the steps of the same run.
+The bound is the time that the same bytes take when nothing but I/O happens: the same engine, files
+and request sizes, reads and writes in flight together, measured between the steps of the same run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import nn
 
 import offload
 from offload.engine.engine import Engine
-from offload.partition.blocks import BlockStore
+from offload.partition.blocks import Block, BlockStore, Staged
+
+Loaded = tuple[Block, int, Staged]
 
 
 def make_engine(path: str, millions: int) -> Engine:
@@ -48,14 +50,14 @@ def give_gradients(engine: Engine) -> None:
         gradient = torch.empty(parameter.shape, dtype=parameter.dtype)
         gradient.view(torch.int16).random_(0x3000, 0x3100, generator=generator)
         parameter.grad = gradient
-    engine.module.zero_grad  # noqa: B018  # the gradients stay; step() takes them
+    engine._take_assigned_gradients()
 
 
 def io_seconds(store: BlockStore, depth: int) -> float:
     """Read and write every optimizer chunk once, as the step does, without the update."""
     blocks = [b for b in store.blocks() if b.home == "nvme"]
     chunks = [(b, c) for b in blocks for c in range(len(b.layout.chunk_nbytes))]
-    reading: deque[tuple[object, int, object]] = deque()
+    reading: deque[Loaded] = deque()
     started = time.perf_counter()
     for block, chunk in chunks:
         staged = store.start_load(block, chunk)
@@ -71,7 +73,7 @@ def io_seconds(store: BlockStore, depth: int) -> float:
     return time.perf_counter() - started
 
 
-def _write_oldest(store: BlockStore, reading: deque) -> None:  # type: ignore[type-arg]
+def _write_oldest(store: BlockStore, reading: deque[Loaded]) -> None:
     block, chunk, staged = reading.popleft()
     staged.transfer.wait()
     store.start_store(block, chunk, staged)
@@ -79,8 +81,10 @@ def _write_oldest(store: BlockStore, reading: deque) -> None:  # type: ignore[ty
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--path", default=None, help="directory on the disk; default: a temporary one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--path", help="directory on the disk; default: the one of temporary files")
     parser.add_argument("--parameters", type=int, default=200, help="in millions")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--depth", type=int, default=2, help="reads in flight of the bound's loop")
@@ -88,25 +92,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.path, prefix="bench-") as path:
         engine = make_engine(path, options.parameters)
         with engine:
-            steps, bounds = [], []
+            steps, bounds, moved = [], [], 0
             for round_number in range(options.rounds + 1):
                 give_gradients(engine)
-                for parameter_state in engine._parts.parameters:
-                    engine._take_gradient(parameter_state)
                 started = time.perf_counter()
                 engine.step()
                 step = time.perf_counter() - started
                 lanes = engine.report().lanes
+                moved = lanes["nvme_read"].bytes + lanes["nvme_write"].bytes
                 bound = io_seconds(engine._parts.store, options.depth)
                 if round_number:
                     steps.append(step)
                     bounds.append(bound)
-            moved = lanes["nvme_read"].bytes + lanes["nvme_write"].bytes
     ratio = statistics.median(b / s for b, s in zip(bounds, steps, strict=True))
     step, bound = statistics.median(steps), statistics.median(bounds)
     print(f"{options.parameters}M parameters, {moved / 1e9:.2f} GB read and written a step")
-    print(f"step {step:.3f} s ({moved / step / 1e9:.2f} GB/s)   I/O alone {bound:.3f} s "
-          f"({moved / bound / 1e9:.2f} GB/s)   share of bound {ratio:.3f}")
+    print(
+        f"step {step:.3f} s ({moved / step / 1e9:.2f} GB/s)   I/O alone {bound:.3f} s "
+        f"({moved / bound / 1e9:.2f} GB/s)   share of bound {ratio:.3f}"
+    )
     print(json.dumps({"step_seconds": step, "bound_seconds": bound, "share": ratio}))
 
 
