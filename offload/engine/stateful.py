@@ -1,0 +1,206 @@
+"""The part of the engine through which state is read and written, wherever it lives."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.engine.build import Parts
+from offload.engine.optimizer import OffloadOptimizer
+from offload.engine.pages import PagedParameter
+from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
+from offload.errors import OffloadError
+from offload.optim.loss_scale import LossScale
+from offload.partition.parameters import ParameterState
+
+_NO_GUARD = torch._C.DisableTorchFunctionSubclass
+
+
+class StatefulEngine(ABC):
+    """What an engine offers of its state: full tensors by parameter name, groups, scalars."""
+
+    module: nn.Module
+    optimizer: OffloadOptimizer
+    loss_scale: LossScale | None
+    _parts: Parts
+    _state: StateAccess
+    _trainable: list[ParameterState]
+    _paged_of_index: Mapping[int, PagedParameter]
+
+    @abstractmethod
+    def _check_open(self) -> None:
+        """Raise EngineStateError on a closed engine."""
+
+    @abstractmethod
+    def _check_ready(self, what: str) -> None:
+        """Raise EngineStateError on a closed engine, or while a step is pending."""
+
+    @abstractmethod
+    def _set_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
+        """Replace a parameter's gradient."""
+
+    @contextlib.contextmanager
+    def gathered(
+        self, names: Sequence[str] | str | None = None, *, writable: bool = False
+    ) -> Iterator[None]:
+        """Full parameters, present and plain, for the duration of a block; None is all of them.
+
+        Inside, raw pointers, torch.func and tracing work. Edits are kept if `writable`.
+
+        Raises:
+            BudgetError: they do not fit the device budget together.
+            OffloadError: a name is unknown; or, on exit, a parameter was edited without `writable`.
+        """
+        self._check_ready("gathered()")
+        chosen = [names] if isinstance(names, str) else names
+        states = (
+            self._parts.parameters
+            if chosen is None
+            else [self._state.parameter(name) for name in chosen]
+        )
+        paged = [self._paged_of_index[state.index] for state in states]
+        pages = list(dict.fromkeys(parameter.page for parameter in paged))
+        pager = self._parts.pager
+        pager.pin(pages, "gathered()")
+        for page in pages:
+            pager.keep_until_step(page)
+        for parameter in paged:
+            parameter.wear_plain()
+        try:
+            yield
+        finally:
+            for parameter in paged:
+                parameter.wear_guard()
+            edited = pager.end_gathered(pages)
+            pager.unpin(pages)
+        if edited and not writable:
+            raise OffloadError(
+                f"parameter {edited[0].state.name} was edited inside gathered()",
+                remedy="use gathered(writable=True); the edit has been kept",
+            )
+
+    def named_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Each parameter's name and full state, one parameter at a time; copies on the CPU.
+
+        Keys: "weight" (compute dtype), "master" (fp32) and the optimizer's tensors for trainable
+        parameters, "gradient" if one has arrived (unscaled by the loss scale).
+        """
+        for state in self._parts.parameters:
+            self._check_open()
+            yield state.name, self._full_state(state)
+
+    def set_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace parts of a parameter's state; keys as in `named_state`.
+
+        A weight without a master sets the master as well; a master sets the weight.
+
+        Raises:
+            OffloadError: a name is unknown, or a shape is another.
+            EngineStateError: the engine is closed, or a step is pending.
+        """
+        self._check_ready("set_state")
+        state = self._state.parameter(name)
+        for key, tensor in tensors.items():
+            if key == "gradient":
+                self._set_gradient(state, tensor)
+            elif key == "master" or (key == "weight" and "master" not in tensors):
+                self._state.set_master(state, tensor) if state in self._trainable else (
+                    self._state.write(state, "weight", tensor)
+                )
+            elif key != "weight":
+                self._state.write(state, key, tensor)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The module's state dict with full copies on the CPU; buffers included, ties shared."""
+        self._check_open()
+        copies: dict[str, torch.Tensor] = {}
+        known: dict[int, torch.Tensor] = {}
+        with _NO_GUARD():
+            entries = self.module.state_dict(keep_vars=True)
+        for name, value in entries.items():
+            if isinstance(value, nn.Parameter) and name in self._parts.names:
+                state = self._state.parameter(name)
+                if state.index not in known:
+                    known[state.index] = self._state.read(state, "weight")
+                copies[name] = known[state.index]
+            else:
+                copies[name] = value.detach().cpu().clone() if torch.is_tensor(value) else value
+        return copies
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """Load the module's state dict; masters follow the weights. Returns what torch returns."""
+        self._check_ready("load_state_dict")
+        result = self.module.load_state_dict(state_dict, strict=strict)
+        self._parts.pager.flush()
+        return result
+
+    def parameter_names(self) -> list[str]:
+        """Canonical names in registration order; a tied parameter comes once."""
+        return [state.name for state in self._parts.parameters]
+
+    def aliases(self) -> dict[str, str]:
+        """The other names of tied parameters, with the canonical name of each."""
+        return {n: s.name for s in self._parts.parameters for n in s.names[1:]}
+
+    def state_fields(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every stored field of a parameter; see [Note: State fields]."""
+        return self._state.fields(self._state.parameter(name))
+
+    def read_state(self, name: str, field: str) -> torch.Tensor:
+        """A copy of one stored field."""
+        self._check_open()
+        return self._state.read(self._state.parameter(name), field)
+
+    def write_state(self, name: str, field: str, tensor: torch.Tensor) -> None:
+        """Replace one stored field as it is; see `set_state` for one that keeps masters in step."""
+        self._check_ready("write_state")
+        self._state.write(self._state.parameter(name), field, tensor)
+
+    def parameter_steps(self) -> list[int]:
+        """Updates that each parameter has had, in the order of `parameter_names`."""
+        return [state.steps for state in self._parts.parameters]
+
+    def set_parameter_steps(self, steps: Sequence[int]) -> None:
+        """Undo `parameter_steps`."""
+        for state, count in zip(self._parts.parameters, steps, strict=True):
+            state.steps = count
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups without parameters."""
+        return [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+
+    def load_optimizer_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Undo `optimizer_groups`."""
+        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(values)
+
+    def scalar_state(self) -> dict[str, Any]:
+        """What an arbitrary optimizer keeps that is no tensor; plain values."""
+        return scalar_state(self._parts.updater, self._parts.parameters)
+
+    def load_scalar_state(self, state: Mapping[str, Any]) -> None:
+        """Undo `scalar_state`."""
+        load_scalar_state(self._parts.updater, self._parts.parameters, state)
+
+    def _full_state(self, state: ParameterState) -> dict[str, torch.Tensor]:
+        found = {"weight": self._state.read(state, "weight")}
+        if state in self._trainable:
+            found["master"] = self._state.master(state)
+        for name in self._state.fields(state):
+            if name not in ("weight", "remainder", "master"):
+                found[name] = self._state.read(state, name)
+        if state.gradient_sums is not None:
+            self._parts.gradients.flush()
+            gradient = self._state.read(state, "gradient")
+            found["gradient"] = (
+                gradient if self.loss_scale is None else gradient.float() / self.loss_scale.scale
+            )
+        return found
