@@ -7,6 +7,7 @@
 
 An optimizer step that an error interrupts is *pending*: its settings are frozen, its gradients
 kept. `step()` completes it; until then whatever would change state or need all of it is refused.
+A step that can never be completed, because state is damaged, ends with loading a checkpoint.
 
 A backward that fails has brought some gradients home and others not. There is no telling which, so
 the gradients of the whole accumulation are forgotten.
@@ -342,6 +343,12 @@ class Engine(StatefulEngine):
         self._step_is_due = False
         self._forget_gradients()
 
+    def _abandon_step(self) -> None:
+        self._pending = None
+        self._step_is_due = False
+        self._parts.streamed.abandon()
+        self._forget_gradients()
+
     def _take_step(self) -> bool:
         self._check_open()
         if self._pending is None:
@@ -424,16 +431,25 @@ class Engine(StatefulEngine):
             window.unwind()
         self._root.unwind()
 
-    def _check_open(self) -> None:
+    def _check_not_closed(self) -> None:
         if self._closed:
             raise EngineStateError("the engine is closed", remedy="make a new one")
+
+    def _check_open(self) -> None:
+        self._check_not_closed()
+        if self._is_void:
+            raise EngineStateError(
+                "the state is void: an error interrupted the loading of a checkpoint",
+                remedy="load a checkpoint, or close the engine",
+            )
 
     def _check_ready(self, what: str) -> None:
         self._check_open()
         if self._pending is not None:
             raise EngineStateError(
                 f"{what} while optimizer step {self._pending.step} is pending",
-                remedy="call step() until it returns: it completes the step",
+                remedy="call step() until it returns: it completes the step; if it cannot, "
+                "load a checkpoint",
             )
 
 

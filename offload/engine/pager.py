@@ -15,6 +15,7 @@ is the one whose next use in the trace is farthest away, or else the one used lo
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from offload.engine.node_pins import NodePins
 from offload.engine.page_in import PageIn
 from offload.engine.pages import PagedParameter, WeightPage
 from offload.engine.runs import RunKey, Runs
-from offload.errors import BudgetError, EngineStateError
+from offload.errors import BudgetError, EngineStateError, OffloadError
 from offload.native import crc32c
 from offload.partition.blocks import BlockStore
 from offload.partition.residency import Residency
@@ -425,6 +426,23 @@ class Pager:
                     self._draining.append(refreshed)
             else:
                 self._drop(page)
+
+    def forget_copies(self) -> None:
+        """All homes are about to be replaced: drop the copies on the device, with their edits.
+
+        A pinned page stays; `drop_stale` brings it up to date when its home is. Raw pointers that
+        were given away are void.
+        """
+        self.end_raw_access()
+        with self._lock:
+            for page in self.pages:
+                if page.residency is Residency.LOADING:
+                    with contextlib.suppress(OffloadError):  # then the page is at home
+                        self._bind(page)
+                for parameter in page.parameters:
+                    parameter.home_is_stale = parameter.state.edited = False
+                if page in self._present and not page.pins:
+                    self._drop(page)
 
     def end_gathered(self, pages: Sequence[WeightPage]) -> list[PagedParameter]:
         """Raw pointers to pinned pages are void; the parameters edited while they were out."""

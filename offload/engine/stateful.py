@@ -31,14 +31,23 @@ class StatefulEngine(ABC):
     _state: StateAccess
     _trainable: list[ParameterState]
     _paged_of_index: Mapping[int, PagedParameter]
+    _is_void = False  # the state is neither the old one nor a new one
 
     @abstractmethod
     def _check_open(self) -> None:
-        """Raise EngineStateError on a closed engine."""
+        """Raise EngineStateError on a closed engine, or on one whose state is void."""
 
     @abstractmethod
     def _check_ready(self, what: str) -> None:
-        """Raise EngineStateError on a closed engine, or while a step is pending."""
+        """`_check_open`, and raise EngineStateError while a step is pending."""
+
+    @abstractmethod
+    def _check_not_closed(self) -> None:
+        """Raise EngineStateError on a closed engine."""
+
+    @abstractmethod
+    def _abandon_step(self) -> None:
+        """Forget a pending step and all gradients."""
 
     @abstractmethod
     def _set_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
@@ -138,6 +147,34 @@ class StatefulEngine(ABC):
         result = self.module.load_state_dict(state_dict, strict=strict)
         self._parts.pager.flush()
         return result
+
+    @contextlib.contextmanager
+    def replacing_state(self) -> Iterator[None]:
+        """For a block that writes every stored field of every parameter, and the counters.
+
+        A pending step, gradients, edits and graphs of the old state are void from the start, and
+        nothing of it is read, so that damage to it does not matter. An error in the block leaves
+        the state void: only another replacement and `close` are legal then.
+
+        Raises:
+            EngineStateError: the engine is closed.
+            DeadlineError: a write is still in flight; the state is void.
+        """
+        self._check_not_closed()
+        self._is_void = True
+        self._abandon_step()
+        self._parts.pager.forget_copies()
+        self._parts.store.void()
+        with _NO_GUARD():
+            for paged in self._parts.paged:
+                torch.autograd.graph.increment_version(paged.state.parameter)
+                paged.version = paged.state.parameter._version
+        self._is_void = False  # for the block to write
+        try:
+            yield
+        except BaseException:
+            self._is_void = True
+            raise
 
     def parameter_names(self) -> list[str]:
         """Canonical names in registration order; a tied parameter comes once."""

@@ -96,6 +96,11 @@ class StreamedStep:
                 remedy="load the last checkpoint and lower the learning rate",
             )
 
+    def abandon(self) -> None:
+        """Forget the step that an error interrupted: its state is about to be replaced."""
+        self._updated.clear()
+        self._not_finite = None
+
     def _work(self) -> Iterator[ChunkWork]:
         for bucket in self._buckets:
             for chunk in bucket.chunks:

@@ -120,7 +120,8 @@ class BlockStore:
         self._classes: dict[int, list[str]] = {}
         self._writing: OrderedDict[tuple[int, str, int], tuple[Transfer, Staged]] = OrderedDict()
         self._failed: dict[tuple[int, str, int], Staged] = {}
-        self._lock = threading.RLock()  # of the two maps of writes
+        self._void: set[tuple[int, str, int]] = set()  # on NVMe, and not to be read any more
+        self._lock = threading.RLock()  # of the maps of writes and of `_void`
 
     def add(self, bucket: Bucket, state_class: str, layout: BlockLayout, home: str) -> None:
         """Take the memory of a block at a tier in memory, or note that `reserve_records` will.
@@ -233,7 +234,7 @@ class BlockStore:
             return
         if block.home == "device":
             staged.transfer = self.device.start_copy_out(staged.tensor, self._home(block, chunk))
-        elif block.records[chunk].generation == 0:
+        elif block.records[chunk].generation == 0 or self._key(block, chunk) in self._void:
             staged.tensor.zero_()
         else:
             assert self.nvme is not None
@@ -248,7 +249,8 @@ class BlockStore:
         with self._lock:
             if self.in_place(block):
                 return
-            key = (block.bucket.index, block.state_class, chunk)
+            key = self._key(block, chunk)
+            self._void.discard(key)
             try:
                 if block.home == "device":
                     transfer = self.device.start_copy_in(self._home(block, chunk), staged.tensor)
@@ -339,8 +341,36 @@ class BlockStore:
                 self.start_store(self._blocks[bucket, state_class], chunk, self._failed.pop(key))
             self.drain()
 
+    def void(self) -> None:
+        """Give up what could not be written; on NVMe every chunk reads as zeros until it is stored.
+
+        For state that is about to be replaced: nothing of the old one is read, damaged or not.
+
+        Raises:
+            DeadlineError: a write is still in flight; call again.
+        """
+        with self._lock:
+            try:
+                self.drain()
+            except DeadlineError:
+                raise
+            except OffloadError:
+                pass  # what has failed is given up here
+            for staged in self._failed.values():
+                staged.release()
+            self._failed.clear()
+            self._void = {
+                self._key(block, chunk)
+                for block in self._blocks.values()
+                for chunk in range(len(block.records))
+            }
+
+    @staticmethod
+    def _key(block: Block, chunk: int) -> tuple[int, str, int]:
+        return block.bucket.index, block.state_class, chunk
+
     def _settle(self, block: Block, chunk: int) -> None:
-        key = (block.bucket.index, block.state_class, chunk)
+        key = self._key(block, chunk)
         if key in self._writing:
             self._finish(key)
         if key in self._failed:

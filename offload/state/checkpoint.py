@@ -105,16 +105,18 @@ def save_checkpoint(
 def load_checkpoint(
     engine: StateSource, directory: str | Path, tag: str | None = None
 ) -> dict[str, Any]:
-    """Restore the engine and the process's random generators; return the saved client state ({} if
-    none).
+    """Restore the engine and the process's random generators; return the saved client state.
 
-    Without a tag the newest checkpoint that verifies is used, and each newer, damaged one is named
-    in a warning. Placement, budgets and bucket sizes may differ from the saving run's.
+    The client state is {} if none was saved. Without a tag the newest checkpoint that verifies is
+    used, and each newer, damaged one is named in a warning. Placement, budgets and bucket sizes
+    may differ from the saving run's. A step that is pending and gradients are given up, and
+    nothing of the engine's old state is read: it may be damaged.
 
     Raises:
         CheckpointError: none found; the one asked for is damaged (file and tensor are named); or
             it belongs to another model, optimizer or precision. The engine is unchanged.
-        StorageError: a read failed. The engine is unchanged unless the message says otherwise.
+        StorageError: reading failed, and the engine is unchanged; or writing did, and its state is
+            void: it refuses every use but another load and `close`.
     """
     root = Path(directory)
     if tag is not None:
@@ -122,9 +124,10 @@ def load_checkpoint(
     folder, content = _choose(root, tag)
     _check_matches(engine, content, folder)
     _warn_of_other_numerics(engine, content)
-    for record, tensor in _verified_tensors(folder, content):
-        _restore_tensor(engine, record, tensor)
-    return _restore_values(engine, content.values)
+    with engine.replacing_state():
+        for record, tensor in _verified_tensors(folder, content):
+            _restore_tensor(engine, record, tensor)
+        return _restore_values(engine, content.values)
 
 
 def _check_boundary(engine: StateSource) -> None:

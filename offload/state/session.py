@@ -32,8 +32,11 @@ class OffloadEngine(Engine):
     def load_checkpoint(
         self, directory: str | os.PathLike[str], tag: str | None = None
     ) -> dict[str, Any]:
-        """Resume bit-exactly and return the client state; see `checkpoint.load_checkpoint`."""
-        self._check_ready("load_checkpoint")
+        """Resume bit-exactly and return the client state; see `checkpoint.load_checkpoint`.
+
+        Legal while a step is pending, too: that step is given up.
+        """
+        self._check_not_closed()
         return checkpoint.load_checkpoint(self, Path(directory), tag)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:

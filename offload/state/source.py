@@ -10,6 +10,7 @@ placement loads under any other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,9 @@ class StateSource(Protocol):
 
     def write_state(self, name: str, field: str, tensor: torch.Tensor) -> None:
         """Replace one field."""
+
+    def replacing_state(self) -> AbstractContextManager[None]:
+        """For a block that writes every field: the old state is void, and so is a pending step."""
 
     def parameter_steps(self) -> list[int]:
         """Updates that each parameter has had, in the order of `parameter_names`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,9 @@ class InMemoryEngine:
 
     def write_state(self, name: str, field: str, tensor: torch.Tensor) -> None:
         self._tensor(name, field).copy_(tensor)
+
+    def replacing_state(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def parameter_steps(self) -> list[int]:
         state = self._optimizer.state

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, ChecksumError, EngineStateError, StorageError
 from offload.state.safetensors_stream import SafetensorsReader
 from offload.state.session import OffloadEngine, initialize
 
@@ -184,3 +186,112 @@ def test_saving_between_micro_steps_is_refused(tmp_path):
         engine.backward(engine(torch.ones(1, 2)).sum())
         assert engine.step()
         engine.save_checkpoint(tmp_path)
+
+
+def damage(engine: OffloadEngine, state_class: str, bucket: int = 0) -> None:
+    """Flip a byte of a chunk on the disk, past the engine."""
+    nvme = engine._parts.nvme
+    record = engine._parts.store.block(bucket, state_class).records[0]
+    extent = record.current
+    path = f"/proc/self/fd/{nvme._files[extent.file].fd}"
+    descriptor = os.open(path, os.O_RDWR)
+    (byte,) = os.pread(descriptor, 1, extent.offset)
+    os.pwrite(descriptor, bytes([byte ^ 1]), extent.offset)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_loading_goes_on_after_a_step_that_cannot_be_completed(tmp_path, precision, place):
+    with make_engine(tmp_path, "nvme", precision) as engine:
+        torch.manual_seed(1)
+        steps(engine, 2)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        expected, at_end = steps(engine, 3), full_state(engine)
+    with make_engine(tmp_path, "nvme", precision) as engine:
+        steps(engine, 3)
+        tokens = torch.randint(0, VOCABULARY, (2, LENGTH))
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        last = max(b.bucket.index for b in engine._parts.store.blocks())
+        damage(engine, "optimizer", 0 if place == "first" else last)
+        for _ in range(2):
+            with pytest.raises(ChecksumError, match="optimizer of bucket"):
+                engine.step()
+        with pytest.raises(EngineStateError, match="load a checkpoint"):
+            engine(input_ids=tokens)
+        with pytest.raises(EngineStateError):
+            engine.save_checkpoint(tmp_path / "ckpt")
+        with pytest.raises(CheckpointError):
+            engine.load_checkpoint(tmp_path / "ckpt", "absent")
+        with pytest.raises(ChecksumError):  # a load that fails early leaves the step pending
+            engine.step()
+        engine.load_checkpoint(tmp_path / "ckpt")
+        assert engine.global_steps == 2
+        assert steps(engine, 3) == expected
+        assert_equal_state(full_state(engine), at_end)
+
+
+@pytest.mark.parametrize("placement", ["host", "nvme"])
+def test_loading_drops_edits_gradients_and_prefetches(tmp_path, placement):
+    with make_engine(tmp_path, placement, "bf16") as engine:
+        torch.manual_seed(1)
+        steps(engine, 2)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        at_save = full_state(engine)
+        expected, at_end = steps(engine, 2), full_state(engine)
+        tokens = torch.randint(0, VOCABULARY, (2, LENGTH))
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        parameters = list(engine.module.parameters())
+        with torch.no_grad():
+            for parameter in parameters[2:]:
+                parameter.mul_(2)
+        parameters[-1].data_ptr()
+        if placement == "nvme":
+            pager = engine._parts.pager
+            pager._evict(pager.pages[0])
+            damage(engine, "weights", 0)
+            assert pager._start(pager.pages[0], wait=True)  # a prefetch that will fail
+        engine.load_checkpoint(tmp_path / "ckpt")
+        assert_equal_state(full_state(engine), at_save)
+        assert steps(engine, 2) == expected
+        assert_equal_state(full_state(engine), at_end)
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            engine.backward(loss)
+
+
+def test_a_graph_of_the_state_before_loading_is_void(tmp_path):
+    with make_engine(tmp_path, "host", "fp32") as engine:
+        engine.save_checkpoint(tmp_path / "ckpt")
+        tokens = torch.randint(0, VOCABULARY, (2, LENGTH))
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.load_checkpoint(tmp_path / "ckpt")
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            engine.backward(loss)
+        steps(engine, 1)
+
+
+def test_a_load_that_is_interrupted_leaves_the_state_void(tmp_path, monkeypatch):
+    with make_engine(tmp_path, "nvme", "bf16") as engine:
+        torch.manual_seed(1)
+        steps(engine, 2)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        at_save = full_state(engine)
+        written = []
+
+        def write_state(name, field, tensor):
+            if len(written) == 3:
+                raise StorageError(operation="write", path="disk")
+            written.append(name)
+            OffloadEngine.write_state(engine, name, field, tensor)
+
+        monkeypatch.setattr(engine, "write_state", write_state)
+        with pytest.raises(StorageError, match="disk"):
+            engine.load_checkpoint(tmp_path / "ckpt")
+        monkeypatch.undo()
+        for use in (engine.step, engine.state_dict, lambda: engine.save_pretrained(tmp_path / "o")):
+            with pytest.raises(EngineStateError, match="void"):
+                use()
+        engine.load_checkpoint(tmp_path / "ckpt")
+        assert_equal_state(full_state(engine), at_save)
+        steps(engine, 1)
