@@ -7,7 +7,7 @@ Errors of offload are printed as their message, without a traceback; the exit co
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -118,6 +118,26 @@ def report(run_dir: str) -> None:
     from offload.cli.summary import print_summary
 
     print_summary(Console(), read_outcome(run_dir))
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False))
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--tag", help="Which checkpoint of a directory; default: the newest.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["compute", "fp32"]),
+    default="compute",
+    show_default=True,
+    help="compute: as the model computes; fp32: the exact values that the optimizer updates.",
+)
+def export(checkpoint: str, out: str, tag: str | None, dtype: Literal["compute", "fp32"]) -> None:
+    """Write the weights of CHECKPOINT to OUT, as transformers' from_pretrained reads them."""
+    from offload.state.export import export_checkpoint
+
+    folder = export_checkpoint(checkpoint, out, tag=tag, dtype=dtype)
+    for path in sorted(folder.iterdir()):
+        click.echo(path)
 
 
 @main.command("config-schema")

@@ -19,13 +19,11 @@ import torch
 
 from offload import __version__
 from offload.errors import CheckpointError, DiskFullError
-from offload.state import durable, folders, manifest, plain, random_state
+from offload.state import durable, export, folders, manifest, plain, random_state, stored
 from offload.state.manifest import FileRecord, Manifest, TensorRecord
 from offload.state.safetensors_stream import (
     DATA_ALIGNMENT_BYTES,
-    SafetensorsReader,
     SafetensorsWriter,
-    checksum_of,
     tensor_nbytes,
 )
 from offload.state.source import StateSource, persistent_buffers
@@ -121,13 +119,13 @@ def load_checkpoint(
     root = Path(directory)
     if tag is not None:
         manifest.check_tag(tag)
-    folder, content = _choose(root, tag)
-    _check_matches(engine, content, folder)
-    _warn_of_other_numerics(engine, content)
-    with engine.replacing_state():
-        for record, tensor in _verified_tensors(folder, content):
-            _restore_tensor(engine, record, tensor)
-        return _restore_values(engine, content.values)
+    with stored.find(root, tag) as found:
+        _check_matches(engine, found.content, found.folder)
+        _warn_of_other_numerics(engine, found.content)
+        with engine.replacing_state():
+            for record in found.records():
+                _restore_tensor(engine, record, found.read(record))
+            return _restore_values(engine, found.content.values)
 
 
 def _check_boundary(engine: StateSource) -> None:
@@ -209,66 +207,8 @@ def _write_tensors(
     return files, records
 
 
-def _choose(root: Path, tag: str | None) -> tuple[Path, Manifest]:
-    """The newest checkpoint (of that tag) of which every byte verifies."""
-    found, damaged = folders.candidates(root, tag) if root.is_dir() else ([], [])
-    for folder, content in found:
-        try:
-            for _ in _verified_tensors(folder, content):
-                pass
-        except (CheckpointError, OSError) as error:
-            if tag is not None:
-                raise
-            damaged.append(str(error))
-            continue
-        for line in damaged:
-            warnings.warn(f"passed over a damaged checkpoint: {line}", RuntimeWarning, stacklevel=3)
-        return folder, content
-    wanted = f"checkpoint {tag!r}" if tag is not None else "checkpoint"
-    raise CheckpointError(
-        "\n  ".join([f"no undamaged {wanted} in {root}", *damaged]),
-        remedy="name a directory that save_checkpoint wrote to",
-    )
-
-
-def _verified_tensors(
-    folder: Path, content: Manifest
-) -> Iterator[tuple[TensorRecord, torch.Tensor]]:
-    """Every tensor of a checkpoint, one at a time, after its checksum matched."""
-    by_file: dict[int, dict[str, TensorRecord]] = {i: {} for i in range(len(content.files))}
-    for record in content.tensors:
-        by_file[record.file][record.key] = record
-    for index, expected in enumerate(content.files):
-        with SafetensorsReader(folder / manifest.data_file_name(index)) as reader:
-            if (reader.nbytes, reader.header_checksum) != (expected.nbytes, expected.header_crc32c):
-                raise CheckpointError(
-                    f"{reader.path}: damaged: length or header differ from the manifest",
-                    expected=f"{expected.nbytes} bytes, header CRC32C {expected.header_crc32c:08x}",
-                )
-            if set(reader.entries) != set(by_file[index]):
-                raise CheckpointError(f"{reader.path}: holds other tensors than the manifest lists")
-            for key, record in by_file[index].items():
-                entry = reader.entries[key]
-                if (str(entry.dtype), entry.shape) != (record.dtype, record.shape):
-                    raise CheckpointError(
-                        f"{reader.path}: {record.field} of {record.name!r} is {entry.dtype} "
-                        f"{entry.shape}",
-                        expected=f"{record.dtype} {record.shape}",
-                    )
-                tensor = reader.read(key)
-                if checksum_of(tensor) != record.crc32c:
-                    raise CheckpointError(
-                        f"{reader.path}: damaged: {record.field} of {record.name!r} does not have "
-                        f"the checksum {record.crc32c:08x} of the manifest"
-                    )
-                yield record, tensor
-                del tensor
-
-
 def _check_matches(engine: StateSource, content: Manifest, folder: Path) -> None:
-    """The checkpoint's tensors and the engine's are the same set, with the same dtypes and
-    shapes.
-    """
+    """The checkpoint's tensors and the engine's are the same set, with equal dtypes and shapes."""
     stored = {(r.kind, r.name, r.field): (r.dtype, r.shape) for r in content.tensors}
     wanted = {(i.kind, i.name, i.field): (str(i.dtype), i.shape) for i in _items(engine)}
     problems = [
@@ -332,6 +272,7 @@ def _collect_values(engine: StateSource, client_state: Mapping[str, Any] | None)
         "extra_state": _extra_state(engine),
         "random_state": random_state.capture(),
         "config": _numerics(engine),
+        "export": export.description(engine),
         "client_state": plain.encode(dict(client_state or {}), where="client_state"),
     }
 

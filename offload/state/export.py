@@ -3,6 +3,12 @@
 Every parameter is written once, in the compute dtype, under the name that loading expects; tied
 names are restored by the model that loads. Files that are not part of an export (a tokenizer, say)
 are not touched.
+
+[Note: export of a checkpoint]
+A checkpoint holds what an export needs of the model beside its tensors, so that neither the model's
+code nor an engine is needed to export it:
+    names     canonical parameter name -> name in the export, where they differ (tied weights)
+    configs   file name -> text of the model's configuration files; {} if it has none
 """
 
 from __future__ import annotations
@@ -10,21 +16,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from offload.state import durable
+from offload.errors import CheckpointError
+from offload.optim.split import merge_tensor
+from offload.state import durable, stored
+from offload.state.manifest import MANIFEST_NAME, TensorRecord
 from offload.state.safetensors_stream import SafetensorsWriter, tensor_nbytes
 from offload.state.source import StateSource, persistent_buffers
 
 MAX_SHARD_BYTES = 5 << 30
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 # Exports are shared, unlike offload's own files: the umask decides.
 _EXPORT_FILE_MODE = 0o666
 _EXPORT_FOLDER_MODE = 0o777
@@ -32,9 +46,7 @@ _EXPORT_FOLDER_MODE = 0o777
 
 @dataclass(frozen=True, slots=True)
 class _Exported:
-    """One tensor of an export: the name on disk, and the parameter's canonical name (None for a
-    buffer).
-    """
+    """One tensor of an export: its name on disk; the parameter's name, or None for a buffer."""
 
     name: str
     parameter: str | None
@@ -52,11 +64,10 @@ def save_pretrained(
     """Write the model's weights and configuration to `directory` and return it.
 
     For a Hugging Face model: ``config.json``, ``generation_config.json`` where it generates, and
-        ``model.safetensors`` or
-    shards of at most `max_shard_bytes` (a larger tensor has its own) with their index, as
-    `from_pretrained` reads them. For any other module: the safetensors files alone, named as its
-    state dict names them, ties once. All new shards are complete and synced before the first takes
-    its name.
+    ``model.safetensors`` or shards of at most `max_shard_bytes` (a larger tensor has its own) with
+    their index, as `from_pretrained` reads them. For any other module: the safetensors files alone,
+    named as its state dict names them, ties once. All new shards are complete and synced before
+    the first takes its name.
 
     Raises:
         DiskFullError, StorageError: the file system; nothing of an earlier export has been
@@ -66,9 +77,139 @@ def save_pretrained(
     root = Path(directory)
     durable.make_folder(root, mode=_EXPORT_FOLDER_MODE)
     _save_configs(engine.module, root, _compute_dtype(engine))
-    shards = _shards(list(_exported(engine)), max_shard_bytes)
-    names = _file_names(len(shards))
     buffers = dict(persistent_buffers(engine.module))
+    read = partial(_read, engine, buffers)
+    _write_shards(root, _shards(list(_exported(engine)), max_shard_bytes), read)
+    return root
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    directory: str | Path,
+    *,
+    tag: str | None = None,
+    dtype: Literal["compute", "fp32"] = "compute",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write the weights of a checkpoint to `directory` as `save_pretrained` does; return it.
+
+    Needs neither the model nor an engine, and holds a few tensors at a time, whatever the size.
+
+    Args:
+        checkpoint: a checkpoint's own folder, or what `save_checkpoint` wrote to: then its newest,
+            or the one of the tag.
+        directory: where to write; other files in it stay.
+        tag: which checkpoint.
+        dtype: "compute": weights as the model computes with them; "fp32": the exact fp32 values
+            that the optimizer updates.
+        max_shard_bytes: of one file; a larger tensor has its own.
+
+    Raises:
+        CheckpointError: no undamaged checkpoint, or one that lacks what an export needs.
+        DiskFullError, StorageError: as of `save_pretrained`.
+    """
+    source, root = Path(checkpoint), Path(directory)
+    if tag is None and (source / MANIFEST_NAME).exists():
+        source, tag = source.resolve().parent, source.resolve().name
+    with stored.find(source, tag) as found:
+        names, configs = _description_of(found)
+        durable.make_folder(root, mode=_EXPORT_FOLDER_MODE)
+        for name, text in configs.items():
+            data = _with_dtype(text) if dtype == "fp32" and name == CONFIG_NAME else text
+            durable.write_file(root / name, data.encode(), mode=_EXPORT_FILE_MODE)
+        records = {(r.name, r.field): r for r in found.content.tensors}
+        items = [
+            _Exported(
+                names.get(record.name, record.name),
+                None if record.kind == "buffer" else record.name,
+                _exported_dtype(found.dtype(record), dtype),
+                record.shape,
+            )
+            for record in found.content.tensors
+            if record.kind == "buffer" or record.field == "weight"
+        ]
+        read = partial(_read_stored, found, records)
+        _write_shards(root, _shards(items, max_shard_bytes), read)
+    return root
+
+
+def description(engine: StateSource) -> dict[str, Any]:
+    """What a checkpoint holds for its export; see [Note: export of a checkpoint]."""
+    configs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _save_configs(engine.module, Path(folder), _compute_dtype(engine))
+        except (OSError, TypeError, ValueError) as error:
+            warnings.warn(
+                f"the model's configuration cannot be written ({error}): an export of this "
+                "checkpoint will hold weights only",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                configs[name] = (Path(folder) / name).read_text(encoding="utf-8")
+    parameters = (item for item in _exported(engine) if item.parameter is not None)
+    names = {item.parameter: item.name for item in parameters if item.parameter != item.name}
+    return {"names": names, "configs": configs}
+
+
+def _description_of(found: stored.StoredCheckpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """The names and configs of a checkpoint; only known file names become paths.
+
+    Raises:
+        CheckpointError: it has none, or not of this form.
+    """
+    described: Any = found.content.values.get("export")
+    try:
+        names, configs = dict(described["names"]), dict(described["configs"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{found.folder} does not describe its export",
+            remedy="load it, and call save_pretrained",
+        ) from error
+    texts = [*names.values(), *configs.values()]
+    unknown = configs.keys() - {CONFIG_NAME, GENERATION_CONFIG_NAME}
+    if unknown or not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{found.folder}: the description of its export is malformed")
+    return names, configs
+
+
+def _with_dtype(config: str) -> str:
+    """A configuration that says fp32."""
+    fields = json.loads(config)
+    key = "torch_dtype" if "torch_dtype" in fields else "dtype"
+    return json.dumps(fields | {key: "float32"}, indent=2, sort_keys=True) + "\n"
+
+
+def _exported_dtype(dtype: torch.dtype, wanted: Literal["compute", "fp32"]) -> torch.dtype:
+    halves = (torch.bfloat16, torch.float16)
+    return torch.float32 if wanted == "fp32" and dtype in halves else dtype
+
+
+def _read_stored(
+    found: stored.StoredCheckpoint,
+    records: Mapping[tuple[str, str], TensorRecord],
+    item: _Exported,
+) -> torch.Tensor:
+    """A tensor in the dtype of the export: the merged master where that is fp32 of a half."""
+    if item.parameter is None:
+        return found.read(records[item.name, "buffer"]).to(item.dtype)
+    name = item.parameter
+    if item.dtype is torch.float32:
+        if (name, "master") in records:
+            return found.read(records[name, "master"])
+        if (name, "remainder") in records:
+            weight = found.read(records[name, "weight"])
+            return merge_tensor(weight, found.read(records[name, "remainder"]))
+    return found.read(records[name, "weight"]).to(item.dtype)
+
+
+def _write_shards(
+    root: Path, shards: list[list[_Exported]], read: Callable[[_Exported], torch.Tensor]
+) -> None:
+    """Write every shard and the index; files of an earlier export go."""
+    names = _file_names(len(shards))
     with contextlib.ExitStack() as open_writers:
         writers = [
             open_writers.enter_context(_writer(root / name, shard))
@@ -76,14 +217,13 @@ def save_pretrained(
         ]
         for writer, shard in zip(writers, shards, strict=True):
             for item in shard:
-                writer.write(item.name, _read(engine, buffers, item))
+                writer.write(item.name, read(item))
         for writer in writers:
             writer.finish()
     if len(names) > 1:
         index = _index(names, shards)
         durable.write_file(root / INDEX_NAME, index, mode=_EXPORT_FILE_MODE)
     _remove_stale(root, keep=set(names) | ({INDEX_NAME} if len(names) > 1 else set()))
-    return root
 
 
 def _compute_dtype(engine: StateSource) -> torch.dtype | None:
@@ -173,9 +313,7 @@ def _index(names: list[str], shards: list[list[_Exported]]) -> bytes:
 
 
 def _remove_stale(root: Path, *, keep: set[str]) -> None:
-    """Remove the files of an earlier export that this one did not replace; `from_pretrained` would
-    prefer them.
-    """
+    """Remove files of an earlier export that this one has not replaced, else they would be read."""
     stale = {
         SINGLE_NAME,
         INDEX_NAME,

@@ -53,6 +53,27 @@ def test_plan_needs_a_model(tmp_path: Path) -> None:
     assert "run.model and run.hf_config are missing" in result.stderr
 
 
+def test_export_of_a_checkpoint(tmp_path: Path) -> None:
+    import torch
+
+    import offload
+
+    config = {"tiers": {"device": {"kind": "cpu", "memory": "1MiB"}, "host": {"memory": "1MiB"}}}
+    with offload.initialize(torch.nn.Linear(3, 2), config) as engine:
+        engine.save_checkpoint(tmp_path / "ckpt")
+        weight = dict(engine.named_state())["weight"]["master"]
+    arguments = ("export", str(tmp_path / "ckpt"), str(tmp_path / "out"))
+    result = invoke(*arguments, "--dtype", "fp32")
+    assert (result.exit_code, result.output) == (0, f"{tmp_path}/out/model.safetensors\n")
+    from safetensors.torch import load_file
+
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["weight"], weight)
+    result = invoke(*arguments, "--tag", "absent")
+    assert result.exit_code == 2
+    assert "no undamaged checkpoint 'absent'" in result.stderr
+    assert "export" in invoke("--help").output
+
+
 def test_config_schema_is_the_schema() -> None:
     result = invoke("config-schema")
     assert result.exit_code == 0

@@ -10,9 +10,11 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from offload.errors import DiskFullError
-from offload.state import durable
-from offload.state.export import save_pretrained
+from offload.errors import CheckpointError, DiskFullError
+from offload.state import durable, manifest
+from offload.state.checkpoint import save_checkpoint
+from offload.state.export import export_checkpoint, save_pretrained
+from offload.state.stored import StoredCheckpoint
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 FEED = {"intermediate_size": 48, "max_position_embeddings": 64}
@@ -154,3 +156,50 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, in_memory_engine, monkeypat
     monkeypatch.setattr(engine, "read_state", read)
     save_pretrained(engine, tmp_path)
     assert len(copies) == len(engine.parameter_names())
+
+
+def test_the_checkpoint_of_any_module_becomes_its_state_dict(tmp_path, small_engine):
+    engine = small_engine()
+    save_checkpoint(engine, tmp_path / "ckpt")
+    export_checkpoint(tmp_path / "ckpt", tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["model.safetensors"]
+    found, expected = load_file(tmp_path / "out" / "model.safetensors"), engine.module.state_dict()
+    assert found.keys() == expected.keys() - {"head.weight"}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_one_tensor_of_a_checkpoint_is_in_memory_at_a_time(tmp_path, in_memory_engine, monkeypatch):
+    save_checkpoint(in_memory_engine(build("llama")), tmp_path / "ckpt")
+    alive = []
+    real_read = StoredCheckpoint.read
+
+    def read(self, record):
+        assert all(ref() is None for ref in alive), "an earlier tensor is still alive"
+        tensor = real_read(self, record)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(StoredCheckpoint, "read", read)
+    export_checkpoint(tmp_path / "ckpt", tmp_path / "out")
+    assert len(alive) > 20
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path, small_engine):
+    path = save_checkpoint(small_engine(), tmp_path / "ckpt")
+    data = bytearray((path / "state-00000.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "state-00000.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="does not have the checksum"):
+        export_checkpoint(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_forged_description_writes_no_other_file(tmp_path, small_engine):
+    path = save_checkpoint(small_engine(), tmp_path / "ckpt")
+    content = manifest.read(path)
+    for forged in ({"names": {}, "configs": {"../evil": "x"}}, {"names": {"a": 1}}, None, []):
+        content.values["export"] = forged
+        (path / manifest.MANIFEST_NAME).write_bytes(manifest.encode(content))
+        with pytest.raises(CheckpointError, match="export"):
+            export_checkpoint(path, tmp_path / "out")
+    assert names_in(tmp_path) == ["ckpt"]

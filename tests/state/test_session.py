@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from offload.errors import CheckpointError, ChecksumError, EngineStateError, StorageError
+from offload.state.export import export_checkpoint
 from offload.state.safetensors_stream import SafetensorsReader
 from offload.state.session import OffloadEngine, initialize
 
@@ -160,6 +161,42 @@ def test_an_export_from_nvme_is_bit_equal_in_transformers(tmp_path, precision):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     with SafetensorsReader(tmp_path / "out" / "model.safetensors") as reader:
         assert "lm_head.weight" not in reader.entries
+
+
+@pytest.mark.parametrize("dtype", ["compute", "fp32"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_checkpoint_becomes_an_export_without_the_model(tmp_path, precision, dtype):
+    model = make_model()
+    model.transformer.h[0].requires_grad_(False)
+    with make_engine(tmp_path, "nvme", precision, model) as engine:
+        steps(engine, 1)
+        engine.save_checkpoint(tmp_path / "ckpt", "first")
+        steps(engine, 2)
+        path = engine.save_checkpoint(tmp_path / "ckpt")
+        field = "weight" if dtype == "compute" else "master"
+        expected = {n: s.get(field, s["weight"].float()) for n, s in engine.named_state()}
+        engine.save_pretrained(tmp_path / "direct")
+    for source in (tmp_path / "ckpt", path):
+        out = export_checkpoint(source, tmp_path / "out", dtype=dtype, max_shard_bytes=30_000)
+        assert (out / "model.safetensors.index.json").exists()
+        loaded = transformers.GPT2LMHeadModel.from_pretrained(out, dtype="auto")
+        found = dict(loaded.named_parameters())
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+            assert found[name].dtype == tensor.dtype
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    if dtype == "compute":
+        export_checkpoint(path, tmp_path / "out")
+        files = sorted(p.name for p in (tmp_path / "direct").iterdir())
+        assert sorted(p.name for p in out.iterdir()) == files
+        for name in files:
+            assert (out / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
+    first = export_checkpoint(tmp_path / "ckpt", tmp_path / "first", tag="first")
+    with SafetensorsReader(first / "model.safetensors") as reader:
+        assert not torch.equal(
+            reader.read("transformer.wte.weight"), expected["transformer.wte.weight"]
+        )
 
 
 def test_another_precision_is_refused(tmp_path):
