@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -94,6 +95,7 @@ class Engine(StatefulEngine):
         self._pending: StepSettings | None = None
         self._step_is_due = False  # the boundary has been counted, its step has not been taken
         self._in_backward = False
+        self._gradients_are_spent = False  # a step has used them, nobody has forgotten them
         self._paged_of_index = parts.paged_of
         self._meter = StepMeter(parts)
         self._trainable = [s for s in parts.parameters if self._is_trainable(s)]
@@ -176,11 +178,11 @@ class Engine(StatefulEngine):
             self.optimizer.step()
         except NonFiniteError:
             self._step_is_due = False
-            self._parts.gradients.clear()
+            self._clear_gradients()
             raise
         self._step_is_due = False
         taken = not self.optimizer.step_was_skipped
-        self._parts.gradients.clear()
+        self._clear_gradients()
         if taken and self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return taken
@@ -301,6 +303,14 @@ class Engine(StatefulEngine):
                     f"the fp16 gradient of {state.name} comes from a loss without its scale",
                     remedy="call engine.backward(loss) instead of loss.backward()",
                 )
+            if self._gradients_are_spent:
+                self._gradients_are_spent = False
+                warnings.warn(
+                    "gradients are added to those that an optimizer step has used already: call "
+                    "engine.optimizer.zero_grad() after it (module.zero_grad() does not reach "
+                    "them), or engine.step(), which forgets them",
+                    stacklevel=2,
+                )
             self._parts.gradients.arrive(state, gradient)
             state.parameter.grad = None
 
@@ -330,9 +340,13 @@ class Engine(StatefulEngine):
         self._parts.pager.release_nodes()
         self._release_gathered()
 
+    def _clear_gradients(self) -> None:
+        self._gradients_are_spent = False
+        self._parts.gradients.clear()
+
     def _forget_gradients(self) -> None:
         """The accumulation under way starts again."""
-        self._parts.gradients.clear()
+        self._clear_gradients()
         self.micro_steps -= self.micro_steps % self.config.training.gradient_accumulation_steps
         with _NO_GUARD():
             for state in self._trainable:
@@ -365,6 +379,7 @@ class Engine(StatefulEngine):
 
     def _end_step(self) -> None:
         self._pending = None
+        self._gradients_are_spent = True
         updated = [s for s in self._trainable if s.gradient_sums is not None]
         self._forget_stale(updated)
         self._root.rest()
