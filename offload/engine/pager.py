@@ -59,7 +59,8 @@ class Pager:
         self._staging_depth = staging_depth
         self._lock = threading.RLock()
         self._clock = 0
-        self._present: dict[WeightPage, PageIn | None] = {}  # paged ones that hold a lease
+        self._present: dict[WeightPage, None] = {}  # the paged ones that hold a lease, in order
+        self._loading: dict[WeightPage, PageIn] = {}  # those of them that are on their way
         self._draining: list[PageIn] = []
         self._wanted: deque[WeightPage] = deque()  # planned fetches that found no room yet
         self._node_pins = NodePins(self.unpin, self._lock)
@@ -260,13 +261,13 @@ class Pager:
             return False
         page.move(Residency.LOADING)
         page.lease = lease
-        self._present[page] = page_in
+        self._present[page] = None
+        self._loading[page] = page_in
         return True
 
     def _bind(self, page: WeightPage) -> None:
         """Wait for the page and let its parameters use it."""
-        page_in = self._present[page]
-        assert page_in is not None
+        page_in = self._loading.pop(page)
         started = time.perf_counter()
         try:
             page_in.finish()
@@ -280,7 +281,6 @@ class Pager:
         if not page_in.advance():
             self._draining.append(page_in)
         page.move(Residency.ON_DEVICE)
-        self._present[page] = None
         page.point_parameters_at_lease()
 
     def _evict(self, page: WeightPage) -> None:
@@ -306,9 +306,8 @@ class Pager:
 
     def _advance(self) -> None:
         """Collect what has ended, and start planned fetches that found no room before."""
-        for page_in in list(self._present.values()):
-            if page_in is not None:
-                page_in.advance()
+        for page_in in self._loading.values():
+            page_in.advance()
         self._draining = [page_in for page_in in self._draining if not page_in.advance()]
         while self._wanted:
             page = self._wanted[0]
@@ -328,7 +327,7 @@ class Pager:
         if victim is not None:
             self._evict(victim)
             return
-        loading = next((p for p, page_in in self._present.items() if page_in is not None), None)
+        loading = next(iter(self._loading), None)
         if loading is not None:
             self._bind(loading)
             return
