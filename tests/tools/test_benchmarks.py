@@ -1,0 +1,102 @@
+"""Each benchmark runs once with its smallest sizes, so that none rots; no speed is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import dev
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "tools" / "bench"
+ARGUMENTS = {
+    "guard": ["--rounds=1", "--tokens=8", "--hidden=64", "--layers=1"],
+    "io": ["--rounds=1", "--mib=16", "--request-mib=4", "--only=threads|pool, 4 MiB"],
+    "kernels": ["--rounds=1", "--numel=200000", "--json"],
+    "memory": ["--hidden=64", "--layers=1", "--factor=2", "--tokens=16"],
+    "nvme_step": ["--rounds=1", "--parameters=1"],
+}
+
+
+def run(name: str, *arguments: str) -> str:
+    """The output of a benchmark in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), *ARGUMENTS[name], *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def last_line(output: str) -> dict[str, Any]:
+    """The numbers that a benchmark prints last, as JSON."""
+    found = json.loads(output.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def assert_positive(*values: float) -> None:
+    assert all(math.isfinite(value) and value > 0 for value in values), values
+
+
+def test_every_benchmark_is_tried_here() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(ARGUMENTS)
+
+
+def test_they_are_listed_with_what_they_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dev.main(["bench"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(listed) == set(ARGUMENTS)
+    assert all(line.endswith((".", "?")) for line in listed.values()), listed
+
+
+def test_kernels() -> None:
+    found = json.loads(run("kernels"))
+    assert {"bound", "offload", "torch fused + casts"} <= set(found["seconds"])
+    assert_positive(*found["seconds"].values(), *found["time_over_ours"].values())
+
+
+def test_nvme_step(tmp_path: Path) -> None:
+    output = run("nvme_step", f"--path={tmp_path}")
+    found = last_line(output)
+    assert_positive(found["step_seconds"], found["bound_seconds"], found["share"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_io(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
+    except OSError as error:
+        pytest.skip(f"no O_DIRECT here, which the plain pools need: {error}")
+    result = tmp_path / "io.json"
+    run("io", f"--folder={tmp_path}", f"--output={result}")
+    rows = json.loads(result.read_text())["rows"]
+    assert {"threads", "plain Python pool, 4 MiB"} <= {row["contender"] for row in rows}
+    for row in rows:
+        assert_positive(*(row[mode]["gb_per_second"] for mode in ("read", "write", "mixed")))
+
+
+@pytest.mark.slow
+def test_guard() -> None:
+    found = last_line(run("guard"))
+    assert set(found) == {"passes", "update", "step"}
+    assert_positive(*found.values())
+
+
+@pytest.mark.slow
+def test_memory(tmp_path: Path) -> None:
+    output = run("memory", f"--path={tmp_path}")
+    assert output.count("parameters") == 2
+    assert_positive(*last_line(output)["overhead_bytes"])
+    assert list(tmp_path.iterdir()) == []
