@@ -30,8 +30,7 @@ _PIECE_BYTES = 64 << 20
 def storage_errors(
     operation: str, path: Path, *, what: str, offset: int | None = None, nbytes: int | None = None
 ) -> Iterator[None]:
-    """Turn an `OSError` of the block into the `StorageError` that names the file, the bytes and
-    the tensor.
+    """Turn an `OSError` of the block into a `StorageError` with the file, bytes and tensor.
 
     Raises:
         DiskFullError: no space or quota is left.
@@ -65,8 +64,10 @@ def storage_errors(
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write every byte of `data` (uint8, 1-D) at `offset`; short writes are continued. Raises
-    OSError.
+    """Write every byte of `data` (uint8, 1-D) at `offset`, continuing short writes.
+
+    Raises:
+        OSError: a system call failed.
     """
     done = 0
     while done < len(data):
@@ -77,8 +78,10 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def read_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Fill `data` (uint8, 1-D, writable) from `offset`; the end of the file before that is an
-    OSError (EIO).
+    """Fill `data` (uint8, 1-D, writable) from `offset`.
+
+    Raises:
+        OSError: a system call failed, or (EIO) the file ends early.
     """
     done = 0
     while done < len(data):
@@ -117,8 +120,10 @@ def pending_name(path: Path) -> Path:
 
 
 def create_exclusive(path: Path, *, mode: int = PRIVATE_FILE_MODE) -> int:
-    """Open a new file for reading and writing; an existing name or symbolic link is an error
-    (OSError).
+    """Open a new file for reading and writing.
+
+    Raises:
+        OSError: a system call failed, or the name exists, also as a symbolic link.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, mode)
@@ -167,8 +172,10 @@ def read_small_file(path: Path, *, limit_bytes: int) -> bytes:
 
 
 def regular_file_nbytes(descriptor: int) -> int:
-    """Size of an open regular file; anything else (a device, a pipe, a folder) is an OSError
-    (EINVAL).
+    """Size of an open regular file.
+
+    Raises:
+        OSError: (EINVAL) it is something else: a device, a pipe, a folder.
     """
     status = os.fstat(descriptor)
     # S_IFREG is 0o100000 of the 0o170000 type bits.

@@ -30,8 +30,7 @@ _SUFFIX_BYTES = 4  # of randomness behind a name, as hexadecimal digits
 
 @contextlib.contextmanager
 def pending_folder(root: Path, tag: str) -> Iterator[Path]:
-    """A locked, empty, private folder in `root`; removed at the end unless `publish` has renamed
-    it.
+    """A locked, empty, private folder in `root`, removed at the end unless it was published.
 
     Raises:
         StorageError: it cannot be created.
@@ -117,9 +116,7 @@ def write_hint(root: Path, tag: str) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed saves left in `root`; a folder that another process is writing is not
-    touched.
-    """
+    """Remove what killed saves left in `root`; what another process is writing stays."""
     for folder in subfolders(root):
         if folder.name.startswith(PENDING_PREFIX):
             with contextlib.suppress(OSError):
@@ -146,8 +143,7 @@ def subfolders(root: Path) -> list[Path]:
 def candidates(
     root: Path, tag: str | None
 ) -> tuple[list[tuple[Path, manifest.Manifest]], list[str]]:
-    """Checkpoint folders whose manifest verifies, newest first, and a line about each that does
-    not.
+    """Checkpoints whose manifest verifies, newest first, and a line about each other one.
 
     With a tag: that folder, or what a killed save under that tag had moved aside.
     """

@@ -46,9 +46,7 @@ _RESERVED_TAGS = ("LATEST",)
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One data file: its length, and the CRC32C of its header (length prefix and padding
-    included).
-    """
+    """One data file: its length, and the CRC32C of its header with length prefix and padding."""
 
     nbytes: int
     header_crc32c: int

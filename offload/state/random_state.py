@@ -1,6 +1,4 @@
-"""The random generators of the process as plain values: torch (CPU and every CUDA device),
-`random`, numpy.
-"""
+"""The random generators of the process as plain values: torch, `random`, numpy."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from offload.errors import CheckpointError
 
 
 def capture() -> dict[str, Any]:
-    """The state of every generator, JSON-ready."""
+    """The state of every generator, JSON-ready; of torch those of the CPU and every CUDA device."""
     version, words, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is what users seed
     state = {
@@ -35,8 +33,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put every generator back. CUDA generators are restored where the machine has the same number
-    of devices.
+    """Put every generator back; those of CUDA where the machine has as many devices.
 
     Raises:
         CheckpointError: a state is malformed; generators before it in the order torch, CUDA,

@@ -1,11 +1,11 @@
 """Standard safetensors files, a tensor at a time, in constant memory.
 
 [Note: safetensors file]
-    8 bytes   little-endian length H of the header H bytes   JSON: name -> {"dtype", "shape",
-    "data_offsets": [begin, end]}, plus "__metadata__": str -> str;
-              padded with spaces
-    rest      the tensors' bytes, row-major, little-endian, without holes or overlap, offsets
-    counted from here
+    8 bytes   little-endian length H of the header
+    H bytes   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, plus
+              "__metadata__": str -> str; padded with spaces
+    rest      the tensors' bytes, row-major, little-endian, without holes or overlap; offsets count
+              from here
 The writer knows all shapes first, so the header is final before the first tensor arrives; it is
 padded so that data starts at 4 KiB, and tensors stand in order of falling item size, so that each
 is aligned to its items.
@@ -13,9 +13,8 @@ Source: https://github.com/huggingface/safetensors (format section of README.md;
     the checks).
 
 The reader trusts nothing: header length, JSON, names, dtypes, shapes, and the exact cover of the
-    data are checked once, with
-caps, before any allocation; after that tensors are read by offset. Nothing here unpickles, and no
-name becomes a path.
+data are checked once, with caps, before any allocation; after that tensors are read by offset.
+Nothing here unpickles, and no name becomes a path.
 """
 
 from __future__ import annotations
@@ -66,9 +65,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file: its name, dtype, shape, and [begin, end) in bytes from the start of
-    the data.
-    """
+    """One tensor of a file; [begin, end) are bytes from the start of the data."""
 
     name: str
     dtype: torch.dtype
@@ -112,8 +109,7 @@ def _checksum_of_bytes(data: bytes) -> int:
 
 
 def lay_out(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[TensorEntry]:
-    """Offsets of a file's tensors: by falling item size, otherwise in the given order, without
-    holes.
+    """Offsets of a file's tensors, without holes: by falling item size, else in the given order.
 
     Raises:
         CheckpointError: a name appears twice, is reserved, or a dtype has no safetensors name.
@@ -140,9 +136,7 @@ def lay_out(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list
 
 
 def encode_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """The length prefix and the padded JSON header; its length is a multiple of
-    `DATA_ALIGNMENT_BYTES`.
-    """
+    """The length prefix and the JSON header, padded to a multiple of `DATA_ALIGNMENT_BYTES`."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for entry in entries:
         header[entry.name] = {

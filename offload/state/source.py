@@ -80,9 +80,7 @@ class StateSource(Protocol):
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every buffer that a state dict would hold, by qualified name; a buffer registered twice
-    comes once.
-    """
+    """Every buffer that a state dict would hold, once, by qualified name."""
     seen: set[int] = set()
     for prefix, owner in module.named_modules():
         transient = owner._non_persistent_buffers_set
