@@ -187,7 +187,8 @@ class FusedWindow(Window):
 class RootWindow:
     """The window of the whole module: pages that never leave, and the beginning of runs.
 
-    Resident parameters stay plain until `rest`, so that recomputation in backward finds them so.
+    Resident parameters stay plain until `rest`, so that recomputation in backward finds them so;
+    a run without gradients has none, and leaves them guarded if it has found them so.
     """
 
     def __init__(self, module: nn.Module, resident: Sequence[PagedParameter], pager: Pager) -> None:
@@ -195,6 +196,7 @@ class RootWindow:
         self.pager = pager
         self._resident = tuple(resident)
         self._awake = False
+        self._wakes_until_leave = False
         self._open = threading.local()
 
     def enter(self) -> None:
@@ -208,6 +210,7 @@ class RootWindow:
             self.pager.begin((self.module.training, torch.is_grad_enabled()))
             if not self._awake:
                 self._awake = True
+                self._wakes_until_leave = not torch.is_grad_enabled()
                 for parameter in self._resident:
                     parameter.wear_plain()
         stack.append(push_page_hooks())
@@ -221,11 +224,13 @@ class RootWindow:
             pop_page_hooks()
         if not stack and not torch.is_grad_enabled():
             self.pager.end()
+            if self._wakes_until_leave:
+                self.rest()
 
     def rest(self) -> None:
         """The step is over: guards watch the resident parameters until the next run."""
         if self._awake:
-            self._awake = False
+            self._awake = self._wakes_until_leave = False
             for parameter in self._resident:
                 parameter.wear_guard()
 

@@ -611,6 +611,21 @@ def test_gathered_edits_reach_weight_and_master(compute: str, tier: str, tmp_pat
             engine.set_state("1.weight", {"exp_avg": torch.zeros(3)})
 
 
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_edits_of_data_after_an_evaluation_reach_the_master(
+    compute: str, tier: str, tmp_path: Path
+) -> None:
+    with make_engine(small_model(), config(tier, tmp_path, compute=compute)) as engine:
+        continue_engine(engine, small_loss, steps=1)
+        with torch.no_grad():
+            small_loss(engine, 1)
+        weight = engine.module[1].weight
+        weight.data.fill_(0.25)
+        state = dict(engine.named_state())["1.weight"]
+        assert torch.equal(state["master"], torch.full((32, 32), 0.25))
+
+
 # -- the engine as an object ----------------------------------------------------------------------
 
 
