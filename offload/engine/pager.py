@@ -476,7 +476,8 @@ class Pager:
             self._node_pins.release_all()
             for page in self.pages:
                 if page.residency is Residency.LOADING:
-                    self._bind(page)
+                    with contextlib.suppress(OffloadError):  # then the page is at home
+                        self._bind(page)
                 if page.residency is Residency.ON_DEVICE:
                     page.point_parameters_away()
                     for parameter in page.parameters:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from offload.engine.engine import Engine
+from offload.engine.page_in import PageIn
 from offload.engine.pager import Pager
-from offload.errors import BudgetError, EngineStateError
+from offload.errors import BudgetError, EngineStateError, OffloadError
 from offload.partition.residency import Residency
 from tests.faults.lab import make_engine
 
@@ -169,3 +170,24 @@ def test_plan_prefetches_without_faults(tmp_path: Path) -> None:
     device = engine._parts.device
     assert device.peak_bytes <= device.budget_bytes
     engine.close()
+
+
+def test_close_frees_every_page_although_a_prefetch_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(5)))
+    engine = make_engine(module, "nvme", tmp_path)
+    for _ in range(3):
+        engine.backward(engine(torch.randn(4, 32)).square().mean())
+        engine.step()
+    pager = engine._parts.pager
+    assert repr(pager) == "0~ 1~ 2- 3- 4-"
+
+    def fail(page_in: PageIn) -> None:
+        page_in._abandon()
+        raise OffloadError("the disk is gone")
+
+    monkeypatch.setattr(PageIn, "finish", fail)
+    engine.close()
+    assert repr(pager) == "0- 1- 2- 3- 4-"
