@@ -412,6 +412,7 @@ class Engine(StatefulEngine):
             if self.loss_scale is not None:
                 self.loss_scale.update(found_nonfinite=True)
             self._root.rest()
+            parts.pager.end_raw_access()
             return None
         coefficient = clip_coefficient(self.grad_norm, self.config.training.max_grad_norm)
         by_id = {

@@ -191,3 +191,10 @@ def test_close_frees_every_page_although_a_prefetch_fails(
     monkeypatch.setattr(PageIn, "finish", fail)
     engine.close()
     assert repr(pager) == "0- 1- 2- 3- 4-"
+
+
+def test_a_skipped_step_ends_raw_access(engine: Engine, pager: Pager) -> None:
+    assert engine.module.weights[0].data_ptr()
+    engine.backward(engine.module.weights[1].sum() * float("nan"))
+    assert engine.step() is False
+    assert not pager.pages[0].kept
