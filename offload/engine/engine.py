@@ -325,6 +325,10 @@ class Engine(StatefulEngine):
                     state.parameter.grad = None
 
     def _set_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
+        if not self._is_trainable(state):
+            raise OffloadError(
+                f"gradient of parameter {state.name}", expected="a parameter that is trained"
+            )
         if self.loss_scale is not None:
             tensor = tensor.float() * self.loss_scale.scale
         if tuple(tensor.shape) != tuple(state.shape):

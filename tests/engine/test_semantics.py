@@ -626,6 +626,16 @@ def test_edits_of_data_after_an_evaluation_reach_the_master(
         assert torch.equal(state["master"], torch.full((32, 32), 0.25))
 
 
+def test_a_frozen_parameter_takes_no_gradient(tmp_path: Path) -> None:
+    model = small_model()
+    model[1].weight.requires_grad_(False)
+    with (
+        make_engine(model, config("host", tmp_path)) as engine,
+        pytest.raises(OffloadError, match=r"gradient of parameter 1\.weight"),
+    ):
+        engine.set_state("1.weight", {"gradient": torch.ones(32, 32)})
+
+
 # -- the engine as an object ----------------------------------------------------------------------
 
 
