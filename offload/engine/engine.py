@@ -385,9 +385,9 @@ class Engine(StatefulEngine):
         self._pending = None
         self._gradients_are_spent = True
         updated = [s for s in self._trainable if s.gradient_sums is not None]
+        self._parts.pager.end_raw_access()
         self._forget_stale(updated)
         self._root.rest()
-        self._parts.pager.end_raw_access()
         self.global_steps += 1
         if self.loss_scale is not None:
             self.loss_scale.update(found_nonfinite=False)

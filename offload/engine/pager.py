@@ -415,16 +415,17 @@ class Pager:
         with self._lock:
             if page.residency is Residency.LOADING:
                 self._bind(page)
-            if page not in self._present:
-                return
-            if page.pins:
+            if page in self._present and not (page.pins or page.kept):
+                self._drop(page)
+            elif page in self._present:
                 assert page.lease is not None
                 refreshed = PageIn(page.block, page.lease, self._store, depth=self._staging_depth)
                 refreshed.finish()
                 if not refreshed.advance():
                     self._draining.append(refreshed)
-            else:
-                self._drop(page)
+            for parameter in page.parameters:
+                if parameter.raw_checksum is not None:
+                    parameter.raw_checksum = _checksum(parameter)
 
     def forget_copies(self) -> None:
         """All homes are about to be replaced: drop the copies on the device, with their edits.
@@ -443,8 +444,19 @@ class Pager:
                 if page in self._present and not page.pins:
                     self._drop(page)
 
-    def end_gathered(self, pages: Sequence[WeightPage]) -> list[PagedParameter]:
-        """Raw pointers to pinned pages are void; the parameters edited while they were out."""
+    def begin_gathered(self, pages: Sequence[WeightPage]) -> list[WeightPage]:
+        """Raw pointers to pinned pages are given away; the pages to which none was out before."""
+        with self._lock:
+            fresh = [page for page in pages if not page.kept]
+            for page in pages:
+                self.note_edits(page)
+                self.keep_until_step(page)
+            return fresh
+
+    def end_gathered(
+        self, pages: Sequence[WeightPage], fresh: Sequence[WeightPage]
+    ) -> list[PagedParameter]:
+        """Raw pointers to the fresh pages are void; the parameters edited while they were out."""
         with self._lock:
             edited = []
             for page in pages:
@@ -456,18 +468,21 @@ class Pager:
                     if parameter.state.edited:
                         edited.append(parameter)
                     parameter.state.edited = parameter.state.edited or was
-                    parameter.raw_checksum = None
-                page.kept = False
+                if page in fresh:
+                    self._end_raw_access(page)
             return edited
 
     def end_raw_access(self) -> None:
         """A step has ended: raw pointers that were given away are void."""
         with self._lock:
             for page in self.pages:
-                if page.kept:
-                    page.kept = False
-                    for parameter in page.parameters:
-                        parameter.raw_checksum = None
+                self._end_raw_access(page)
+
+    @staticmethod
+    def _end_raw_access(page: WeightPage) -> None:
+        page.kept = False
+        for parameter in page.parameters:
+            parameter.raw_checksum = None
 
     def close(self) -> None:
         """Take every parameter off the device, after what is under way. Touches fail now."""

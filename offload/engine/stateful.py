@@ -76,8 +76,7 @@ class StatefulEngine(ABC):
         pages = list(dict.fromkeys(parameter.page for parameter in paged))
         pager = self._parts.pager
         pager.pin(pages, "gathered()")
-        for page in pages:
-            pager.keep_until_step(page)
+        fresh = pager.begin_gathered(pages)
         for parameter in paged:
             parameter.wear_plain()
         try:
@@ -85,7 +84,7 @@ class StatefulEngine(ABC):
         finally:
             for parameter in paged:
                 parameter.wear_guard()
-            edited = pager.end_gathered(pages)
+            edited = pager.end_gathered(pages, fresh)
             pager.unpin(pages)
         if edited and not writable:
             raise OffloadError(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -191,6 +191,52 @@ def test_close_frees_every_page_although_a_prefetch_fails(
     monkeypatch.setattr(PageIn, "finish", fail)
     engine.close()
     assert repr(pager) == "0- 1- 2- 3- 4-"
+
+
+def _touch(engine: Engine, indices: Sequence[int]) -> None:
+    for index in indices:
+        engine.module.weights[index].sum()
+
+
+def test_a_raw_pointer_outlives_a_gathered_block(engine: Engine) -> None:
+    raw = engine.module.weights[0].detach().numpy()
+    with engine.gathered("weights.0"):
+        pass
+    _touch(engine, (1, 2, 3, 4))
+    raw[:] = 5.0
+    _touch(engine, (1, 2, 3, 4))
+    assert torch.equal(engine.read_state("weights.0", "weight"), torch.full((32, 32), 5.0))
+
+
+def test_a_gathered_block_inside_another_ends_alone(engine: Engine) -> None:
+    with engine.gathered("weights.0", writable=True):
+        raw = engine.module.weights[0].detach().numpy()
+        with engine.gathered("weights.0"):
+            pass
+        raw[:] = 5.0
+    _touch(engine, (1, 2, 3, 4))
+    assert torch.equal(engine.read_state("weights.0", "weight"), torch.full((32, 32), 5.0))
+
+
+def test_an_edit_before_a_gathered_block_is_not_one_inside(engine: Engine) -> None:
+    with torch.no_grad():
+        engine.module.weights[0].fill_(5.0)
+    with engine.gathered("weights.0"):
+        pass
+    assert torch.equal(engine.read_state("weights.0", "weight"), torch.full((32, 32), 5.0))
+
+
+def test_a_raw_pointer_sees_what_is_set(engine: Engine) -> None:
+    raw = engine.module.weights[0].detach().numpy()
+    engine.set_state("weights.0", {"weight": torch.ones(32, 32)})
+    assert (raw == 1.0).all()
+    others = [engine.read_state(f"weights.{index}", "weight") for index in (1, 2, 3, 4)]
+    _touch(engine, (1, 2, 3, 4))
+    raw[:] = 5.0
+    _touch(engine, (1, 2, 3, 4))
+    assert torch.equal(engine.read_state("weights.0", "weight"), torch.full((32, 32), 5.0))
+    for index, other in zip((1, 2, 3, 4), others, strict=True):
+        assert torch.equal(engine.read_state(f"weights.{index}", "weight"), other)
 
 
 def test_a_skipped_step_ends_raw_access(engine: Engine, pager: Pager) -> None:

@@ -626,6 +626,18 @@ def test_edits_of_data_after_an_evaluation_reach_the_master(
         assert torch.equal(state["master"], torch.full((32, 32), 0.25))
 
 
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_master_that_is_set_keeps_its_low_bits(raw: bool, tier: str, tmp_path: Path) -> None:
+    with make_engine(small_model(), config(tier, tmp_path, compute="bf16")) as engine:
+        if raw:
+            assert engine.module[1].weight.data_ptr()
+        master = torch.full((32, 32), 1 / 3)
+        engine.set_state("1.weight", {"master": master})
+        assert engine.module[1].weight.sum()
+        assert torch.equal(dict(engine.named_state())["1.weight"]["master"], master)
+
+
 def test_a_frozen_parameter_takes_no_gradient(tmp_path: Path) -> None:
     model = small_model()
     model[1].weight.requires_grad_(False)
