@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +65,11 @@ def collect(module: nn.Module, compute: str, *, allow_meta: bool = False) -> Col
         names.setdefault(parameter, []).append(name)
     if not names:
         raise ConfigError(problems=["the model has no parameters: there is nothing to place"])
-    paged, resident = [], []
     for parameter, known_as in names.items():
         _check(known_as[0], parameter, allow_meta=allow_meta)
+    _refuse_overlaps({known_as[0]: parameter for parameter, known_as in names.items()})
+    paged, resident = [], []
+    for parameter, known_as in names.items():
         if _can_be_paged(parameter):
             paged.append(_collected(tuple(known_as), parameter, compute))
         else:
@@ -78,6 +81,30 @@ def collect(module: nn.Module, compute: str, *, allow_meta: bool = False) -> Col
             stacklevel=3,
         )
     return Collection(tuple(paged), tuple(resident))
+
+
+def _refuse_overlaps(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that are tied by their memory: paging would untie them.
+
+    Raises:
+        OffloadError: two parameters share memory; names them.
+    """
+    places = []
+    for name, parameter in parameters.items():
+        plain = type(parameter.data) is torch.Tensor and parameter.layout is torch.strided
+        if not plain or parameter.is_meta or not parameter.numel():
+            continue
+        reach = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
+        start = parameter.data_ptr()
+        places.append((start, start + (reach + 1) * parameter.element_size(), name))
+    places.sort()
+    for (_, end, name), (start, _, other) in itertools.pairwise(places):
+        if start < end:
+            raise OffloadError(
+                f"parameters {name} and {other} are different objects over the same memory",
+                expected="one nn.Parameter under both names where weights are tied",
+                remedy="assign the parameter itself, e.g. head.weight = embedding.weight",
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

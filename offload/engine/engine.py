@@ -44,7 +44,13 @@ from offload.engine.windows import (
     gathered_modules,
     install,
 )
-from offload.errors import EngineStateError, NonFiniteError, OffloadError, StorageError
+from offload.errors import (
+    BudgetError,
+    EngineStateError,
+    NonFiniteError,
+    OffloadError,
+    StorageError,
+)
 from offload.optim.chunk_update import StepSettings
 from offload.optim.clipping import clip_coefficient, global_norm, square_sum
 from offload.optim.loss_scale import LossScale
@@ -369,6 +375,11 @@ class Engine(StatefulEngine):
 
     def _take_step(self) -> bool:
         self._check_open()
+        if self._num_gathered:
+            raise EngineStateError(
+                "step() inside gathered(), whose parameters must stay as they are",
+                remedy="leave the block first",
+            )
         if self._pending is None:
             self._pending = self._settings()
             if self._pending is None:
@@ -377,6 +388,11 @@ class Engine(StatefulEngine):
             self._parts.streamed.run(self._pending)
         except NonFiniteError:
             self._end_step()
+            raise
+        except (StorageError, BudgetError):
+            raise  # nothing is lost: the next call completes the step
+        except OffloadError:
+            self._is_void = True  # a torch optimizer has failed between two parameters
             raise
         self._end_step()
         return True
@@ -459,7 +475,8 @@ class Engine(StatefulEngine):
         self._check_not_closed()
         if self._is_void:
             raise EngineStateError(
-                "the state is void: an error interrupted the loading of a checkpoint",
+                "the state is void: an error interrupted the loading of a checkpoint, or an "
+                "optimizer in the middle of a step",
                 remedy="load a checkpoint, or close the engine",
             )
 

@@ -32,6 +32,7 @@ class StatefulEngine(ABC):
     _trainable: list[ParameterState]
     _paged_of_index: Mapping[int, PagedParameter]
     _is_void = False  # the state is neither the old one nor a new one
+    _num_gathered = 0  # blocks of `gathered` that are open
 
     @abstractmethod
     def _check_open(self) -> None:
@@ -59,7 +60,8 @@ class StatefulEngine(ABC):
     ) -> Iterator[None]:
         """Full parameters, present and plain, for the duration of a block; None is all of them.
 
-        Inside, raw pointers, torch.func and tracing work. Edits are kept if `writable`.
+        Inside, raw pointers, torch.func and tracing work; `step` is refused. Edits are kept if
+        `writable`.
 
         Raises:
             BudgetError: they do not fit the device budget together.
@@ -79,9 +81,11 @@ class StatefulEngine(ABC):
         fresh = pager.begin_gathered(pages)
         for parameter in paged:
             parameter.wear_plain()
+        self._num_gathered += 1
         try:
             yield
         finally:
+            self._num_gathered -= 1
             for parameter in paged:
                 parameter.wear_guard()
             edited = pager.end_gathered(pages, fresh)

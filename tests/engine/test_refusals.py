@@ -14,7 +14,14 @@ import torch
 from torch import nn
 
 import offload
-from offload.errors import ConfigError, DiskFullError, DoesNotFitError, OffloadError, StorageError
+from offload.errors import (
+    ConfigError,
+    DiskFullError,
+    DoesNotFitError,
+    EngineStateError,
+    OffloadError,
+    StorageError,
+)
 from tests.oracle import continue_engine, make_engine, settings, small_loss, small_model
 
 
@@ -203,3 +210,42 @@ def test_an_optimizer_that_cannot_work_is_refused(optimizer: Factory) -> None:
     with pytest.raises(OffloadError):
         make_engine(model, settings("host"), optimizer=optimizer)
     assert_untouched(model)
+
+
+def test_parameters_over_the_same_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    with pytest.raises(OffloadError, match=r"0\.weight and 1\.weight"):
+        make_engine(model, {"tiers": {"device": {"kind": "cpu", "memory": "1MiB"}}})
+
+
+def test_a_step_inside_gathered_is_refused(tmp_path: Path) -> None:
+    sections = {"tiers": {"device": {"kind": "cpu", "memory": "1MiB"}, "host": {"memory": "4MiB"}}}
+    with make_engine(nn.Linear(8, 8), sections) as engine:
+        engine.backward(engine(torch.ones(2, 8, dtype=torch.bfloat16)).sum())
+        with engine.gathered(), pytest.raises(EngineStateError, match="gathered"):
+            engine.step()
+        assert engine.step()
+        assert engine.global_steps == 1
+
+
+def test_an_optimizer_that_fails_midway_leaves_no_state_to_go_on_with() -> None:
+    class Fails(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails and self.param_groups[0]["params"][0].ndim == 1:
+                raise RuntimeError("out of luck")
+            return super().step(closure)
+
+    sections = {"tiers": {"device": {"kind": "cpu", "memory": "1MiB"}, "host": {"memory": "4MiB"}}}
+    with make_engine(
+        nn.Linear(8, 8), sections, optimizer=lambda params: Fails(params, lr=0.1)
+    ) as engine:
+        engine.backward(engine(torch.ones(2, 8, dtype=torch.bfloat16)).sum())
+        Fails.fails = True
+        with pytest.raises(OffloadError, match="out of luck"):
+            engine.step()
+        Fails.fails = False
+        with pytest.raises(EngineStateError, match="void"):
+            engine.step()

@@ -157,20 +157,22 @@ def num_descriptors() -> int:
 
 @pytest.mark.parametrize("tier", ["host", "nvme"])
 def test_memory_does_not_grow(tier: str, tmp_path: Path) -> None:
-    """Less than 1 KiB a step over 200 steps, and no object more."""
+    """Less than 1 KiB and no object a step. A leak shows in every window, warm-up in the first."""
     model = small_model()
     smallest = two_buckets_bytes(model, itemsize=4, bucket_elements=1024)
     config = settings(tier, tmp_path, bucket_elements=1024, device=smallest)
+    grown = []
     with make_engine(model, config) as engine:
-        for _ in range(60):
-            step(engine)
-        gc.collect()
-        objects, before = len(gc.get_objects()), resident_bytes()
-        for _ in range(200):
-            step(engine)
-        gc.collect()
-        assert len(gc.get_objects()) - objects < 50
-        assert resident_bytes() - before < 200 << 10
+        for _ in range(10):
+            gc.collect()
+            objects, before = len(gc.get_objects()), resident_bytes()
+            for _ in range(100):
+                step(engine)
+            gc.collect()
+            grown.append((resident_bytes() - before, len(gc.get_objects()) - objects))
+            if grown[-1][0] < 100 << 10 and grown[-1][1] < 50:
+                return
+    pytest.fail(f"bytes and objects that 100 steps left behind, window by window: {grown}")
 
 
 @pytest.mark.parametrize("tier", TIERS)
