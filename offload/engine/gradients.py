@@ -12,9 +12,10 @@ again if more arrives later in the step.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -26,10 +27,11 @@ import torch
 from offload.errors import BudgetError
 from offload.optim.gradients import BLOCK_NUMEL, accumulate_gradient, num_blocks
 from offload.partition.arrays import field_array, memory_order, tensor_bits
-from offload.partition.blocks import Block, BlockStore, Staged
+from offload.partition.blocks import Block, BlockStore, Staged, release_all
 from offload.partition.layout import Bucket, ClassLayout, Segment, segments
 from offload.partition.parameters import ParameterState
 from offload.schedule.executor import ComputePool
+from offload.tiers.transfer import CompletedTransfer
 
 if TYPE_CHECKING:
     from offload.optim.split import Precision
@@ -138,7 +140,22 @@ class GradientHome:
         state = self._parameters[segment.param]
         target = self.array(state, segment, key[1], opened.staged.tensor)
         part = flat[segment.start_in_param : segment.start_in_param + segment.numel]
-        source, landing = self._on_host(part, block)
+        with self._on_host(part, block) as source:
+            self._accumulate(key, segment, (target, source), sums, first=first)
+        opened.missing.discard(segment.param)
+        if not opened.missing and key in self._open:
+            self._close(key)
+
+    def _accumulate(
+        self,
+        key: Key,
+        segment: Segment,
+        arrays: tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]],
+        sums: npt.NDArray[np.float64],
+        *,
+        first: bool,
+    ) -> None:
+        target, source = arrays
         precision = cast("Precision", self._buckets[key[0]].dtype)
         calls = []
         for start in range(0, segment.numel, PIECE_NUMEL):
@@ -156,23 +173,22 @@ class GradientHome:
                 )
             )
         self._pool.run(calls)
-        if landing is not None:
-            landing.release()
-        opened.missing.discard(segment.param)
-        if not opened.missing and key in self._open:
-            self._close(key)
 
-    def _on_host(
-        self, part: torch.Tensor, block: Block
-    ) -> tuple[npt.NDArray[np.generic], Staged | None]:
+    @contextlib.contextmanager
+    def _on_host(self, part: torch.Tensor, block: Block) -> Iterator[npt.NDArray[np.generic]]:
         """The gradient's bits, through a landing lease if the device is not addressable."""
         if self._store.device.host_addressable:
-            return tensor_bits(part), None
+            yield tensor_bits(part)
+            return
         raw = part.view(torch.uint8)
         lease = self._store.host.lease(raw.numel(), f"landing of {block.name}")
-        transfer = self._store.device.start_copy_out(lease.tensor, raw)
-        transfer.wait(self._store.deadline_seconds)
-        return tensor_bits(lease.tensor.view(part.dtype)), Staged(lease.tensor, transfer, lease)
+        landed = Staged(lease.tensor, CompletedTransfer("d2h"), lease)
+        try:
+            landed.transfer = self._store.device.start_copy_out(lease.tensor, raw)
+            landed.transfer.wait(self._store.deadline_seconds)
+            yield tensor_bits(lease.tensor.view(part.dtype))
+        finally:
+            release_all([landed])
 
     def _reach(self, block: Block, key: Key) -> _OpenChunk:
         if self._store.in_place(block):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -65,14 +66,7 @@ class StepMeter:
         last = self._last
         if last is None:
             return StepReport(0, self._tiers(), {}, 0.0, 0.0, 0)
-        return StepReport(
-            step,
-            self._tiers(),
-            last.lanes,
-            last.bound_seconds,
-            last.measured_seconds,
-            last.faults,
-        )
+        return dataclasses.replace(last, step=step, tiers=self._tiers())
 
     def _bound(self, lanes: dict[str, LaneReport]) -> float:
         default = LaneSpeeds()

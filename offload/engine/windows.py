@@ -117,8 +117,12 @@ class GatheredWindow(Window):
     def enter(self) -> None:
         """Before the forward: bring everything in and pin it."""
         self.pager.pin(self.pages, f"gathered module {self.name}")
+        try:
+            super().enter()
+        except BaseException:
+            self.pager.unpin(self.pages)
+            raise
         self._pinned += 1
-        super().enter()
 
     def leave(self) -> None:
         """After the forward: without gradients nothing needs the pages any more."""

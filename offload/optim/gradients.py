@@ -70,12 +70,3 @@ def accumulate_gradient(
         "float64",
     )
     kernel(kernel_view(target, target_dtype), kernel_view(source, source_dtype), block_sums)
-
-
-def sum_gradient_squares(
-    source: NDArray[Any], *, source_dtype: Precision, block_sums: NDArray[np.float64]
-) -> None:
-    """Set the block sums of a gradient that stays where it is; arguments as above."""
-    assert len(block_sums) == num_blocks(len(source))
-    kernel = kernels.compiled(kernels.sum_squares, _KERNEL_DTYPES[source_dtype], "float64")
-    kernel(kernel_view(source, source_dtype), block_sums)

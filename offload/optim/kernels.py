@@ -370,18 +370,6 @@ def add_gradient(target: Any, source: Any, sums: Any) -> None:
         sums[block] = _sum_lanes(lanes)
 
 
-def sum_squares(source: Any, sums: Any) -> None:
-    """Set the sums of squares of the source."""
-    lanes = np.zeros(_LANES, np.float64)
-    for block in range(len(sums)):
-        stop = min(len(source), (block + 1) * BLOCK_NUMEL)
-        for row in range(block * BLOCK_NUMEL, stop, _LANES):
-            for k in range(min(_LANES, stop - row)):
-                value = np.float64(_load(source, np.uint64(row) + np.uint64(k)))
-                lanes[k] += value * value
-        sums[block] = _sum_lanes(lanes)
-
-
 # --- compilation ----------------------------------------------------------------------------------
 
 _OPTIONS: dict[str, Any] = {

@@ -52,11 +52,6 @@ class StreamedStep:
         self._updated: set[tuple[int, int]] = set()
         self._not_finite: ParameterState | None = None
 
-    @property
-    def is_partial(self) -> bool:
-        """Whether a step has begun and not ended: an error interrupted it."""
-        return bool(self._updated)
-
     def run(self, settings: StepSettings) -> None:
         """Take one step, or complete the one that an error interrupted, with its own settings.
 

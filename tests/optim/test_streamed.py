@@ -139,7 +139,7 @@ def assert_applied(setting: Setting, times: int = 1) -> None:
     assert setting.values("gradients") == [1] * NUM_BUCKETS
     assert [state.steps for state in setting.parameters] == [times] * NUM_BUCKETS
     assert setting.host.used_bytes == 0
-    assert not setting.step.is_partial
+    assert not setting.step._updated
 
 
 @pytest.mark.parametrize(("staged_chunks", "depth"), [(1, 1), (1, 3), (2, 3), (8, 3)])
