@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import offload
-from offload.engine import build, planning
+from offload.engine import build, gradients, planning
 from offload.tiers.host import HostArena
 from offload.tiers.simulated import LaneModel, SimulatedDeviceTier, SimulatedIo, VirtualClock
 
@@ -110,3 +110,48 @@ def test_a_missing_wait_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(SimulatedDeviceTier, "make_current_wait", lambda tier, transfer: None)
     hasty_losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1)
     assert hasty_losses != losses
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_gradient_that_fails_to_land_leaves_no_staging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "tiers": {"device": {"kind": "cpu", "memory": "200KiB"}, "host": {"memory": "8MiB"}},
+        "placement": PLACEMENTS["host"],
+        "precision": {"compute": "fp32"},
+        "partition": {"bucket_elements": 8192},
+    }
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such sum")
+
+    with offload.initialize(make_model(), config) as engine:
+        before = engine.report().tiers["host"].used_bytes
+        loss = engine(torch.zeros(1, 4, dtype=torch.int64)).sum()
+        with monkeypatch.context() as broken:
+            broken.setattr(gradients, "accumulate_gradient", fail)
+            with pytest.raises(RuntimeError, match="no such sum"):
+                engine.backward(loss)
+        assert engine.report().tiers["host"].used_bytes == before
+
+
+def test_a_gathered_window_that_cannot_open_leaves_no_pin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "tiers": {"device": {"kind": "cpu", "memory": "400KiB"}, "host": {"memory": "8MiB"}},
+        "placement": PLACEMENTS["host"],
+        "guard": {"gather": ["1"]},
+    }
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no window")
+
+    with offload.initialize(make_model(), config) as engine:
+        pager = engine._parts.pager
+        with monkeypatch.context() as broken:
+            broken.setattr(pager, "open_window", fail)
+            with torch.no_grad(), pytest.raises(RuntimeError, match="no window"):
+                engine.module[1](torch.zeros(1, 64, dtype=torch.bfloat16))
+        assert [page.pins for page in pager.pages] == [0] * len(pager.pages)
