@@ -25,6 +25,7 @@ from offload.config import OffloadConfig, available_host_bytes
 from offload.engine.collect import Collection, collect, convert_buffers
 from offload.engine.gradients import GradientHome
 from offload.engine.guard import GuardedTensor, guard_class_of
+from offload.engine.initial import InitialWeights, OwnMemory
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage, register
 from offload.engine.planning import (
@@ -42,7 +43,7 @@ from offload.optim.generic import GenericRule
 from offload.optim.rules import UpdateRule
 from offload.optim.split import split_tensor
 from offload.optim.streamed import StreamedStep
-from offload.partition.arrays import field_tensor, memory_order
+from offload.partition.arrays import field_tensor
 from offload.partition.blocks import BlockStore
 from offload.partition.layout import Bucket, segments
 from offload.partition.parameters import ParameterState
@@ -104,8 +105,15 @@ def open_io(config: OffloadConfig) -> IoEngine:
     return IoEngine(**given)
 
 
-def build(module: nn.Module, config: OffloadConfig, optimizer: OptimizerFactory | None) -> Parts:
+def build(
+    module: nn.Module,
+    config: OffloadConfig,
+    optimizer: OptimizerFactory | None,
+    source: InitialWeights | None = None,
+) -> Parts:
     """Plan, reserve, and move the module's parameters to their homes.
+
+    Their values come from `source`; None: from the parameters themselves.
 
     Raises:
         ConfigError, DoesNotFitError, StorageError, OffloadError: see `initialize`.
@@ -130,7 +138,15 @@ def build(module: nn.Module, config: OffloadConfig, optimizer: OptimizerFactory 
         plan.require_fit()
         _require_memory(plan, machine)
         return _reserve_and_move(
-            module, config, collection, plan, machine, (io, nvme), (rule, groups), closing
+            module,
+            config,
+            collection,
+            plan,
+            machine,
+            (io, nvme),
+            (rule, groups),
+            source or OwnMemory(),
+            closing,
         )
 
 
@@ -190,6 +206,7 @@ def _reserve_and_move(
     machine: Machine,
     disks: tuple[IoEngine, NvmeStore | None],
     rules: tuple[UpdateRule | GenericRule, list[dict[str, Any]]],
+    source: InitialWeights,
     closing: contextlib.ExitStack,
 ) -> Parts:
     io, nvme = disks
@@ -225,7 +242,9 @@ def _reserve_and_move(
         updater = OptimizerUpdate(parameters, store, rule)
     else:
         updater = KernelUpdate(parameters, store, rule, pool)
-    pages, paged, pager = _move_weights(collection, plan, parameters, store, config, machine)
+    pages, paged, pager = _move_weights(
+        collection, plan, parameters, store, config, machine, source
+    )
     closing.callback(pager.close)
     convert_buffers(module, config.precision.compute, device.device)
     return Parts(
@@ -287,6 +306,7 @@ def _move_weights(
     store: BlockStore,
     config: OffloadConfig,
     machine: Machine,
+    source: InitialWeights,
 ) -> tuple[list[WeightPage], list[PagedParameter], Pager]:
     pages: list[WeightPage] = []
     depth = config.overlap.prefetch_depth
@@ -300,7 +320,7 @@ def _move_weights(
     )
     paged: list[PagedParameter] = []
     for bucket in plan.buckets:
-        _store_bucket(bucket, parameters, store)
+        _store_bucket(bucket, parameters, store, source)
         page = WeightPage(store.block(bucket.index, "weights"), pager)
         page.parameters = tuple(
             _page_parameter(
@@ -349,7 +369,12 @@ def _page_parameter(
     return paged
 
 
-def _store_bucket(bucket: Bucket, parameters: Sequence[ParameterState], store: BlockStore) -> None:
+def _store_bucket(
+    bucket: Bucket,
+    parameters: Sequence[ParameterState],
+    store: BlockStore,
+    source: InitialWeights,
+) -> None:
     """Write the initial weights of a bucket, and what completes them to fp32, to their homes."""
     for chunk in bucket.chunks:
         weights = store.block(bucket.index, "weights")
@@ -358,8 +383,7 @@ def _store_bucket(bucket: Bucket, parameters: Sequence[ParameterState], store: B
         completion = _stage_completion(bucket, chunk.index, store)
         for segment in segments(bucket, chunk):
             state = parameters[segment.param]
-            flat = memory_order(state.parameter, state)
-            values = flat[segment.start_in_param : segment.start_in_param + segment.numel]
+            values = source.read(state, segment.start_in_param, segment.numel)
             (field_,) = weights.layout.element_fields(chunk.index)
             target = field_tensor(staged.tensor, field_, segment.start_in_chunk, segment.numel)
             if completion is None:

@@ -6,12 +6,14 @@ import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from offload.engine.guard import guard_class_of
+from offload.engine.poison import is_poison
 from offload.errors import ConfigError, OffloadError
 from offload.partition.arrays import DTYPE_NAMES, TORCH_DTYPES
 from offload.partition.layout import ParamSpec
@@ -95,11 +97,15 @@ def _refuse_overlaps(parameters: Mapping[str, nn.Parameter]) -> None:
         if not plain or parameter.is_meta or not parameter.numel():
             continue
         reach = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
-        start = parameter.data_ptr()
-        places.append((start, start + (reach + 1) * parameter.element_size(), name))
+        tensor: Any = parameter  # `const_data_ptr` is not in torch's stubs
+        storage, start = 0, tensor.const_data_ptr()
+        if is_poison(start):  # no memory of its own yet; what its storage has come to is its place
+            start = parameter.storage_offset() * parameter.element_size()
+            storage = parameter.untyped_storage()._cdata
+        places.append((storage, start, start + (reach + 1) * parameter.element_size(), name))
     places.sort()
-    for (_, end, name), (start, _, other) in itertools.pairwise(places):
-        if start < end:
+    for (storage, _, end, name), (same, start, _, other) in itertools.pairwise(places):
+        if storage == same and start < end:
             raise OffloadError(
                 f"parameters {name} and {other} are different objects over the same memory",
                 expected="one nn.Parameter under both names where weights are tied",

@@ -63,6 +63,11 @@ def _call(address: int | None, nbytes: int, flags: int, descriptor: int) -> int:
     return got
 
 
+def is_poison(address: int) -> bool:
+    """Whether what is at `address` is poison."""
+    return any(start <= address < start + length for length, start in _mappings.items())
+
+
 def poison_storage(nbytes: int, device: torch.device, *, enabled: bool) -> torch.UntypedStorage:
     """A storage of `nbytes` over poison; what it points at is never freed.
 
