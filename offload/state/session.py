@@ -13,7 +13,7 @@ from offload.config import OffloadConfig, load_config
 from offload.engine.build import build
 from offload.engine.engine import Engine, SchedulerFactory
 from offload.engine.planning import OptimizerFactory
-from offload.state import checkpoint, export
+from offload.state import adapters, checkpoint, export
 
 
 class OffloadEngine(Engine):
@@ -40,8 +40,13 @@ class OffloadEngine(Engine):
         return checkpoint.load_checkpoint(self, Path(directory), tag)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write what transformers' `from_pretrained` loads; see `export.save_pretrained`."""
+        """Write what transformers' `from_pretrained` loads; see `export.save_pretrained`.
+
+        Of a model of peft, its adapters, as peft loads them; see `adapters.save_adapters`.
+        """
         self._check_ready("save_pretrained")
+        if adapters.has_adapters(self.module):
+            return adapters.save_adapters(self, Path(directory))
         return export.save_pretrained(self, Path(directory))
 
 
