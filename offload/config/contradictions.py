@@ -14,6 +14,7 @@ _USED_BY = {
     "momentum": ("sgd",),
     "dampening": ("sgd",),
     "nesterov": ("sgd",),
+    "perturbation": ("mezo",),
 }
 DECAYING_SCHEDULES = ("linear", "cosine")
 _BLOCK_MULTIPLE = 4096
@@ -36,6 +37,7 @@ def contradictions(config: Plain) -> list[str]:
         _repeated_paths,
         _settings_of_another_optimizer,
         _nesterov_without_momentum,
+        _forward_only_with_gradients,
         _decay_without_end,
         _unaligned_blocks,
         _run_without_steps,
@@ -100,6 +102,35 @@ def _nesterov_without_momentum(config: Plain) -> list[str]:
     if optimizer.get("momentum") and not optimizer.get("dampening"):
         return []
     return ["optimizer.nesterov needs optimizer.momentum above 0 and optimizer.dampening = 0"]
+
+
+def _forward_only_with_gradients(config: Plain) -> list[str]:
+    """What mezo, which has no gradients and perturbs what is on the device, makes no sense of."""
+    if section_of(config, "optimizer").get("name") != "mezo":
+        return []
+    training, placement = section_of(config, "training"), section_of(config, "placement")
+    problems = []
+    steps = training.get("gradient_accumulation_steps", 1)
+    if isinstance(steps, int) and steps > 1:
+        problems.append(
+            f"training.gradient_accumulation_steps = {steps} is of no use to mezo, which has no "
+            "gradients: loop over the micro-batches in the closure, and return their mean loss"
+        )
+    if training.get("max_grad_norm"):
+        problems.append(
+            "training.max_grad_norm is of no use to mezo, which has no gradients: remove it"
+        )
+    problems += [
+        f"placement.{state_class} is of no use to mezo, which has weights only: remove it"
+        for state_class in ("gradients", "optimizer")
+        if placement.get(state_class, "auto") != "auto"
+    ]
+    if placement.get("weights") == "device":
+        problems.append(
+            "placement.weights = 'device' leaves mezo no true weights, because those on the "
+            "device are perturbed: choose auto, host or nvme"
+        )
+    return problems
 
 
 def _decay_without_end(config: Plain) -> list[str]:

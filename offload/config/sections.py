@@ -179,7 +179,7 @@ class TrainingSection(Section):
     max_grad_norm: NotNegative = 0.0
     """Gradients are clipped to this global norm; 0 is no clipping."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of the random numbers drawn during training, e.g. by dropout."""
+    """Seed of the random numbers drawn during training, e.g. by dropout or as mezo's noise."""
     gradient_dtype: Literal["auto", "fp32", "compute"] = "auto"
     """Dtype gradients accumulate in. `auto`: `compute` with one accumulation step, else `fp32`."""
 
@@ -205,8 +205,9 @@ class OptimizerGroupSection(Section):
 class OptimizerSection(Section):
     """The optimizer that is built when `initialize` gets no factory."""
 
-    name: Literal["adamw", "adam", "sgd", "adagrad", "lion"] = "adamw"
-    """Update rule, with torch.optim's arithmetic."""
+    name: Literal["adamw", "adam", "sgd", "adagrad", "lion", "mezo"] = "adamw"
+    """Update rule, with torch.optim's arithmetic. `mezo` trains with forward passes only: no
+    gradients, no optimizer state; `step` takes a closure that returns the loss."""
     lr: NotNegative = 1e-4
     """Learning rate."""
     betas: Betas = (0.9, 0.999)
@@ -214,7 +215,10 @@ class OptimizerSection(Section):
     eps: NotNegative = 1e-8
     """Added to the denominator; adamw, adam and adagrad."""
     weight_decay: NotNegative = 0.0
-    """Weight decay: decoupled in adamw and lion, added to the gradient in the others."""
+    """Weight decay: decoupled in adamw, lion and mezo, added to the gradient in the others."""
+    perturbation: Positive = 1e-3
+    """Scale of the noise that is added to the weights in one forward pass and subtracted in the
+    other; the paper's epsilon, `zo_eps` in its code; mezo only."""
     momentum: NotNegative = 0.0
     """Momentum; sgd only."""
     dampening: Annotated[float, Field(ge=0, le=1)] = 0.0

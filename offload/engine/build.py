@@ -29,6 +29,7 @@ from offload.engine.initial import InitialWeights, OwnMemory
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage, register
 from offload.engine.planning import (
+    AnyRule,
     OptimizerFactory,
     choose_rule,
     describe_machine,
@@ -40,9 +41,9 @@ from offload.errors import ConfigError, DoesNotFitError, UnsupportedPlatformErro
 from offload.native import IoEngine
 from offload.optim.chunk_update import ChunkUpdate, KernelUpdate, OptimizerUpdate
 from offload.optim.generic import GenericRule
-from offload.optim.rules import UpdateRule
 from offload.optim.split import split_tensor
 from offload.optim.streamed import StreamedStep
+from offload.optim.zeroth_order import ZerothOrderRule, ZerothOrderUpdate
 from offload.partition.arrays import field_tensor
 from offload.partition.blocks import BlockStore
 from offload.partition.layout import Bucket, segments
@@ -79,7 +80,7 @@ class Parts:
     gradients: GradientHome
     streamed: StreamedStep
     updater: ChunkUpdate
-    rule: UpdateRule | GenericRule
+    rule: AnyRule
     groups: list[dict[str, Any]]
     meter: LaneMeter
     closing: contextlib.ExitStack = field(repr=False)
@@ -205,7 +206,7 @@ def _reserve_and_move(
     plan: Plan,
     machine: Machine,
     disks: tuple[IoEngine, NvmeStore | None],
-    rules: tuple[UpdateRule | GenericRule, list[dict[str, Any]]],
+    rules: tuple[AnyRule, list[dict[str, Any]]],
     source: InitialWeights,
     closing: contextlib.ExitStack,
 ) -> Parts:
@@ -240,6 +241,8 @@ def _reserve_and_move(
         scratch = max(OptimizerUpdate.scratch_bytes(b) for b in plan.buckets if b.trainable)
         host.lease(scratch, "fp32 copies for the optimizer")
         updater = OptimizerUpdate(parameters, store, rule)
+    elif isinstance(rule, ZerothOrderRule):
+        updater = ZerothOrderUpdate(parameters, store, rule, pool)
     else:
         updater = KernelUpdate(parameters, store, rule, pool)
     pages, paged, pager = _move_weights(

@@ -29,11 +29,11 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.config import OffloadConfig
 from offload.engine.build import Parts
-from offload.engine.optimizer import OffloadOptimizer
+from offload.engine.forward_only import ForwardOnlyEngine
+from offload.engine.optimizer import Closure, OffloadOptimizer
 from offload.engine.pages import PagedParameter, forget
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess
-from offload.engine.stateful import StatefulEngine
 from offload.engine.windows import (
     FusedWindow,
     GatheredWindow,
@@ -44,6 +44,7 @@ from offload.engine.windows import (
     gathered_modules,
     install,
 )
+from offload.engine.zeroth_order import Reduce
 from offload.errors import (
     BudgetError,
     EngineStateError,
@@ -62,7 +63,7 @@ _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
-class Engine(StatefulEngine):
+class Engine(ForwardOnlyEngine):
     """A module under the engine. Call it as the module; see [Note: One step].
 
     Attributes:
@@ -89,7 +90,8 @@ class Engine(StatefulEngine):
         self.micro_steps = 0
         self.grad_norm: float | None = None
         self.loss_scale: LossScale | None = None
-        if config.precision.compute == "fp16":
+        self._open_zeroth_order()
+        if config.precision.compute == "fp16" and self._zeroth is None:
             self.loss_scale = LossScale(
                 initial=config.precision.initial_loss_scale,
                 growth_factor=config.precision.growth_factor,
@@ -145,6 +147,7 @@ class Engine(StatefulEngine):
             BudgetError, StorageError: weights could not be brought in, or gradients not home.
         """
         self._check_ready("backward")
+        self._check_has_gradients("backward")
         scale = 1.0 / self.config.training.gradient_accumulation_steps
         if self.loss_scale is not None:
             loss = loss.float()
@@ -163,18 +166,37 @@ class Engine(StatefulEngine):
             finally:
                 self._in_backward = False
 
-    def step(self) -> bool:
+    def step(self, closure: Closure | None = None, *, reduce: Reduce | None = None) -> bool:
         """Count a backward; at the boundary take an optimizer step. Returns whether one was taken.
 
         A step with a non-finite gradient is skipped and changes no state. After a StorageError call
         `step` again: it completes the step, applying nothing twice.
 
+        Forward-only training needs a closure and has no boundaries: see [Note: Forward-only step].
+
+        Args:
+            closure: computes the loss of a batch and returns it; forward-only training calls it
+                twice, without gradients and with the same random numbers.
+            reduce: in forward-only training makes one projected gradient of those of all workers,
+                e.g. their mean. Every worker's call must return the same number: with one seed and
+                equal weights they then stay equal to the bit. It is called in every step that both
+                passes of have run, also with a number that is not finite.
+
         Raises:
+            EngineStateError: forward-only training without a closure, or a closure without it.
             StorageError: state could not be read or written; the step is pending.
             NonFiniteError: an updated weight is not finite. The step has been taken all the same,
                 in every placement alike: load a checkpoint, and lower the learning rate.
         """
         self._check_open()
+        if self._zeroth is not None:
+            self.optimizer.step(closure, reduce=reduce)
+            return self._end_boundary()
+        if closure is not None or reduce is not None:
+            raise EngineStateError(
+                f"step(closure) with {type(self._parts.rule).__name__}, which uses gradients",
+                remedy="call engine.optimizer.step(closure), or set optimizer.name = 'mezo'",
+            )
         if not self._step_is_due:
             self.micro_steps += 1
             if self.micro_steps % self.config.training.gradient_accumulation_steps:
@@ -187,8 +209,11 @@ class Engine(StatefulEngine):
             self._clear_gradients()
             raise
         self._step_is_due = False
-        taken = not self.optimizer.step_was_skipped
         self._clear_gradients()
+        return self._end_boundary()
+
+    def _end_boundary(self) -> bool:
+        taken = not self.optimizer.step_was_skipped
         if taken and self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return taken
@@ -251,6 +276,7 @@ class Engine(StatefulEngine):
             self._parts.groups,
             take_step=self._take_step,
             forget_gradients=self._zero_grad,
+            take_closure=None if self._zeroth is None else self._take_closure,
         )
         optimizer.seal()
         return optimizer
@@ -303,6 +329,9 @@ class Engine(StatefulEngine):
             gradient = state.parameter.grad
             if gradient is None:
                 return
+            if self._zeroth is not None:
+                state.parameter.grad = None
+            self._check_has_gradients(f"the gradient of {state.name}")
             if self.loss_scale is not None and not self._in_backward:
                 state.parameter.grad = None
                 raise EngineStateError(
@@ -331,6 +360,7 @@ class Engine(StatefulEngine):
                     state.parameter.grad = None
 
     def _set_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
+        self._check_has_gradients(f"the gradient of {state.name}")
         if not self._is_trainable(state):
             raise OffloadError(
                 f"gradient of parameter {state.name}", expected="a parameter that is trained"
@@ -370,16 +400,32 @@ class Engine(StatefulEngine):
     def _abandon_step(self) -> None:
         self._pending = None
         self._step_is_due = False
+        if self._zeroth is not None:
+            self._zeroth.abandon()
         self._parts.streamed.abandon()
         self._forget_gradients()
 
-    def _take_step(self) -> bool:
+    def _check_may_step(self) -> None:
         self._check_open()
         if self._num_gathered:
             raise EngineStateError(
                 "step() inside gathered(), whose parameters must stay as they are",
                 remedy="leave the block first",
             )
+
+    def _bump_versions(self) -> None:
+        self._forget_stale(self._trainable)
+
+    def _end_pass(self) -> None:
+        """Let go of what a forward has left in use."""
+        self._unwind()
+        self._root.rest()
+        self._parts.pager.release_nodes()
+        self._release_gathered()
+        self._parts.pager.end()
+
+    def _take_step(self) -> bool:
+        self._check_may_step()
         if self._pending is None:
             self._pending = self._settings()
             if self._pending is None:
@@ -435,15 +481,18 @@ class Engine(StatefulEngine):
             parts.pager.end_raw_access()
             return None
         coefficient = clip_coefficient(self.grad_norm, self.config.training.max_grad_norm)
+        return StepSettings(self._hyper(), coefficient / scale, self.global_steps + 1)
+
+    def _hyper(self) -> dict[int, dict[str, Any]]:
+        """The group settings of each trainable parameter, by its index."""
         by_id = {
             id(p): {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
             for p in group["params"]
         }
-        hyper = {
+        return {
             s.index: by_id[id(s.parameter)] for s in self._trainable if id(s.parameter) in by_id
         }
-        return StepSettings(hyper, coefficient / scale, self.global_steps + 1)
 
     def _forget_stale(self, updated: Sequence[ParameterState]) -> None:
         """The homes are newer now: device copies go, and a graph kept across the step is void."""

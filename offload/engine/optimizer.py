@@ -12,11 +12,15 @@ from torch import nn
 
 from offload.errors import EngineStateError
 from offload.optim.rules import RULES
+from offload.optim.zeroth_order import ZerothOrderRule
 
 if TYPE_CHECKING:
     from offload.config import OptimizerSection
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
+Closure = Callable[[], Any]
+# Whether a step was taken, and the loss.
+TakeClosure = Callable[[Closure | None, Callable[[float], float] | None], tuple[bool, float]]
 
 
 class OffloadOptimizer(torch.optim.Optimizer):
@@ -35,22 +39,34 @@ class OffloadOptimizer(torch.optim.Optimizer):
         *,
         take_step: Callable[[], bool],
         forget_gradients: Callable[[], None],
+        take_closure: TakeClosure | None = None,
     ) -> None:
         self._take_step = take_step
+        self._take_closure = take_closure
         self._forget_gradients = forget_gradients
         self.step_was_skipped = False
         with _NO_GUARD():
             super().__init__([dict(group) for group in groups], {})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Closure | None = None, *, reduce: Callable[[float], float] | None = None
+    ) -> Any:
         """Take a step with the gradients that have arrived; they stay until `zero_grad`.
 
         Args:
-            closure: evaluated first, with gradients enabled; its result is returned.
+            closure: evaluated first, with gradients enabled; its result is returned. In
+                forward-only training it is needed, evaluated twice without gradients, and the
+                mean of the two losses is returned.
+            reduce: see `Engine.step`; forward-only training only.
 
         Raises:
             StorageError: state could not be read or written; call again to complete the step.
+            EngineStateError: forward-only training without a closure.
         """
+        if self._take_closure is not None:
+            taken, mean_loss = self._take_closure(closure, reduce)
+            self.step_was_skipped = not taken
+            return mean_loss
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -101,7 +117,8 @@ def configured_groups(
         section: `[optimizer]`.
         parameters: the names of each trainable parameter, and the parameter.
     """
-    keys = RULES[section.name].hyper_defaults
+    rule = ZerothOrderRule if section.name == ZerothOrderRule.name else RULES[section.name]
+    keys = rule.hyper_defaults
     settings = {key: getattr(section, key, default) for key, default in keys.items()}
     rest: list[nn.Parameter] = []
     matched: list[list[nn.Parameter]] = [[] for _ in section.groups]

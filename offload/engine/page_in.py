@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from offload.errors import OffloadError
 from offload.partition.blocks import release_all
 from offload.tiers.transfer import Transfer
 
 if TYPE_CHECKING:
+    import torch
+
+    from offload.engine.pages import WeightPage
     from offload.partition.blocks import Block, BlockStore, Staged
     from offload.tiers.device import DeviceLease
+
+
+class Arrivals(Protocol):
+    """Takes part in what arrives on the device; see zeroth_order.py."""
+
+    def land(
+        self, block: Block, chunk: int, staged: Staged, target: torch.Tensor
+    ) -> tuple[Transfer, Staged]:
+        """Start the copy of a staged chunk to its place on the device, in place of `PageIn`.
+
+        Returns the copy, and what it holds until it ends. `staged` is given back on an error.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Homes are about to be read or written: make them what the step before says."""
+        ...
+
+    def check_edit(self, page: WeightPage) -> None:
+        """An edited page is about to be written home: raise GuardError if it must not be."""
+        ...
 
 
 class PageIn:
@@ -24,11 +48,20 @@ class PageIn:
     use: `advance` and `finish` start again with the first chunk.
     """
 
-    def __init__(self, block: Block, lease: DeviceLease, store: BlockStore, *, depth: int) -> None:
+    def __init__(
+        self,
+        block: Block,
+        lease: DeviceLease,
+        store: BlockStore,
+        *,
+        depth: int,
+        arrivals: Arrivals | None = None,
+    ) -> None:
         self._block = block
         self._lease = lease
         self._store = store
         self._depth = depth
+        self._arrivals = arrivals
         self._next_chunk = 0
         self._reading: deque[tuple[int, Staged]] = deque()
         self._copying: deque[tuple[Transfer, Staged]] = deque()
@@ -109,7 +142,11 @@ class PageIn:
         layout = self._block.layout
         start = layout.chunk_offset_bytes[chunk]
         target = self._lease.tensor[start : start + layout.chunk_nbytes[chunk]]
-        self._copying.append((self._store.device.start_copy_in(target, staged.tensor), staged))
+        if self._arrivals is None:
+            copy = self._store.device.start_copy_in(target, staged.tensor)
+        else:
+            copy, staged = self._arrivals.land(self._block, chunk, staged, target)
+        self._copying.append((copy, staged))
 
     def _end_copy(self) -> None:
         transfer, staged = self._copying[0]

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 
 from offload.engine.node_pins import NodePins
-from offload.engine.page_in import PageIn
+from offload.engine.page_in import Arrivals, PageIn
 from offload.engine.pages import PagedParameter, WeightPage
 from offload.engine.runs import RunKey, Runs
 from offload.errors import BudgetError, EngineStateError, OffloadError
@@ -33,6 +33,7 @@ from offload.partition.blocks import BlockStore
 from offload.partition.residency import Residency
 from offload.schedule.lookahead import Actions
 from offload.schedule.trace import CLOSE, OPEN, EventKind
+from offload.tiers.device import DeviceLease
 
 
 class Pager:
@@ -42,6 +43,7 @@ class Pager:
         pages: by bucket.
         faults: demand fetches since the engine was made.
         stall_seconds: how long touches have waited for transfers since then.
+        arrivals: takes part in what arrives on the device; None for plain copies.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Pager:
         self._window_threads: dict[int, int] = {}
         self._runs = Runs(capacity_bytes=capacity_bytes, lookahead_depth=lookahead_depth)
         self.stall_seconds = 0.0
+        self.arrivals: Arrivals | None = None
         self._closed = False
 
     @property
@@ -250,7 +253,7 @@ class Pager:
         lease = self._store.device.try_lease(page.nbytes, page.block.name)
         if lease is None:
             return False
-        page_in = PageIn(page.block, lease, self._store, depth=self._staging_depth)
+        page_in = self._page_in(page, lease)
         try:
             started = page_in.start(wait=wait)
         except BaseException:
@@ -264,6 +267,10 @@ class Pager:
         self._present[page] = None
         self._loading[page] = page_in
         return True
+
+    def _page_in(self, page: WeightPage, lease: DeviceLease) -> PageIn:
+        depth, arrivals = self._staging_depth, self.arrivals
+        return PageIn(page.block, lease, self._store, depth=depth, arrivals=arrivals)
 
     def _bind(self, page: WeightPage) -> None:
         """Wait for the page and let its parameters use it."""
@@ -379,9 +386,12 @@ class Pager:
 
         Raises:
             StorageError: the write could not be started; the device copy is kept.
+            GuardError: the page holds perturbed copies.
         """
         if not self.note_edits(page) or not page.is_paged:
             return
+        if self.arrivals is not None:
+            self.arrivals.check_edit(page)
         assert page.lease is not None
         block, store = page.block, self._store
         for chunk, nbytes in enumerate(block.layout.chunk_nbytes):
@@ -400,12 +410,23 @@ class Pager:
             StorageError: a write failed; the device copies are kept.
         """
         with self._lock:
+            self.write_edits()
+            if self.arrivals is not None:
+                self.arrivals.settle()
+            self._store.drain()
+
+    def write_edits(self) -> None:
+        """Write every edit home and forget prefetches under way.
+
+        Raises:
+            StorageError: as `flush`.
+        """
+        with self._lock:
             for page in self.pages:
                 if page.residency is Residency.LOADING:
                     self._bind(page)
                 if page.residency is Residency.ON_DEVICE:
                     self.write_back(page)
-            self._store.drain()
 
     def drop_stale(self, page: WeightPage) -> None:
         """The home copy of a page has become newer: forget the device copy.
@@ -419,7 +440,7 @@ class Pager:
                 self._drop(page)
             elif page in self._present:
                 assert page.lease is not None
-                refreshed = PageIn(page.block, page.lease, self._store, depth=self._staging_depth)
+                refreshed = self._page_in(page, page.lease)
                 refreshed.finish()
                 if not refreshed.advance():
                     self._draining.append(refreshed)

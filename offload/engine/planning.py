@@ -19,6 +19,7 @@ from offload.errors import ConfigError, DoesNotFitError, format_bytes
 from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.generic import GenericRule
 from offload.optim.rules import UpdateRule, from_torch, make_rule
+from offload.optim.zeroth_order import ZerothOrderRule
 from offload.partition.layout import (
     BLOCK_ALIGNMENT_BYTES,
     REDUCTION_ELEMENTS,
@@ -36,11 +37,14 @@ from offload.schedule.footprint import Machine, Staging
 from offload.schedule.plan import Plan, Workload, plan_buckets, plan_layouts, resolve_gradient_dtype
 
 OptimizerFactory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+AnyRule = UpdateRule | GenericRule | ZerothOrderRule
 
 # Without an accelerator the device tier is a part of host memory: `auto` shares that out.
 _CPU_DEVICE_SHARE = 1 / 3
 _CUDA_DEVICE_SHARE = 0.5  # the rest is for activations
 _UPDATE_DEPTH = 3
+# Perturbed chunks in host memory: one is computed while the other is copied to the device.
+PERTURBED_CHUNKS = 2
 
 
 def plan(
@@ -147,7 +151,7 @@ def plan_module(
     collection: Collection,
     config: OffloadConfig,
     machine: Machine,
-    rule: UpdateRule | GenericRule,
+    rule: AnyRule,
     groups: Sequence[dict[str, Any]],
 ) -> Plan:
     """Plan the state of collected parameters; what the engine cannot page is taken off the device.
@@ -165,6 +169,8 @@ def plan_module(
     machine = replace(machine, device_bytes=left)
     if isinstance(rule, UpdateRule):
         planned = plan_buckets(specs, config, machine=machine, moments=rule.state_fields)
+    elif isinstance(rule, ZerothOrderRule):
+        planned = _plan_forward_only(specs, config, machine)
     else:
         planned = _plan_generic(specs, collection, config, machine, rule, groups)
     return _with_overhead(planned, "device", collection.resident_bytes)
@@ -177,6 +183,29 @@ def _with_overhead(planned: Plan, tier: str, nbytes: int) -> Plan:
         for amounts in (planned.peak_bytes, planned.need_bytes, planned.budget_bytes)
     )
     return replace(planned, peak_bytes=peak, need_bytes=need, budget_bytes=budget)
+
+
+def _plan_forward_only(specs: Sequence[ParamSpec], config: OffloadConfig, machine: Machine) -> Plan:
+    scratch = 0
+    if not machine.host_addressable:
+        elements = config.partition.bucket_elements
+        if elements == "auto":  # planning may halve it, and chunks shrink with it
+            elements = resolve_bucket_elements(specs, machine.device_bytes)
+        scratch = perturbed_bytes(pack(specs, bucket_elements=elements))
+    machine = replace(machine, host_bytes=machine.host_bytes - scratch)
+    planned = plan_buckets(specs, config, machine=machine, moments=None)
+    return _with_overhead(planned, "host", scratch)
+
+
+def perturbed_bytes(buckets: Sequence[Bucket]) -> int:
+    """Host bytes in which chunks are perturbed for a device that the CPU does not reach."""
+    chunks = [
+        chunk.numel * bucket.itemsize
+        for bucket in buckets
+        if bucket.trainable
+        for chunk in bucket.chunks
+    ]
+    return PERTURBED_CHUNKS * round_up(max(chunks, default=0), BLOCK_ALIGNMENT_BYTES)
 
 
 def _plan_generic(
@@ -242,7 +271,7 @@ def _generic_layouts(
 
 def choose_rule(
     collection: Collection, config: OffloadConfig, optimizer: OptimizerFactory | None
-) -> tuple[UpdateRule | GenericRule, list[dict[str, Any]]]:
+) -> tuple[AnyRule, list[dict[str, Any]]]:
     """The update rule and the parameter groups, from the config or from a factory's optimizer.
 
     Raises:
@@ -251,10 +280,16 @@ def choose_rule(
     trainable = [collected for collected in collection.paged if collected.spec.trainable]
     if optimizer is None:
         groups = configured_groups(config.optimizer, [(c.names, c.parameter) for c in trainable])
+        if config.optimizer.name == ZerothOrderRule.name:
+            return _forward_only(config), groups
         return make_rule(config.optimizer.name, groups), groups
     prototype = optimizer([collected.parameter for collected in trainable])
     groups = [dict(group) for group in prototype.param_groups]
     return from_torch(prototype) or GenericRule(prototype), groups
+
+
+def _forward_only(config: OffloadConfig) -> ZerothOrderRule:
+    return ZerothOrderRule(perturbation=config.optimizer.perturbation, seed=config.training.seed)
 
 
 def without_untrained(collection: Collection, groups: Sequence[dict[str, Any]]) -> Collection:

@@ -203,6 +203,7 @@ class StatefulEngine(ABC):
 
     def parameter_steps(self) -> list[int]:
         """Updates that each parameter has had, in the order of `parameter_names`."""
+        self._parts.pager.flush()  # one that is pending counts when it has been applied
         return [state.steps for state in self._parts.parameters]
 
     def set_parameter_steps(self, steps: Sequence[int]) -> None:

@@ -34,8 +34,9 @@ class StepSettings:
 
     Attributes:
         hyper: the group settings of each trainable parameter, by parameter index.
-        gradient_scale: gradients are multiplied by this: clip coefficient over loss scale.
-        step: the number of this step, for messages; counts from 1.
+        gradient_scale: gradients are multiplied by this: clip coefficient over loss scale; in
+            forward-only training the projected gradient, by which the noise is multiplied.
+        step: the number of this step, for messages; counts from 1. The noise is drawn by it.
     """
 
     hyper: Mapping[int, Hyper]
@@ -64,6 +65,10 @@ class ChunkUpdate(ABC):
     def __init__(self, parameters: Sequence[ParameterState], store: BlockStore) -> None:
         self._parameters = parameters
         self._store = store
+
+    def is_due(self, state: ParameterState) -> bool:
+        """Whether the step updates this parameter: it has a gradient."""
+        return state.gradient_sums is not None
 
     @abstractmethod
     def update(self, work: ChunkWork, settings: StepSettings) -> ParameterState | None:

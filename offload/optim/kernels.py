@@ -306,6 +306,28 @@ def lion(weight: Any, master: Any, gradient: Any, exp_avg: Any, scalars: Any) ->
     return largest
 
 
+# --- forward-only training: a weight without a master, and the normals of its elements ------------
+
+
+def perturb(weight: Any, noise: Any, perturbed: Any, scalars: Any) -> None:
+    """Set perturbed = weight + scale * noise, added in fp32 and rounded to the weight's format."""
+    (scale,) = scalars
+    for i in range(len(weight)):
+        _store(perturbed, i, _load(weight, i) + scale * noise[i])
+
+
+def zeroth_order(weight: Any, noise: Any, scalars: Any) -> Any:
+    """Step along the noise, which the projected gradient turns into a gradient."""
+    projected, weight_decay, lr = scalars
+    largest = np.uint32(0)
+    for i in range(len(weight)):
+        value = _load(weight, i)
+        value = value - lr * (projected * noise[i] + weight_decay * value)
+        _store(weight, i, value)
+        largest = max(largest, _magnitude(value))
+    return largest
+
+
 # --- splitting ------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,9 @@ store that fails keeps its buffer, so after an error `run` may be called again w
 settings: it stores what is left to store, updates what is left to update, and applies nothing
 twice. Parameters without a gradient are not touched, nor read where a whole chunk has none.
 
+A chunk that is staged for another reason can be updated on that occasion (`update_staged`); `run`
+then leaves it out.
+
 A weight that becomes infinite does not stop the step, because state that is updated where it lives
 cannot be taken back: the step ends, the same bits in every placement, and then it is an error.
 """
@@ -79,7 +82,7 @@ class StreamedStep:
         for bucket in self._buckets:
             for slot in bucket.slots:
                 state = self._parameters[slot.param]
-                if state.gradient_sums is not None:
+                if self._updater.is_due(state):
                     state.steps += 1
                     state.edited = False
         self._updated.clear()
@@ -90,6 +93,21 @@ class StreamedStep:
                 "NaN, although all gradients are finite",
                 remedy="load the last checkpoint and lower the learning rate",
             )
+
+    def update_staged(self, work: ChunkWork, settings: StepSettings) -> bool:
+        """Apply the step to a staged chunk, unless that has been done; whether it was done now.
+
+        The caller stores the chunk.
+        """
+        key = (work.bucket.index, work.chunk)
+        if key in self._updated:
+            return False
+        nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
+        with self._meter.busy("cpu", nbytes):
+            not_finite = self._updater.update(work, settings)
+        self._not_finite = self._not_finite or not_finite
+        self._updated.add(key)
+        return True
 
     def abandon(self) -> None:
         """Forget the step that an error interrupted: its state is about to be replaced."""
@@ -104,7 +122,7 @@ class StreamedStep:
                 active = tuple(
                     segment
                     for segment in segments(bucket, chunk)
-                    if self._parameters[segment.param].gradient_sums is not None
+                    if self._updater.is_due(self._parameters[segment.param])
                 )
                 if active:
                     yield ChunkWork(bucket, chunk.index, active, {})
@@ -124,11 +142,7 @@ class StreamedStep:
             under_way.append(waiting.popleft())
 
     def _update(self, work: ChunkWork, settings: StepSettings) -> None:
-        nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
-        with self._meter.busy("cpu", nbytes):
-            not_finite = self._updater.update(work, settings)
-        self._not_finite = self._not_finite or not_finite
-        self._updated.add((work.bucket.index, work.chunk))
+        self.update_staged(work, settings)
         error: OffloadError | None = None
         for state_class in ("weights", "optimizer"):
             staged = work.staged.pop(state_class, None)

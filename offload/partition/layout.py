@@ -262,7 +262,7 @@ def segments(bucket: Bucket, chunk: Chunk) -> tuple[Segment, ...]:
 
 
 def state_fields(
-    bucket: Bucket, *, gradient_dtype: str, moments: Sequence[str]
+    bucket: Bucket, *, gradient_dtype: str, moments: Sequence[str] | None
 ) -> dict[str, tuple[FieldSpec, ...]]:
     """The fields of each state class of a bucket; a frozen bucket has weights only.
 
@@ -272,10 +272,11 @@ def state_fields(
     Args:
         bucket: the bucket.
         gradient_dtype: "fp32", or "compute" for the bucket's own dtype.
-        moments: names of the fp32 state of the update rule, which follow.
+        moments: names of the fp32 state of the update rule, which follow; None for a rule that
+            needs weights only, without gradients and masters.
     """
     weights = FieldSpec("weight", bucket.dtype, bucket.itemsize)
-    if not bucket.trainable:
+    if not bucket.trainable or moments is None:
         return {"weights": (weights,)}
     if gradient_dtype == "compute":
         gradient = FieldSpec("gradient", bucket.dtype, bucket.itemsize)

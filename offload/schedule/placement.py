@@ -41,11 +41,16 @@ class Home(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlacementChoice:
-    """The tier asked for by each state class: auto, device, host or nvme."""
+    """The tier asked for by each state class: auto, device, host or nvme.
+
+    `off_device` are buckets to whose weights `auto` gives no home on the device, because what is
+    there is never the home copy.
+    """
 
     weights: str = "auto"
     gradients: str = "auto"
     optimizer: str = "auto"
+    off_device: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +182,7 @@ class _Assignment:
                     self._free.append(Home(bucket, state_class))
                 else:
                     self.tier_of[bucket, state_class] = asked[state_class]
-        self._fill_device_with_weights()
+        self._fill_device_with_weights(choice.off_device)
         early = ("gradients", "optimizer") if machine.host_addressable else ("gradients",)
         self._fill_device(early)
         self._fill_host()
@@ -206,10 +211,12 @@ class _Assignment:
         taken_bytes = self._taken_bytes("device") + self._gradient_bytes
         return self._machine.device_bytes - taken_bytes
 
-    def _fill_device_with_weights(self) -> None:
+    def _fill_device_with_weights(self, off_device: frozenset[int]) -> None:
         room_bytes = self._device_room_bytes()
         weights = [home for home in self._free if home.state_class == "weights"]
-        if sum(map(self._nbytes, weights)) > room_bytes:
+        stay_off = [home for home in weights if home.bucket in off_device]
+        weights = [home for home in weights if home.bucket not in off_device]
+        if stay_off or sum(map(self._nbytes, weights)) > room_bytes:
             room_bytes -= self._working_bytes()
         self._take("device", weights, room_bytes)
 

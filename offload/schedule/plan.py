@@ -122,7 +122,7 @@ def plan_buckets(
     config: OffloadConfig,
     *,
     machine: Machine,
-    moments: Sequence[str],
+    moments: Sequence[str] | None,
     speeds: LaneSpeeds | None = None,
     workload: Workload | None = None,
 ) -> Plan:
@@ -135,7 +135,8 @@ def plan_buckets(
         specs: the parameters, in registration order, in the dtype they compute in.
         config: reads `partition`, `placement`, `training`.
         machine: resolved budgets; `config.tiers` is not read.
-        moments: names of the fp32 state of the update rule.
+        moments: names of the fp32 state of the update rule; None for forward-only training, which
+            keeps weights only.
         speeds: measured lane speeds; by default conservative ones.
         workload: what a step computes; by default its transfers and updates only.
     """
@@ -164,7 +165,7 @@ def plan_buckets(
 
 
 def layout_state(
-    buckets: Sequence[Bucket], *, gradient_dtype: str, moments: Sequence[str]
+    buckets: Sequence[Bucket], *, gradient_dtype: str, moments: Sequence[str] | None
 ) -> tuple[dict[str, ClassLayout], ...]:
     """Lays out every state class of every bucket; arguments as of `state_fields`."""
     return tuple(
@@ -200,11 +201,19 @@ def plan_layouts(
         {state_class: layout.chunk_nbytes for state_class, layout in classes.items()}
         for classes in layouts
     ]
+    forward_only = frozenset(
+        bucket.index
+        for bucket, classes in zip(buckets, layouts, strict=True)
+        if bucket.trainable and "gradients" not in classes
+    )
     gradient_bytes = max((spec.nbytes for spec in specs if spec.trainable), default=0)
+    if forward_only:
+        gradient_bytes = 0
     choice = PlacementChoice(
         weights=config.placement.weights,
         gradients=config.placement.gradients,
         optimizer=config.placement.optimizer,
+        off_device=forward_only,
     )
     placement = assign(blocks, machine, choice, gradient_bytes=gradient_bytes)
     taken = placement.footprint
@@ -217,6 +226,7 @@ def plan_layouts(
             placement.tier_of,
             host_addressable=machine.host_addressable,
             accumulation_steps=config.training.gradient_accumulation_steps,
+            forward_only=forward_only,
         ),
         speeds,
         workload,
@@ -255,8 +265,13 @@ def step_traffic(
     *,
     host_addressable: bool,
     accumulation_steps: int,
+    forward_only: frozenset[int] = frozenset(),
 ) -> StepTraffic:
-    """Counts what moves; paged weights are fetched once in each forward and each backward."""
+    """Counts what moves; paged weights are fetched once in each forward and each backward.
+
+    The `forward_only` buckets are fetched once in each of two forward passes, drawn noise for in
+    both, and updated and written home in the first.
+    """
     passes = dict.fromkeys(("h2d", "d2h", "nvme_read", "nvme_write"), 0)
     update = dict.fromkeys((*passes, "cpu"), 0)
     for bucket, classes in enumerate(blocks):
@@ -267,6 +282,9 @@ def step_traffic(
             passes["h2d"] += fetched
         if weights_tier == "nvme":
             passes["nvme_read"] += fetched
+        if bucket in forward_only:
+            passes["nvme_write"] += size["weights"] if weights_tier == "nvme" else 0
+            update["cpu"] += 6 * size["weights"]
         if "gradients" not in size:
             continue
         gradient_tier = tier_of[bucket, "gradients"]
