@@ -85,8 +85,8 @@ class ZerothOrder:
             NonFiniteError: the step before has made a weight infinite or NaN.
         """
         eps = self._updater.rule.perturbation
-        self._pager.end_raw_access()
         self._pager.write_edits()
+        self._pager.end_raw_access()
         self._random.capture()
         try:
             above = self._run(closure, step, eps)
@@ -103,6 +103,7 @@ class ZerothOrder:
         """The update of the step that has run is pending from here on."""
         assert self._pending is None, "the update of the step before has been applied"
         self._pager.write_edits()
+        self._pager.end_raw_access()
         self._pending = settings
         self._drop_copies()
 
@@ -116,27 +117,25 @@ class ZerothOrder:
         self, block: Block, chunk: int, staged: Staged, target: torch.Tensor
     ) -> tuple[Transfer, Staged]:
         """See `Arrivals.land`: update the home if that is pending, copy, perturb the copy."""
-        if not block.bucket.trainable:
-            return self._copy(staged, target), staged
+        updated = perturbed = False
+        copy: Transfer | None = None
         try:
-            updated = self._update(block, chunk, staged)
-        except BaseException:
-            staged.release()
-            raise
-        try:
-            if self._scale is not None:
-                transfer = self._perturb(block, chunk, staged, target, self._scale)
+            if block.bucket.trainable:
+                updated = self._update(block, chunk, staged)
+                perturbed = self._scale is not None
+            if perturbed:
+                copy = self._perturb(block, chunk, staged, target)
             else:
-                transfer = self._copy(staged, target)
+                copy = self._store.device.start_copy_in(target, staged.tensor)
                 if updated:
-                    transfer.wait(self._store.deadline_seconds)  # the store takes the buffer
+                    copy.wait(self._store.deadline_seconds)  # before the store owns the buffer
         finally:
-            if updated:
-                self._store.start_store(block, chunk, staged)
-            elif self._scale is not None:
+            if updated:  # whatever happened to the copy: it is not applied again
+                self._start_store(block, chunk, staged, copy)
+            elif perturbed or copy is None:
                 staged.release()
-        done_with = updated or self._scale is not None
-        return transfer, Staged(target, transfer, None) if done_with else staged
+        held = Staged(target, copy, None) if updated or perturbed else staged
+        return copy, held
 
     def settle(self) -> None:
         """See `Arrivals.settle`: apply the pending update to the chunks that do not have it.
@@ -179,13 +178,13 @@ class ZerothOrder:
     def _end_perturbation(self) -> WeightPage | None:
         """Drop the perturbed copies; a page whose parameters were edited meanwhile, if any."""
         self._end_pass()
-        self._pager.end_raw_access()
         edited = None
         for page in self._pages:
             if page.residency is Residency.ON_DEVICE and self._pager.note_edits(page):
                 edited = edited or page
                 for parameter in page.parameters:
                     parameter.home_is_stale = parameter.state.edited = False
+        self._pager.end_raw_access()
         self._scale = None
         self._drop_copies()
         return edited
@@ -202,21 +201,21 @@ class ZerothOrder:
         work = ChunkWork(block.bucket, chunk, parts, {"weights": staged})
         return self._streamed.update_staged(work, self._pending)
 
-    def _copy(self, staged: Staged, target: torch.Tensor) -> Transfer:
+    def _start_store(self, block: Block, chunk: int, staged: Staged, copy: Transfer | None) -> None:
         try:
-            return self._store.device.start_copy_in(target, staged.tensor)
-        except BaseException:
-            staged.release()
+            self._store.start_store(block, chunk, staged)
+        except OffloadError:
+            if copy is not None:
+                copy.wait(self._store.deadline_seconds)  # nobody else knows of it
             raise
 
-    def _perturb(
-        self, block: Block, chunk: int, staged: Staged, target: torch.Tensor, scale: float
-    ) -> Transfer:
+    def _perturb(self, block: Block, chunk: int, staged: Staged, target: torch.Tensor) -> Transfer:
+        assert self._scale is not None
         ring = self._ring
         place = target if ring is None else ring.take(target.numel(), self._store.deadline_seconds)
         with self._meter.busy("cpu", target.numel()):
             self._updater.perturb(
-                block.bucket, chunk, staged.tensor, place, step=self._step, scale=scale
+                block.bucket, chunk, staged.tensor, place, step=self._step, scale=self._scale
             )
         if ring is None:
             return CompletedTransfer("h2d")

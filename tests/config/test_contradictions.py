@@ -21,6 +21,16 @@ CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
         "optimizer.groups.0.momentum is not a setting of adamw",
     ),
     ({"optimizer": {"name": "sgd", "nesterov": True}}, "needs optimizer.momentum above 0"),
+    ({"optimizer": {"perturbation": 1e-3}}, "optimizer.perturbation is not a setting of adamw"),
+    ({"optimizer": {"name": "mezo", "eps": 1e-3}}, "optimizer.eps is not a setting of mezo"),
+    (
+        {"optimizer": {"name": "mezo"}, "training": {"gradient_accumulation_steps": 2}},
+        "loop over the micro-batches in the closure",
+    ),
+    ({"optimizer": {"name": "mezo"}, "training": {"max_grad_norm": 1.0}}, "max_grad_norm is of no"),
+    ({"optimizer": {"name": "mezo"}, "placement": {"gradients": "host"}}, "placement.gradients is"),
+    ({"optimizer": {"name": "mezo"}, "placement": {"optimizer": "host"}}, "placement.optimizer is"),
+    ({"optimizer": {"name": "mezo"}, "placement": {"weights": "device"}}, "no true weights"),
     ({"lr_scheduler": {"name": "cosine"}}, "needs the step at which the decay ends"),
     (
         {"lr_scheduler": {"name": "cosine", "warmup_steps": 8}, "run": {"steps": 7}},
@@ -33,6 +43,11 @@ CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
 LEGAL: list[dict[str, Any]] = [
     {"placement": {"weights": "nvme"}, "tiers": {"nvme": {"paths": ["a"], "mode": "roll_forward"}}},
     {"optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True}},
+    {
+        "optimizer": {"name": "mezo", "perturbation": 1e-2, "weight_decay": 0.1},
+        "placement": {"weights": "host", "gradients": "auto"},
+        "training": {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0},
+    },
     {"lr_scheduler": {"name": "constant", "warmup_steps": 8}},
     {"lr_scheduler": {"name": "linear", "warmup_steps": 8, "total_steps": 8}},
     {"io": {"block_bytes": 8192}},
