@@ -38,6 +38,7 @@ from offload.config.sections import (
     RunSection,
     Section,
     TiersSection,
+    TilingSection,
     TrainingSection,
 )
 from offload.errors import ConfigError
@@ -60,6 +61,7 @@ __all__ = [
     "PrecisionSection",
     "RunSection",
     "TiersSection",
+    "TilingSection",
     "TrainingSection",
     "available_host_bytes",
     "config_json_schema",
@@ -93,6 +95,8 @@ class OffloadConfig(Section):
     """What runs beside the computation."""
     io: IoSection = IoSection()
     """How files are read and written."""
+    tiling: TilingSection = TilingSection()
+    """Weights that come to the device in parts."""
     guard: GuardSection = GuardSection()
     """How touches of absent parameters are caught."""
     run: RunSection | None = None

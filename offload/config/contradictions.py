@@ -120,6 +120,10 @@ def _forward_only_with_gradients(config: Plain) -> list[str]:
         problems.append(
             "training.max_grad_norm is of no use to mezo, which has no gradients: remove it"
         )
+    if section_of(config, "tiling").get("modules"):
+        problems.append(
+            "tiling.modules is of no use to mezo, which perturbs whole pages: remove it"
+        )
     problems += [
         f"placement.{state_class} is of no use to mezo, which has weights only: remove it"
         for state_class in ("gradients", "optimizer")

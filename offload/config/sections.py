@@ -280,6 +280,20 @@ class GuardSection(Section):
     and kernels that take raw pointers."""
 
 
+class TilingSection(Section):
+    """Weights of `nn.Linear` and `nn.Embedding` that come to the device in row ranges.
+
+    See docs/tiling.md. What is too large for the device budget is tiled without being named.
+    """
+
+    modules: Names = ()
+    """Patterns of module paths, `*` and `?` as in file names: those modules are tiled in any
+    case."""
+    tiles: CountOrAuto = "auto"
+    """Tiles of each tiled weight. `auto`: at least 2, and as few as fit into half of the device
+    memory that nothing else must have. The number changes the last bits of gradients."""
+
+
 class ExpectSection(Section):
     """What a run states about itself; `offload train` fails at its end where it does not hold."""
 

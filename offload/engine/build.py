@@ -37,6 +37,7 @@ from offload.engine.planning import (
     without_untrained,
 )
 from offload.engine.poison import poison_storage
+from offload.engine.tiles import TileSlots, open_tiles
 from offload.errors import ConfigError, DoesNotFitError, UnsupportedPlatformError, format_bytes
 from offload.native import IoEngine
 from offload.optim.chunk_update import ChunkUpdate, KernelUpdate, OptimizerUpdate
@@ -83,6 +84,7 @@ class Parts:
     rule: AnyRule
     groups: list[dict[str, Any]]
     meter: LaneMeter
+    tiles: TileSlots | None
     closing: contextlib.ExitStack = field(repr=False)
 
     @property
@@ -249,6 +251,11 @@ def _reserve_and_move(
         collection, plan, parameters, store, config, machine, source
     )
     closing.callback(pager.close)
+    gradients = GradientHome(
+        parameters, plan.buckets, store, pool, max_open_chunks=machine.staging.gradients
+    )
+    tiles = open_tiles(plan.tiled, pager, store, gradients, prefetch=config.overlap.prefetch)
+    pager.seal()
     convert_buffers(module, config.precision.compute, device.device)
     return Parts(
         config=config,
@@ -264,9 +271,7 @@ def _reserve_and_move(
         pages=pages,
         paged=paged,
         pager=pager,
-        gradients=GradientHome(
-            parameters, plan.buckets, store, pool, max_open_chunks=machine.staging.gradients
-        ),
+        gradients=gradients,
         streamed=StreamedStep(
             buckets=plan.buckets,
             parameters=parameters,
@@ -276,6 +281,7 @@ def _reserve_and_move(
             meter=meter,
         ),
         meter=meter,
+        tiles=tiles,
         updater=updater,
         rule=rule,
         groups=groups,
@@ -336,7 +342,6 @@ def _move_weights(
         if not page.is_paged:
             page.point_parameters_at_lease()
     store.drain()
-    pager.seal()
     _give_back_freed_memory()
     return pages, paged, pager
 

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from offload.engine.guard import guard_class_of
 from offload.engine.poison import is_poison
+from offload.engine.tiling import tileable_parameters
 from offload.errors import ConfigError, OffloadError
 from offload.partition.arrays import DTYPE_NAMES, TORCH_DTYPES
 from offload.partition.layout import ParamSpec
@@ -41,10 +42,12 @@ class Collection:
         paged: those that the engine moves, in registration order.
         resident: those that it cannot move (tensor subclasses, classes that cannot be guarded):
             they stay where the user put them, and count against the device budget.
+        tileable: those of `paged` that linear and embedding modules alone use.
     """
 
     paged: tuple[Collected, ...]
     resident: tuple[tuple[str, nn.Parameter], ...]
+    tileable: frozenset[nn.Parameter] = frozenset()
 
     @property
     def resident_bytes(self) -> int:
@@ -82,7 +85,7 @@ def collect(module: nn.Module, compute: str, *, allow_meta: bool = False) -> Col
             f"paged: {_listed([name for name, _ in resident])}",
             stacklevel=3,
         )
-    return Collection(tuple(paged), tuple(resident))
+    return Collection(tuple(paged), tuple(resident), tileable_parameters(module))
 
 
 def _refuse_overlaps(parameters: Mapping[str, nn.Parameter]) -> None:

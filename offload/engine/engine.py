@@ -118,6 +118,8 @@ class Engine(ForwardOnlyEngine):
         self._handles = [handle for w in self._windows for handle in install(w)]
         self._handles += install(self._root)
         self._handles += self._watch_gradients()
+        if parts.tiles is not None:
+            parts.tiles.before_gradient = self._check_gradient
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward; arguments and result are the module's.
@@ -304,7 +306,7 @@ class Engine(ForwardOnlyEngine):
             every = self._paged_of(module.parameters(), by_parameter)
             if every and id(module) not in below:
                 windows.append(FusedWindow(module, name, every, self._parts.pager))
-        resident = [p for p in self._parts.paged if not p.page.is_paged]
+        resident = [p for p in self._parts.paged if not (p.page.is_paged or p.tiles)]
         return windows, RootWindow(self.module, resident, self._parts.pager)
 
     @staticmethod
@@ -312,7 +314,7 @@ class Engine(ForwardOnlyEngine):
         parameters: Iterator[nn.Parameter], by_parameter: Mapping[int, PagedParameter]
     ) -> list[PagedParameter]:
         found = (by_parameter.get(id(parameter)) for parameter in parameters)
-        return [paged for paged in found if paged is not None and paged.page.is_paged]
+        return [p for p in found if p is not None and p.page.is_paged and not p.tiles]
 
     def _watch_gradients(self) -> list[RemovableHandle]:
         handles = []
@@ -329,25 +331,29 @@ class Engine(ForwardOnlyEngine):
             gradient = state.parameter.grad
             if gradient is None:
                 return
-            if self._zeroth is not None:
-                state.parameter.grad = None
-            self._check_has_gradients(f"the gradient of {state.name}")
-            if self.loss_scale is not None and not self._in_backward:
-                state.parameter.grad = None
-                raise EngineStateError(
-                    f"the fp16 gradient of {state.name} comes from a loss without its scale",
-                    remedy="call engine.backward(loss) instead of loss.backward()",
-                )
-            if self._gradients_are_spent:
-                self._gradients_are_spent = False
-                warnings.warn(
-                    "gradients are added to those that an optimizer step has used already: call "
-                    "engine.optimizer.zero_grad() after it (module.zero_grad() does not reach "
-                    "them), or engine.step(), which forgets them",
-                    stacklevel=2,
-                )
+            self._check_gradient(state)
             self._parts.gradients.arrive(state, gradient)
             state.parameter.grad = None
+
+    def _check_gradient(self, state: ParameterState) -> None:
+        """A gradient is about to go home: it has to be of this accumulation, and scaled."""
+        if self._zeroth is not None:
+            state.parameter.grad = None
+        self._check_has_gradients(f"the gradient of {state.name}")
+        if self.loss_scale is not None and not self._in_backward:
+            state.parameter.grad = None
+            raise EngineStateError(
+                f"the fp16 gradient of {state.name} comes from a loss without its scale",
+                remedy="call engine.backward(loss) instead of loss.backward()",
+            )
+        if self._gradients_are_spent:
+            self._gradients_are_spent = False
+            warnings.warn(
+                "gradients are added to those that an optimizer step has used already: call "
+                "engine.optimizer.zero_grad() after it (module.zero_grad() does not reach "
+                "them), or engine.step(), which forgets them",
+                stacklevel=2,
+            )
 
     def _take_assigned_gradients(self) -> None:
         """Gradients that the user has assigned to `.grad` replace what has arrived."""

@@ -1,9 +1,11 @@
 """Gradients on their way home: each leaves the device as soon as backward has finished it.
 
 [Note: Gradient chunks]
-A gradient arrives whole, once for each backward that reaches its parameter. It is added into its
-home chunk in fp32 (the first one of a step replaces what was there) and `param.grad` is dropped.
-The sums of squares of the result, which norm and finite check need, come out of the same pass.
+A gradient arrives once for each backward that reaches its parameter: whole, or that of a tiled
+parameter range by range. It is added into its home chunk in fp32 (the first one of a step replaces
+what was there) and `param.grad` is dropped. The sums of squares of the result, which norm and
+finite check need, come out of the same pass; where a range ends inside a block of 65,536 elements,
+the sums of its parts are added up.
 
 A home that the CPU reaches is added to in place. Otherwise the chunk is *open* in host staging
 until all its parameters have arrived or its staging is wanted; then it is written home. It is read
@@ -15,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -39,6 +41,17 @@ if TYPE_CHECKING:
 PIECE_NUMEL = 16 * BLOCK_NUMEL
 
 Key = tuple[int, int]
+
+
+def _pieces(segment: Segment) -> Iterator[tuple[int, int]]:
+    """The segment in pieces for the pool; only the first may start inside a block."""
+    start = 0
+    while start < segment.numel:
+        into_block = (segment.start_in_param + start) % BLOCK_NUMEL
+        length = BLOCK_NUMEL - into_block if into_block else PIECE_NUMEL
+        stop = min(start + length, segment.numel)
+        yield start, stop
+        start = stop
 
 
 @dataclass(slots=True, eq=False)
@@ -86,15 +99,24 @@ class GradientHome:
         computed = state.parameter.dtype
         if gradient.dtype not in (torch.float32, computed):
             gradient = gradient.to(computed)
-        flat = memory_order(gradient, state)
+        with self.arriving(state) as take:
+            take(0, memory_order(gradient, state))
+
+    @contextlib.contextmanager
+    def arriving(self, state: ParameterState) -> Iterator[Callable[[int, torch.Tensor], None]]:
+        """A gradient that arrives range by range: `take(start, values)`, in ascending order.
+
+        `values` are the elements from `start` on, in the order of the parameter's memory: 1-D, in
+        fp32 or the parameter's dtype, free for reuse on return. Together the ranges have to cover
+        the parameter. The gradient counts when the block ends; no other arrives meanwhile.
+
+        Raises:
+            BudgetError, StorageError: as `arrive`, by `take`.
+        """
         with self._lock:
             first = state.gradient_sums is None
-            sums = np.empty(num_blocks(state.numel), np.float64)
-            for chunk in self._buckets[state.bucket].chunks:
-                key = (state.bucket, chunk.index)
-                for segment in self._segments[key]:
-                    if segment.param == state.index:
-                        self._take(key, segment, flat, sums, first=first)
+            sums = np.zeros(num_blocks(state.numel), np.float64)
+            yield partial(self._take_range, state, sums, first)
             state.gradient_sums = sums
 
     def flush(self) -> None:
@@ -126,11 +148,35 @@ class GradientHome:
         field = layout.field(chunk, "gradient")
         return field_array(tensor, field, segment.start_in_chunk, segment.numel)
 
+    def _take_range(
+        self,
+        state: ParameterState,
+        sums: npt.NDArray[np.float64],
+        first: bool,
+        start: int,
+        values: torch.Tensor,
+    ) -> None:
+        stop = start + values.numel()
+        chunks = self._buckets[state.bucket].chunks
+        step = chunks[0].numel  # of every chunk but the last
+        first_chunk, end_chunk = (state.offset + start) // step, -(-(state.offset + stop) // step)
+        for chunk in chunks[first_chunk:end_chunk]:
+            key = (state.bucket, chunk.index)
+            for segment in self._segments[key]:
+                begin = max(segment.start_in_param, start)
+                end = min(segment.start_in_param + segment.numel, stop)
+                if segment.param == state.index and begin < end:
+                    shift = begin - segment.start_in_param
+                    part = Segment(state.index, begin, segment.start_in_chunk + shift, end - begin)
+                    self._take(key, part, values[begin - start : end - start], sums, first=first)
+                    if shift + part.numel == segment.numel:
+                        self._has_arrived(key, state)
+
     def _take(
         self,
         key: Key,
         segment: Segment,
-        flat: torch.Tensor,
+        values: torch.Tensor,
         sums: npt.NDArray[np.float64],
         *,
         first: bool,
@@ -139,12 +185,15 @@ class GradientHome:
         opened = self._reach(block, key)
         state = self._parameters[segment.param]
         target = self.array(state, segment, key[1], opened.staged.tensor)
-        part = flat[segment.start_in_param : segment.start_in_param + segment.numel]
-        with self._on_host(part, block) as source:
+        with self._on_host(values, block) as source:
             self._accumulate(key, segment, (target, source), sums, first=first)
-        opened.missing.discard(segment.param)
-        if not opened.missing and key in self._open:
-            self._close(key)
+
+    def _has_arrived(self, key: Key, state: ParameterState) -> None:
+        opened = self._open.get(key)
+        if opened is not None:
+            opened.missing.discard(state.index)
+            if not opened.missing:
+                self._close(key)
 
     def _accumulate(
         self,
@@ -158,9 +207,9 @@ class GradientHome:
         target, source = arrays
         precision = cast("Precision", self._buckets[key[0]].dtype)
         calls = []
-        for start in range(0, segment.numel, PIECE_NUMEL):
-            stop = min(start + PIECE_NUMEL, segment.numel)
-            block_start = (segment.start_in_param + start) // BLOCK_NUMEL
+        of_pieces = []
+        for start, stop in _pieces(segment):
+            of_pieces.append(np.empty(num_blocks(stop - start), np.float64))
             calls.append(
                 partial(
                     accumulate_gradient,
@@ -169,10 +218,13 @@ class GradientHome:
                     first=first,
                     target_dtype="fp32" if target.dtype == np.float32 else precision,
                     source_dtype="fp32" if source.dtype == np.float32 else precision,
-                    block_sums=sums[block_start : block_start + num_blocks(stop - start)],
+                    block_sums=of_pieces[-1],
                 )
             )
         self._pool.run(calls)
+        for (start, _), piece_sums in zip(_pieces(segment), of_pieces, strict=True):
+            block = (segment.start_in_param + start) // BLOCK_NUMEL
+            sums[block : block + len(piece_sums)] += piece_sums
 
     @contextlib.contextmanager
     def _on_host(self, part: torch.Tensor, block: Block) -> Iterator[npt.NDArray[np.generic]]:

@@ -7,6 +7,7 @@ torch's dispatcher:
   metadata     shape, dtype, hooks, grad, ...          answered at once, nothing moves
   alias        detach, .data                           answered at once; the result is guarded
   raw access   numpy, data_ptr, untyped_storage, ...   the page comes and stays until the step ends
+  tiled        linear, embedding with a tiled weight   tiles of it come, one after the other
   refused      set_, resize_, share_memory_, .data = of another kind: GuardError
   anything     every paged tensor among the arguments is pinned, the op runs, the pins are taken off
 
@@ -27,6 +28,7 @@ from torch._compile import _disable_dynamo
 
 from offload.engine.pages import PagedParameter, WeightPage, find_paged
 from offload.engine.saved import hooks_are_ours, page_hooks
+from offload.engine.tile_ops import TILED_OPS, is_tiled_weight
 from offload.errors import GuardError
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
@@ -286,6 +288,9 @@ def _run_guarded(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     if func == _SET_DATA and touched[0][0] is args[0]:
         return _replace_data(args[0], args[1], touched[0][1])
     refuse_transforms(f"parameter {touched[0][1].state.name}")
+    if func in TILED_OPS and is_tiled_weight(args, kwargs, touched):
+        others = [(tensor, paged) for tensor, paged in touched if paged.tiles is None]
+        return _run_pinned(TILED_OPS[func], args, kwargs, others)
     if func in _FOREACH and len(args[0]) > 1:
         return _run_each(func, args, kwargs)
     return _run_pinned(func, args, kwargs, touched)

@@ -35,6 +35,11 @@ from offload.schedule.lookahead import Actions
 from offload.schedule.trace import CLOSE, OPEN, EventKind
 from offload.tiers.device import DeviceLease
 
+_TILED_REMEDY = (
+    "; only nn.functional.linear and embedding take a tiled parameter by tiles, and only the "
+    "parameter itself, no view of it"
+)
+
 
 class Pager:
     """Moves the weight pages of one engine between their homes and the device. Thread-safe.
@@ -85,7 +90,7 @@ class Pager:
         """All pages are there."""
         self._runs.seal(
             {page.index: page.nbytes for page in self.pages},
-            frozenset(page.index for page in self.pages if not page.is_paged),
+            frozenset(page.index for page in self.pages if page.is_tiled or not page.is_paged),
         )
 
     # -- pins and windows ------------------------------------------------------------------------
@@ -198,7 +203,7 @@ class Pager:
 
     def _event(self, kind: EventKind, page: WeightPage) -> None:
         """Record an event, and do what the plan says at it."""
-        if not page.is_paged:
+        if not page.is_paged or page.is_tiled:
             return
         self._act(self._runs.event(kind, page.index))
 
@@ -334,12 +339,7 @@ class Pager:
         if victim is not None:
             self._evict(victim)
             return
-        loading = next(iter(self._loading), None)
-        if loading is not None:
-            self._bind(loading)
-            return
-        if self._draining:
-            self._draining.pop(0).settle()
+        if self.finish_one():
             return
         if has_room:
             raise self._store.no_staging([page.block], 0)
@@ -349,8 +349,25 @@ class Pager:
             free_bytes=device.budget_bytes - device.used_bytes,
             budget_bytes=device.budget_bytes,
             owner=f"{user}, which uses {_names(together)}",
-            remedy="raise tiers.device.memory: one operation needs all its parameters at once",
+            remedy="raise tiers.device.memory: one operation needs all its parameters at once"
+            + (_TILED_REMEDY if any(each.is_tiled for each in together) else ""),
         )
+
+    def finish_one(self) -> bool:
+        """Wait for one page that is under way, so that its staging is free; False: there is none.
+
+        Raises:
+            StorageError: a read failed.
+        """
+        with self._lock:
+            loading = next(iter(self._loading), None)
+            if loading is not None:
+                self._bind(loading)
+            elif self._draining:
+                self._draining.pop(0).settle()
+            else:
+                return False
+            return True
 
     def _victim(self) -> WeightPage | None:
         """The page to evict: unused, best next use farthest away; None if there is none."""
@@ -427,6 +444,22 @@ class Pager:
                     self._bind(page)
                 if page.residency is Residency.ON_DEVICE:
                     self.write_back(page)
+
+    def begin_tiles(self, page: WeightPage, user: str) -> None:
+        """An op is about to read the home of a tiled page: make it as new as any copy.
+
+        Raises:
+            EngineStateError: the engine is closed.
+            StorageError: an edit could not be written home.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineStateError(f"{user} on parameters of an engine that is closed")
+            self._node_pins.enter_node()
+            if page.residency is Residency.LOADING:
+                self._bind(page)
+            if page.residency is Residency.ON_DEVICE:
+                self.write_back(page)
 
     def drop_stale(self, page: WeightPage) -> None:
         """The home copy of a page has become newer: forget the device copy.

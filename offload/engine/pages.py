@@ -30,6 +30,7 @@ from offload.partition.residency import Residency, check_transition
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from offload.engine.tiles import TiledParameter
     from offload.partition.blocks import Block
     from offload.partition.parameters import ParameterState
     from offload.tiers.device import DeviceLease
@@ -85,6 +86,7 @@ class PagedParameter:
         needs_guard: in its module's forward an alias of it was made, or an op on it was saved by
             somebody else's saved-tensor hooks: the plain class would hide what the guard must see.
         raw_checksum: CRC32C of the bytes when a raw pointer was given away; None if none is out.
+        tiles: how it comes to the device by tiles, see tiles.py; None: with its page.
     """
 
     __slots__ = (
@@ -101,6 +103,7 @@ class PagedParameter:
         "raw_checksum",
         "state",
         "storage",
+        "tiles",
         "version",
         "view_class",
     )
@@ -125,6 +128,7 @@ class PagedParameter:
         self.proven: set[bool] = set()
         self.needs_guard = False
         self.raw_checksum: int | None = None
+        self.tiles: TiledParameter | None = None
         self._plain_uses = 0
         self._itemsize = page.block.bucket.itemsize
         self._elsewhere: torch.UntypedStorage | None = None
@@ -200,11 +204,13 @@ class WeightPage:
         windows: modules whose forward is running and that use the page.
         kept: a raw pointer to the page is out: not evicted before the step ends.
         last_use: the pager's clock when the page was last touched.
+        is_tiled: linear and embedding ops take its one parameter by tiles, only others the page.
     """
 
     __slots__ = (
         "block",
         "holder",
+        "is_tiled",
         "kept",
         "last_use",
         "lease",
@@ -225,6 +231,7 @@ class WeightPage:
         self.windows = 0
         self.kept = False
         self.last_use = 0
+        self.is_tiled = False
 
     def __repr__(self) -> str:
         """The bucket's number, `-` away, `~` loading, `+` there; then pins, windows, kept."""

@@ -15,6 +15,7 @@ from torch import nn
 from offload.config import HOST_SHARE, OffloadConfig, available_host_bytes, load_config
 from offload.engine.collect import Collection, collect
 from offload.engine.optimizer import configured_groups
+from offload.engine.tiling import plan_tiled
 from offload.errors import ConfigError, DoesNotFitError, format_bytes
 from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.generic import GenericRule
@@ -157,9 +158,9 @@ def plan_module(
     """Plan the state of collected parameters; what the engine cannot page is taken off the device.
 
     Raises:
+        ConfigError: `tiling.modules` names no module that can be tiled.
         DoesNotFitError: parameters that must stay on the device exceed its budget.
     """
-    specs = [collected.spec for collected in collection.paged]
     left = machine.device_bytes - collection.resident_bytes
     if left <= 0:
         raise DoesNotFitError(
@@ -167,12 +168,20 @@ def plan_module(
             f"of tier device, whose budget is {format_bytes(machine.device_bytes)}"
         )
     machine = replace(machine, device_bytes=left)
-    if isinstance(rule, UpdateRule):
-        planned = plan_buckets(specs, config, machine=machine, moments=rule.state_fields)
-    elif isinstance(rule, ZerothOrderRule):
-        planned = _plan_forward_only(specs, config, machine)
-    else:
-        planned = _plan_generic(specs, collection, config, machine, rule, groups)
+
+    def plan_specs(specs: Sequence[ParamSpec], slot_bytes: int) -> Plan:
+        beside = replace(machine, device_bytes=machine.device_bytes - slot_bytes)
+        if isinstance(rule, UpdateRule):
+            planned = plan_buckets(specs, config, machine=beside, moments=rule.state_fields)
+        elif isinstance(rule, ZerothOrderRule):
+            planned = _plan_forward_only(specs, config, beside)
+        else:
+            planned = _plan_generic(specs, collection, config, beside, rule, groups)
+        return _with_overhead(planned, "device", slot_bytes)
+
+    # Forward-only training perturbs whole pages.
+    tileable = collection.tileable if not isinstance(rule, ZerothOrderRule) else ()
+    planned = plan_tiled(collection.paged, tileable, config, plan_specs)
     return _with_overhead(planned, "device", collection.resident_bytes)
 
 

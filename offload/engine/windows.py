@@ -38,7 +38,10 @@ _Entered = tuple[list[PagedParameter], bool, bool]
 
 
 class Window:
-    """The parameters one module is about to use, and what is open of it in each thread."""
+    """The parameters one module is about to use, and what is open of it in each thread.
+
+    Tiled parameters are in none: they stay guarded, and come by tiles.
+    """
 
     def __init__(
         self, module: nn.Module, name: str, parameters: Sequence[PagedParameter], pager: Pager

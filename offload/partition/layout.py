@@ -40,7 +40,10 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One parameter. `dtype` is a short name: "fp32", "bf16", "fp16", ..."""
+    """One parameter. `dtype` is a short name: "fp32", "bf16", "fp16", ...
+
+    `tile_numel`: the device holds at most this many elements of it at once; None: all of them.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,10 +51,16 @@ class ParamSpec:
     dtype: str
     itemsize: int
     trainable: bool
+    tile_numel: int | None = None
 
     @property
     def nbytes(self) -> int:
         return self.numel * self.itemsize
+
+    @property
+    def tile_nbytes(self) -> int:
+        """Bytes of the largest part that the device holds at once."""
+        return self.nbytes if self.tile_numel is None else self.tile_numel * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +134,7 @@ def pack(
 
     One bucket is open for each (dtype, trainable), so parameters of different kinds that alternate
     (adapters between frozen weights) still fill buckets. A parameter larger than
-    `bucket_elements` is alone.
+    `bucket_elements`, or one that is tiled, is alone.
 
     Args:
         specs: the parameters in registration order.
@@ -163,7 +172,7 @@ def _groups(specs: Sequence[ParamSpec], bucket_elements: int) -> list[list[int]]
     for param, spec in enumerate(specs):
         kind = (spec.dtype, spec.trainable)
         needed = _slot_elements(spec)
-        if needed > bucket_elements:
+        if needed > bucket_elements or spec.tile_numel is not None:
             groups.append([param])
         elif kind in open_groups and filled[kind] + needed <= bucket_elements:
             open_groups[kind].append(param)

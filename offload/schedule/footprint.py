@@ -3,7 +3,8 @@
 [Note: Footprint]
   home      the block of a bucket's state class in its tier, from the start to the end of the run.
   device    homes + working set + gradients in flight. The working set are the paged weights: two
-            buckets at least (one in use, one arriving), at most all of them.
+            buckets at least (one in use, one arriving), at most all of them. A tiled bucket takes
+            no part: its tiles have slots of their own, which are off the budget before planning.
   host      homes + staging. The phases of a step do not overlap, so staging is their maximum:
     passes  (forward and backward) a ring of weight chunks on their way from nvme; the open gradient
             chunks whose home is nvme; landing room for gradients that leave an accelerator.
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     # Bytes of each chunk block of one bucket, by state class; frozen buckets have weights only.
     BlockBytes = Mapping[str, Sequence[int]]
@@ -132,6 +133,7 @@ def footprint(
     machine: Machine,
     *,
     gradient_bytes: int,
+    tiled: Collection[int] = frozenset(),
 ) -> Footprint:
     """Counts what a placement takes.
 
@@ -140,13 +142,14 @@ def footprint(
         tier_of: home tier by (bucket, state class), complete.
         machine: the tiers; only its staging, mode and addressability are read.
         gradient_bytes: gradients in flight on the device.
+        tiled: the buckets that come to the device by tiles.
     """
     homes = {tier: dict.fromkeys(STATE_CLASSES, 0) for tier in TIERS}
     paged: list[int] = []
     for bucket, classes in enumerate(blocks):
         for state_class, sizes in classes.items():
             homes[tier_of[bucket, state_class]][state_class] += sum(sizes)
-        if tier_of[bucket, "weights"] != "device":
+        if tier_of[bucket, "weights"] != "device" and bucket not in tiled:
             paged.append(sum(classes["weights"]))
     return Footprint(
         homes=homes,

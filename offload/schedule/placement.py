@@ -8,7 +8,8 @@ from there it crosses twice a step.
 
 The buckets of a class that get the faster tier are spread evenly over the model, so that between
 two that have to be fetched there is work to hide the fetch behind. With weights that is a fixed
-resident set, which for the cyclic accesses of training is as good as any policy.
+resident set, which for the cyclic accesses of training is as good as any policy. Tiled weights are
+not given the device: they are tiled to be away.
 
 A named tier is that tier for all buckets; what cannot fit there is refused, with a table of what
 would fit.
@@ -24,7 +25,7 @@ from offload.errors import DoesNotFitError, format_bytes
 from offload.schedule.footprint import STATE_CLASSES, TIERS, Footprint, Machine, footprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from offload.schedule.footprint import BlockBytes
 
@@ -132,10 +133,14 @@ def assign(
     choice: PlacementChoice,
     *,
     gradient_bytes: int,
+    tiled: Collection[int] = frozenset(),
 ) -> Placement:
-    """As `place`, but what does not fit is told in `shortfalls` instead of raised."""
-    tier_of = _Assignment(blocks, machine, choice, gradient_bytes).tier_of
-    taken = footprint(blocks, tier_of, machine, gradient_bytes=gradient_bytes)
+    """As `place`, but what does not fit is told in `shortfalls` instead of raised.
+
+    `tiled` are the buckets that come to the device by tiles.
+    """
+    tier_of = _Assignment(blocks, machine, choice, gradient_bytes, tiled).tier_of
+    taken = footprint(blocks, tier_of, machine, gradient_bytes=gradient_bytes, tiled=tiled)
     short = [tier for tier in TIERS if taken.need_bytes(tier) > machine.budget_bytes(tier)]
     shortfalls = tuple(
         Shortfall(
@@ -166,9 +171,11 @@ class _Assignment:
         machine: Machine,
         choice: PlacementChoice,
         gradient_bytes: int,
+        tiled: Collection[int],
     ) -> None:
         self._blocks = blocks
         self._machine = machine
+        self._tiled = tiled
         self._gradient_bytes = gradient_bytes
         asked = {"weights": choice.weights, "gradients": choice.gradients}
         asked["optimizer"] = choice.optimizer
@@ -214,6 +221,7 @@ class _Assignment:
     def _fill_device_with_weights(self, off_device: frozenset[int]) -> None:
         room_bytes = self._device_room_bytes()
         weights = [home for home in self._free if home.state_class == "weights"]
+        weights = [home for home in weights if home.bucket not in self._tiled]
         stay_off = [home for home in weights if home.bucket in off_device]
         weights = [home for home in weights if home.bucket not in off_device]
         if stay_off or sum(map(self._nbytes, weights)) > room_bytes:
@@ -229,7 +237,7 @@ class _Assignment:
         paged = sorted(
             self._nbytes((bucket, "weights"))
             for bucket in range(len(self._blocks))
-            if self.tier_of.get((bucket, "weights")) != "device"
+            if self.tier_of.get((bucket, "weights")) != "device" and bucket not in self._tiled
         )
         return sum(paged[-AUTO_WORKING_BUCKETS:])
 

@@ -52,6 +52,25 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
+class TiledWeight:
+    """A parameter that comes to the device by tiles: ranges of `tile_rows` of its `rows` rows.
+
+    `tile_bytes` are those of a whole tile; the last one may be smaller.
+    """
+
+    name: str
+    bucket: int
+    rows: int
+    tile_rows: int
+    tile_bytes: int
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the parameter."""
+        return -(-self.rows // self.tile_rows)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Home tier of each bucket's state, and what the run takes of each tier.
 
@@ -70,6 +89,7 @@ class Plan:
         buckets: in order of their first parameter.
         layouts: by bucket: the `ClassLayout` of each state class.
         shortfalls: what is missing when it does not fit.
+        tiled: the parameters that come to the device by tiles.
     """
 
     fits: bool
@@ -86,6 +106,7 @@ class Plan:
     buckets: tuple[Bucket, ...]
     layouts: tuple[dict[str, ClassLayout], ...]
     shortfalls: tuple[Shortfall, ...]
+    tiled: tuple[TiledWeight, ...] = ()
 
     def tier(self, bucket: int, state_class: str) -> str:
         """The home tier of one class of one bucket."""
@@ -111,6 +132,10 @@ class Plan:
             f"{len(self.buckets)} buckets; host staging {format_bytes(self.staging_bytes)}; "
             f"device room for paged weights {format_bytes(self.working_bytes)}"
         )
+        lines += [
+            f"tiled: {each.name} in {each.num_tiles} tiles of {format_bytes(each.tile_bytes)}"
+            for each in self.tiled
+        ]
         lines.append(f"about {self.step_seconds:.3g} s a step, bound by {self.bottleneck}")
         if not self.fits:
             lines += ["does not fit:", shortfall_table(self.shortfalls)]
@@ -206,16 +231,23 @@ def plan_layouts(
         for bucket, classes in zip(buckets, layouts, strict=True)
         if bucket.trainable and "gradients" not in classes
     )
-    gradient_bytes = max((spec.nbytes for spec in specs if spec.trainable), default=0)
+    gradient_bytes = max((spec.tile_nbytes for spec in specs if spec.trainable), default=0)
     if forward_only:
         gradient_bytes = 0
+    tiled = _tiled_weights(specs, buckets)
     choice = PlacementChoice(
         weights=config.placement.weights,
         gradients=config.placement.gradients,
         optimizer=config.placement.optimizer,
         off_device=forward_only,
     )
-    placement = assign(blocks, machine, choice, gradient_bytes=gradient_bytes)
+    placement = assign(
+        blocks,
+        machine,
+        choice,
+        gradient_bytes=gradient_bytes,
+        tiled={each.bucket for each in tiled},
+    )
     taken = placement.footprint
     working_bytes = taken.working_bytes(machine.device_bytes)
     need_bytes = {tier: taken.need_bytes(tier) for tier in TIERS}
@@ -248,7 +280,22 @@ def plan_layouts(
         buckets=buckets,
         layouts=layouts,
         shortfalls=placement.shortfalls,
+        tiled=tiled,
     )
+
+
+def _tiled_weights(
+    specs: Sequence[ParamSpec], buckets: Sequence[Bucket]
+) -> tuple[TiledWeight, ...]:
+    found = []
+    for bucket in buckets:
+        spec = specs[bucket.slots[0].param]
+        if spec.tile_numel is not None:
+            tile_rows = spec.tile_numel * spec.shape[0] // spec.numel
+            found.append(
+                TiledWeight(spec.name, bucket.index, spec.shape[0], tile_rows, spec.tile_nbytes)
+            )
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
         "loop over the micro-batches in the closure",
     ),
     ({"optimizer": {"name": "mezo"}, "training": {"max_grad_norm": 1.0}}, "max_grad_norm is of no"),
+    ({"optimizer": {"name": "mezo"}, "tiling": {"modules": ["head"]}}, "tiling.modules is of no"),
     ({"optimizer": {"name": "mezo"}, "placement": {"gradients": "host"}}, "placement.gradients is"),
     ({"optimizer": {"name": "mezo"}, "placement": {"optimizer": "host"}}, "placement.optimizer is"),
     ({"optimizer": {"name": "mezo"}, "placement": {"weights": "device"}}, "no true weights"),

@@ -6,6 +6,7 @@ that is missing shows as a wrong number. What is checked here is what a GPU woul
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Embedding(64, 64), *blocks, nn.Linear(64, 64))
 
 
-def train(path: Path, placement: dict[str, str], compute: str, accumulation: int) -> Any:
+def train(
+    path: Path, placement: dict[str, str], compute: str, accumulation: int, **sections: Any
+) -> Any:
     """Losses and full state after `STEPS` steps."""
     config = {
         "tiers": {
@@ -67,6 +70,7 @@ def train(path: Path, placement: dict[str, str], compute: str, accumulation: int
         "partition": {"bucket_elements": 8192},
         "training": {"gradient_accumulation_steps": accumulation, "max_grad_norm": 1.0},
         "optimizer": {"lr": 1e-2},
+        **sections,
     }
     ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
     losses = []
@@ -102,6 +106,36 @@ def test_an_accelerator_gives_the_bits_of_host_memory(
         for field, tensor in tensors.items():
             assert torch.equal(simulated_state[name][field], tensor), (name, field)
     assert report.lanes["d2h"].bytes > 0, "gradients have left the device"
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("placement", list(PLACEMENTS))
+def test_tiles_on_an_accelerator_give_the_bits_of_host_memory(
+    placement: str, compute: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    tiling = {"modules": ["*"], "tiles": 5}
+    losses, state, _ = train(tmp_path, PLACEMENTS["host"], compute, 2, tiling=tiling)
+    request.getfixturevalue("accelerator")
+    found = train(tmp_path, PLACEMENTS[placement], compute, 2, tiling=tiling)
+    assert found[0] == losses
+    for name, tensors in state.items():
+        for field, tensor in tensors.items():
+            assert torch.equal(found[1][name][field], tensor), (name, field)
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_missing_wait_for_a_tile_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiling = {"modules": ["*"], "tiles": 5}
+    losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1, tiling=tiling)
+    wait = SimulatedDeviceTier.make_current_wait
+
+    def wait_for_pages(tier: SimulatedDeviceTier, transfer: Any) -> None:
+        if "tiles.py" not in sys._getframe(1).f_code.co_filename:
+            wait(tier, transfer)
+
+    monkeypatch.setattr(SimulatedDeviceTier, "make_current_wait", wait_for_pages)
+    hasty_losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1, tiling=tiling)
+    assert hasty_losses != losses
 
 
 @pytest.mark.usefixtures("accelerator")

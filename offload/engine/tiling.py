@@ -1,0 +1,208 @@
+"""Which parameters are tiled, and into how many tiles: decided before anything is allocated.
+
+[Note: Tiling]
+Tileable is what only `nn.Linear` and `nn.Embedding` modules use as their weight: two dimensions,
+floating-point, rows one after the other. Of those are tiled
+
+  named     in `tiling.modules`, in any case;
+  by size   if the plan does not fit the device: the largest first, until it does. Only those whose
+            page is their own, whatever the size of buckets.
+
+With `tiles = "auto"` a tile and its gradient get half of the device budget that nothing else must
+have, in two slots; a large tile gains nothing over a smaller one, and the room left holds pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from offload.engine.windows import fused_modules, gathered_modules
+from offload.errors import ConfigError
+from offload.partition.layout import MIN_BUCKET_ELEMENTS
+from offload.tiers.extents import round_up_to_page
+
+if TYPE_CHECKING:
+    from offload.config import OffloadConfig
+    from offload.engine.collect import Collected
+    from offload.partition.layout import ParamSpec
+    from offload.schedule.plan import Plan
+
+PlanSpecs = Callable[[Sequence["ParamSpec"], int], "Plan"]
+
+NUM_SLOTS = 2  # of the largest tile: one in use, one arriving
+_MIN_TILES = 2
+
+
+def tileable_parameters(module: nn.Module) -> frozenset[nn.Parameter]:
+    """The parameters that linear and embedding modules use as their weight, and nothing else does.
+
+    Not those of modules that see raw memory: compiled ones, fused kernels.
+    """
+    found: set[nn.Parameter] = set()
+    refused: set[nn.Parameter] = set()
+    for outer in (*fused_modules(module).values(), *gathered_modules(module, ()).values()):
+        refused.update(outer.parameters())
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            is_user = name == "weight" and _takes_tiles(owner)
+            (found if is_user and _has_rows(parameter) else refused).add(parameter)
+    return frozenset(found - refused)
+
+
+def _takes_tiles(module: nn.Module) -> bool:
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None and not (module.sparse or module.scale_grad_by_freq)
+    return isinstance(module, nn.Linear)
+
+
+def _has_rows(parameter: nn.Parameter) -> bool:
+    return (
+        parameter.dim() == 2
+        and parameter.is_floating_point()
+        and parameter.dtype.itemsize > 1
+        and parameter.is_contiguous()
+        and parameter.shape[0] > 1
+        and parameter.shape[1] > 0
+        and type(parameter.data) is torch.Tensor
+    )
+
+
+def plan_tiled(
+    collected: Sequence[Collected],
+    tileable: Collection[nn.Parameter],
+    config: OffloadConfig,
+    plan_specs: PlanSpecs,
+) -> Plan:
+    """The plan with the tiles that the configuration names, and those without which nothing fits.
+
+    Args:
+        collected: the paged parameters.
+        tileable: those of them that may be tiled.
+        config: reads `tiling`, `placement` and `guard.gather`, below which nothing is tiled.
+        plan_specs: plans for specs beside so many device bytes of tile slots.
+
+    Raises:
+        ConfigError: a pattern of `tiling.modules` names no tileable module.
+    """
+    names = {
+        index: each.names
+        for index, each in enumerate(collected)
+        if each.parameter in tileable and not _is_gathered(each.names, config)
+    }
+    chosen = set(_named(names, config.tiling.modules))
+    planner = _Planner([each.spec for each in collected], config, plan_specs)
+    planned = best = planner.plan(chosen)
+    elements = config.partition.bucket_elements
+    shared_numel = MIN_BUCKET_ELEMENTS if elements == "auto" else elements
+    sizes = {
+        index: collected[index].spec.nbytes
+        for index in names
+        if index not in chosen and collected[index].spec.numel > shared_numel
+    }
+    for size in sorted(set(sizes.values()), reverse=True):
+        if not _is_short(best):
+            return best
+        chosen |= {index for index, nbytes in sizes.items() if nbytes == size}
+        best = planner.plan(chosen)
+    return planned if _is_short(best) else best
+
+
+def _is_gathered(names: Sequence[str], config: OffloadConfig) -> bool:
+    return any(name.startswith(f"{path}.") for name in names for path in config.guard.gather)
+
+
+def _named(tileable: Mapping[int, Sequence[str]], patterns: Sequence[str]) -> Iterator[int]:
+    unused = dict.fromkeys(patterns)
+    for index, names in tileable.items():
+        modules = [name.rpartition(".")[0] for name in names]
+        matching = [p for p in patterns if any(fnmatchcase(m, p) for m in modules)]
+        for pattern in matching:
+            unused.pop(pattern, None)
+        if matching:
+            yield index
+    if unused:
+        raise ConfigError(
+            problems=[
+                f"tiling.modules: {pattern!r} names no module that can be tiled: an nn.Linear or "
+                "nn.Embedding whose weight nothing else uses, of two rows or more, outside of "
+                "fused, compiled and gathered modules, and without max_norm, sparse or "
+                "scale_grad_by_freq"
+                for pattern in unused
+            ]
+        )
+
+
+def _is_short(plan: Plan) -> bool:
+    return any(shortfall.tier == "device" for shortfall in plan.shortfalls)
+
+
+class _Planner:
+    """Plans for a choice of tiled parameters."""
+
+    def __init__(
+        self, specs: Sequence[ParamSpec], config: OffloadConfig, plan_specs: PlanSpecs
+    ) -> None:
+        self._specs = specs
+        self._tiles = config.tiling.tiles
+        self._placement = config.placement
+        self._plan_specs = plan_specs
+
+    def plan(self, chosen: Collection[int]) -> Plan:
+        """The plan with tiles for the chosen parameters, by index."""
+        if not chosen:
+            return self._plan_specs(self._specs, 0)
+        if self._tiles != "auto":
+            return self._with_tiles(chosen, self._tiles, None)
+        smallest = self._with_tiles(chosen, None, 0)
+        if _is_short(smallest):
+            return smallest
+        room = self._room_bytes(smallest, chosen)
+        planned = self._with_tiles(chosen, None, room)
+        while _is_short(planned):
+            room //= 2
+            planned = self._with_tiles(chosen, None, room)
+        return planned
+
+    def _with_tiles(
+        self, chosen: Collection[int], tiles: int | None, tile_bytes: int | None
+    ) -> Plan:
+        specs = list(self._specs)
+        for index in chosen:
+            spec = specs[index]
+            rows, row_numel = spec.shape
+            least = _MIN_TILES
+            if tiles is not None:
+                least = min(tiles, rows)
+            tile_rows = math.ceil(rows / least)
+            if tile_bytes is not None:
+                fitting = max(tile_bytes // (row_numel * spec.itemsize), 1)
+                tile_rows = math.ceil(rows / max(math.ceil(rows / fitting), least))
+            specs[index] = replace(spec, tile_numel=tile_rows * row_numel)
+        return self._plan_specs(specs, NUM_SLOTS * self._slot_bytes(specs))
+
+    @staticmethod
+    def _slot_bytes(specs: Sequence[ParamSpec]) -> int:
+        return max(
+            round_up_to_page(spec.tile_nbytes) for spec in specs if spec.tile_numel is not None
+        )
+
+    def _room_bytes(self, smallest: Plan, chosen: Collection[int]) -> int:
+        """Bytes of one tile: half of what is free beside the smallest tiles, shared out.
+
+        State that `auto` has put on the device gives way.
+        """
+        gives_way = sum(
+            nbytes
+            for state_class, nbytes in smallest.bytes["device"].items()
+            if getattr(self._placement, state_class) == "auto"
+        )
+        free = smallest.budget_bytes["device"] - smallest.need_bytes["device"] + gives_way
+        trained = any(self._specs[index].trainable for index in chosen)
+        return free // 2 // (NUM_SLOTS + trained)
