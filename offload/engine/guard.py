@@ -124,9 +124,9 @@ def _metadata() -> frozenset[object]:
     return frozenset(found)
 
 
-_METADATA = _metadata()
-_RAW = frozenset(_members(_RAW_METHODS))
-_REFUSED = frozenset(_members(_REFUSED_METHODS))
+METADATA = _metadata()
+RAW = frozenset(_members(_RAW_METHODS))
+REFUSED = frozenset(_members(_REFUSED_METHODS))
 _FOREACH = frozenset(getattr(torch, name) for name in dir(torch) if name.startswith("_foreach_"))
 _DATA: Any = torch.Tensor.data
 _SET_DATA = _DATA.__set__
@@ -152,7 +152,7 @@ class Guarded:
         if func in _BACKWARDS:
             return func(*_as_edges(args), **_as_edges(kwargs or {}))
         with _NO_GUARD():
-            if func in _METADATA:
+            if func in METADATA:
                 return func(*args, **(kwargs or {}))
             return _run_guarded(func, args, kwargs or {})
 
@@ -279,7 +279,7 @@ def _run_guarded(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return func(*args, **kwargs)
     if func in _ALIASES:
         return _guard_views(func(*args, **kwargs), touched)
-    if func in _REFUSED:
+    if func in REFUSED:
         raise GuardError(
             f"{getattr(func, '__name__', func)} of parameter {touched[0][1].state.name}: its "
             "memory belongs to the engine",
@@ -334,7 +334,7 @@ def _run_pinned(
         for (tensor, paged), version in zip(touched, versions, strict=True):
             if _version_of(tensor) != version:
                 paged.mark_edited()
-        if func in _RAW:
+        if func in RAW:
             for holder, theirs in holders:
                 for page in theirs:
                     holder.keep_until_step(page)

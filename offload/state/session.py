@@ -12,8 +12,11 @@ from torch import nn
 from offload.config import OffloadConfig, load_config
 from offload.engine.build import build
 from offload.engine.engine import Engine, SchedulerFactory
+from offload.engine import planning
 from offload.engine.planning import OptimizerFactory
+from offload.schedule.plan import Plan
 from offload.state import adapters, checkpoint, export
+from offload.state.deferred import placing, refuse_inside
 
 
 class OffloadEngine(Engine):
@@ -60,7 +63,8 @@ def initialize(
     """Place the training state of `model` on the config's tiers and return its engine.
 
     Args:
-        model: any module; its parameters keep their identity, and lose their storage.
+        model: any module; its parameters keep their identity, and lose their storage. They may be
+            deferred, see `deferred_init`.
         config: a TOML or JSON file, a mapping, an `OffloadConfig`, or None: everything `auto`.
         optimizer: a factory of any torch optimizer; None is the config's `[optimizer]`.
         lr_scheduler: a factory; None is the config's `[lr_scheduler]`.
@@ -70,4 +74,31 @@ def initialize(
         DoesNotFitError: the state does not fit in the budgets; the model is unchanged.
         StorageError: an nvme path cannot be used.
     """
-    return OffloadEngine(build(model, load_config(config), optimizer), lr_scheduler)
+    refuse_inside("offload.initialize")
+    loaded = load_config(config)
+    with placing(model) as source:
+        return OffloadEngine(build(model, loaded, optimizer, source), lr_scheduler)
+
+
+def plan(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig | None = None,
+) -> Plan:
+    """Plan the training state of a model; needs no weights and allocates none.
+
+    Args:
+        model_or_path: a module, which may be deferred or on the meta device, or a Hugging Face
+            directory or `config.json`, of which only the configuration is read.
+        config: as of `initialize`.
+
+    Returns:
+        The plan; `plan.fits` tells whether the budgets suffice, `str(plan)` is a table.
+
+    Raises:
+        ConfigError: with every problem at once, or the model's configuration cannot be read.
+        OffloadError: a parameter that the engine cannot take; names it.
+    """
+    if not isinstance(model_or_path, nn.Module):
+        return planning.plan(model_or_path, config)
+    with placing(model_or_path):
+        return planning.plan(model_or_path, config)
