@@ -28,9 +28,11 @@ _HOME_OF = {
     "StepReport": "offload.telemetry",
     "StorageError": "offload.errors",
     "UnsupportedPlatformError": "offload.errors",
+    "deferred_init": "offload.state.deferred",
+    "from_pretrained": "offload.state.pretrained",
     "initialize": "offload.state.session",
     "load_config": "offload.config",
-    "plan": "offload.engine.planning",
+    "plan": "offload.state.session",
 }
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "StorageError",
     "UnsupportedPlatformError",
     "__version__",
+    "deferred_init",
+    "from_pretrained",
     "initialize",
     "load_config",
     "plan",
@@ -59,7 +63,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from offload.config import OffloadConfig, load_config
-    from offload.engine.planning import plan
     from offload.errors import (
         BudgetError,
         CheckpointError,
@@ -76,7 +79,9 @@ if TYPE_CHECKING:
         UnsupportedPlatformError,
     )
     from offload.schedule.plan import Plan
-    from offload.state.session import OffloadEngine, initialize
+    from offload.state.deferred import deferred_init
+    from offload.state.pretrained import from_pretrained
+    from offload.state.session import OffloadEngine, initialize, plan
     from offload.telemetry import StepReport
 
 

@@ -176,7 +176,7 @@ class Deferred:
         assert isinstance(self, torch.Tensor)
         if version_of(self) is None:
             undress(self)
-            return self.__reduce_ex__(protocol)
+            return super().__reduce_ex__(protocol)
         raise OffloadError(f"{_described([self])} is saved before it has values", remedy=REMEDY)
 
 
@@ -205,7 +205,7 @@ def dress(tensor: torch.Tensor) -> bool:
     if isinstance(tensor, Deferred):
         return True
     try:
-        tensor.__class__ = _deferred_class_of(type(tensor))  # type: ignore[assignment]
+        tensor.__class__ = _deferred_class_of(type(tensor))
     except TypeError:
         return False
     return True
@@ -215,7 +215,7 @@ def undress(tensor: torch.Tensor) -> None:
     """Undo `dress`."""
     plain = _plain_classes.get(type(tensor))
     if plain is not None:
-        tensor.__class__ = plain  # type: ignore[assignment]
+        tensor.__class__ = plain
 
 
 def _record_edit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

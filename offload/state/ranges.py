@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.state.tape import Operation, View
 
@@ -27,8 +28,9 @@ def read_range(view: View, start: int, numel: int) -> torch.Tensor | None:
     """
     if not is_readable(view):
         return None
-    pieces = list(_pieces(view, start, numel))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        pieces = list(_pieces(view, start, numel))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def is_readable(view: View) -> bool:

@@ -21,7 +21,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ _RESIZING = {"aten::resize_", "aten::resize_as_"}
 _SILENT_VIEWS = {"aten::_unsafe_view"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _traits(func: Any) -> _Traits:
     schema = func._schema
     written, aliases = [], {}
@@ -195,7 +196,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, recording: object, *, drawing: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recording = recording
         self._drawing = drawing
         self._num_seeds = 0
@@ -386,12 +387,12 @@ def _unsupported(func: Any, what: str) -> OffloadError:
 
 def _place() -> str:
     """The module whose code is running, for messages."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
             return f" (in {type(owner).__name__})"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 
@@ -451,7 +452,7 @@ def _is_large(result: Any) -> bool:
 
 def takes_only_layout(func: Any) -> bool:
     """Whether tensor arguments only say what the result looks like."""
-    name = func._schema.name.removeprefix("aten::")
+    name: str = func._schema.name.removeprefix("aten::")
     return name.endswith("_like") or name.startswith("new_")
 
 

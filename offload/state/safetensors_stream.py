@@ -280,6 +280,21 @@ class SafetensorsReader:
         self._fill(entry, tensor)
         return tensor
 
+    def read_range(self, name: str, start: int, numel: int) -> torch.Tensor:
+        """Elements [start, start + numel) of one tensor, row-major (CPU, 1-D), newly allocated."""
+        entry = self._entry(name)
+        itemsize = entry.dtype.itemsize
+        assert start >= 0
+        assert (start + numel) * itemsize <= entry.nbytes
+        tensor = torch.empty(numel, dtype=entry.dtype)
+        if numel:
+            offset = self.data_start_bytes + entry.begin + start * itemsize
+            with durable.storage_errors(
+                "read", self.path, what=name, offset=offset, nbytes=numel * itemsize
+            ):
+                durable.read_all(self._descriptor, _buffer_of(tensor), offset)
+        return tensor
+
     def read_into(self, name: str, tensor: torch.Tensor) -> None:
         """Fill a contiguous CPU tensor of the entry's dtype and shape."""
         entry = self._entry(name)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from offload.config import OffloadConfig, load_config
+from offload.engine import planning
 from offload.engine.build import build
 from offload.engine.engine import Engine, SchedulerFactory
-from offload.engine import planning
 from offload.engine.planning import OptimizerFactory
 from offload.schedule.plan import Plan
 from offload.state import adapters, checkpoint, export

@@ -35,8 +35,11 @@ _Call = Callable[..., Any]
 class Leaf(Protocol):
     """Values that are read, not computed: a dense row-major tensor somewhere else."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read(self, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel), row-major: 1-D, newly allocated."""
@@ -94,7 +97,7 @@ def view_of(tensor: torch.Tensor, version: Version) -> View:
         tensor.dtype,
         tuple(tensor.shape),
         tuple(tensor.stride()),
-        tensor.storage_offset(),
+        int(tensor.storage_offset()),
         tensor.is_conj(),
         tensor.is_neg(),
     )
