@@ -129,8 +129,8 @@ def _check(name: str, parameter: nn.Parameter, *, allow_meta: bool) -> None:
     if parameter.is_meta and not allow_meta:
         raise OffloadError(
             f"parameter {name} is on the meta device: it has no values to train",
-            remedy="build the model with its values on cpu, e.g. model.to_empty(device='cpu') and "
-            "load_state_dict",
+            remedy="build it under `with offload.deferred_init():`, which takes no memory either, "
+            "or load it with offload.from_pretrained",
         )
 
 

@@ -41,6 +41,7 @@ from offload.state.tape import materialize
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data
+_SET_DATA = _DATA.__set__
 # These show values to Python without any op; the layout calls are what `RAW` has beside pointers.
 _SHOWN = frozenset({torch.Tensor.tolist, torch.Tensor.__repr__, torch.Tensor.__reduce_ex__})
 _STORAGES = frozenset(
@@ -245,7 +246,7 @@ def _record_edit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
                 result = func(*args, **kwargs)
         except OffloadError as error:
             raise OffloadError(f"{error} ({_described(touched)})") from error
-    if func is _DATA.__set__ and version_of(args[0]) is None:
+    if func == _SET_DATA and version_of(args[0]) is None:
         undress(args[0])
     for tensor in tree_leaves(result):
         if isinstance(tensor, torch.Tensor) and version_of(tensor) is not None:
@@ -269,14 +270,17 @@ def _deferred_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _described(tensors: Sequence[torch.Tensor]) -> str:
-    """The first of the tensors that is a parameter of some module; for messages only."""
-    wanted = {id(tensor) for tensor in tensors}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), nn.Module):
+    """The parameter of a module that one of the tensors is, or is an alias of; for messages."""
+    with _NO_GUARD():
+        wanted = {tensor.untyped_storage()._cdata for tensor in tensors}
+        for thing in gc.get_objects():
+            if not issubclass(type(thing), nn.Module):
+                continue
             for name, parameter in thing.__dict__.get("_parameters", {}).items():
-                if id(parameter) in wanted:
+                is_deferred = parameter is not None and version_of(parameter) is not None
+                if is_deferred and parameter.untyped_storage()._cdata in wanted:
                     return f"parameter {name} of a {type(thing).__name__}"
-    return "a deferred tensor"
+    return "a tensor"
 
 
 def _settle(recording: object, *, failed: bool) -> None:

@@ -217,7 +217,7 @@ def unwind() -> None:
 @_break
 def refused() -> None:
     """set_, resize_ and share_memory_ reach the storage."""
-    guard._REFUSED = frozenset()
+    guard.REFUSED = frozenset()
 
 
 @_break
