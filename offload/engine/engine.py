@@ -25,10 +25,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.hooks import RemovableHandle
 
 from offload.config import OffloadConfig
 from offload.engine.build import Parts
+from offload.engine.departed import GradientSlots
 from offload.engine.forward_only import ForwardOnlyEngine
 from offload.engine.optimizer import Closure, OffloadOptimizer
 from offload.engine.pages import PagedParameter, forget
@@ -117,9 +117,14 @@ class Engine(ForwardOnlyEngine):
         self._places = Places(self.module, parts.paged)
         self._handles = [handle for w in self._windows for handle in install(w)]
         self._handles += install(self._root)
-        self._handles += self._watch_gradients()
+        self._slots = GradientSlots(
+            self._trainable,
+            parts.gradients,
+            bring_back=self._bring_back,
+            check=self._check_gradient,
+        )
         if parts.tiles is not None:
-            parts.tiles.before_gradient = self._check_gradient
+            parts.tiles.before_gradient = self._slots.expect
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward; arguments and result are the module's.
@@ -150,6 +155,7 @@ class Engine(ForwardOnlyEngine):
         """
         self._check_ready("backward")
         self._check_has_gradients("backward")
+        self._end_interrupted()
         scale = 1.0 / self.config.training.gradient_accumulation_steps
         if self.loss_scale is not None:
             loss = loss.float()
@@ -191,6 +197,7 @@ class Engine(ForwardOnlyEngine):
                 in every placement alike: load a checkpoint, and lower the learning rate.
         """
         self._check_open()
+        self._end_interrupted()
         if self._zeroth is not None:
             self.optimizer.step(closure, reduce=reduce)
             return self._end_boundary()
@@ -257,6 +264,7 @@ class Engine(ForwardOnlyEngine):
         self._closed = True
         for handle in self._handles:
             handle.remove()
+        self._slots.remove()
         # A touch of a parameter stays an error for as long as the module lives.
         weakref.finalize(self.module, _forget_all, tuple(self._parts.paged))
         with self._parts.closing:
@@ -316,54 +324,29 @@ class Engine(ForwardOnlyEngine):
         found = (by_parameter.get(id(parameter)) for parameter in parameters)
         return [p for p in found if p is not None and p.page.is_paged and not p.tiles]
 
-    def _watch_gradients(self) -> list[RemovableHandle]:
-        handles = []
-        with _NO_GUARD():
-            for state in self._trainable:
-                hook = _GradientHook(self, state)
-                handles.append(state.parameter.register_post_accumulate_grad_hook(hook))
-        return handles
-
-    def _take_gradient(self, state: ParameterState) -> None:
-        """A gradient is finished: send it home and free it."""
-        with _NO_GUARD(), torch.no_grad():
-            self._parts.pager.end_node()
-            gradient = state.parameter.grad
-            if gradient is None:
-                return
-            self._check_gradient(state)
-            self._parts.gradients.arrive(state, gradient)
-            state.parameter.grad = None
-
     def _check_gradient(self, state: ParameterState) -> None:
-        """A gradient is about to go home: it has to be of this accumulation, and scaled."""
-        if self._zeroth is not None:
-            state.parameter.grad = None
+        """A gradient is finished and about to be taken."""
+        self._parts.pager.end_node()
         self._check_has_gradients(f"the gradient of {state.name}")
         if self.loss_scale is not None and not self._in_backward:
-            state.parameter.grad = None
             raise EngineStateError(
                 f"the fp16 gradient of {state.name} comes from a loss without its scale",
                 remedy="call engine.backward(loss) instead of loss.backward()",
             )
-        if self._gradients_are_spent:
+        if self._gradients_are_spent and state.gradient_sums is not None:
             self._gradients_are_spent = False
             warnings.warn(
                 "gradients are added to those that an optimizer step has used already: call "
-                "engine.optimizer.zero_grad() after it (module.zero_grad() does not reach "
-                "them), or engine.step(), which forgets them",
+                "zero_grad() after it, or engine.step(), which forgets them",
                 stacklevel=2,
             )
 
-    def _take_assigned_gradients(self) -> None:
-        """Gradients that the user has assigned to `.grad` replace what has arrived."""
-        with _NO_GUARD(), torch.no_grad():
-            for state in self._trainable:
-                gradient = state.parameter.grad
-                if gradient is not None:
-                    state.gradient_sums = None
-                    self._parts.gradients.arrive(state, gradient)
-                    state.parameter.grad = None
+    def _bring_back(self, state: ParameterState) -> torch.Tensor:
+        """A copy of the gradient that is at home, as autograd would have it in `.grad`."""
+        self._parts.gradients.flush()
+        return self._state.read(state, "gradient").to(
+            self._parts.device.device, state.parameter.dtype
+        )
 
     def _set_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
         self._check_has_gradients(f"the gradient of {state.name}")
@@ -378,8 +361,7 @@ class Engine(ForwardOnlyEngine):
                 f"gradient of parameter {state.name} with shape {tuple(tensor.shape)}",
                 expected=f"shape {tuple(state.shape)}",
             )
-        state.gradient_sums = None
-        self._parts.gradients.arrive(state, tensor.to(self._parts.device.device))
+        self._slots.place(state, tensor.to(self._parts.device.device))
         self._parts.gradients.flush()
 
     def _after_backward(self) -> None:
@@ -388,15 +370,12 @@ class Engine(ForwardOnlyEngine):
 
     def _clear_gradients(self) -> None:
         self._gradients_are_spent = False
-        self._parts.gradients.clear()
+        self._slots.clear()
 
     def _forget_gradients(self) -> None:
         """The accumulation under way starts again."""
         self._clear_gradients()
         self.micro_steps -= self.micro_steps % self.config.training.gradient_accumulation_steps
-        with _NO_GUARD():
-            for state in self._trainable:
-                state.parameter.grad = None
 
     def _zero_grad(self) -> None:
         self._check_ready("zero_grad")
@@ -470,7 +449,7 @@ class Engine(ForwardOnlyEngine):
         self._places.check()
         parts.pager.release_nodes()
         self._release_gathered()
-        self._take_assigned_gradients()
+        self._slots.adopt_all()
         parts.gradients.flush()
         parts.pager.end()
         parts.pager.flush()
@@ -517,6 +496,11 @@ class Engine(ForwardOnlyEngine):
             if isinstance(window, GatheredWindow):
                 window.release()
 
+    def _end_interrupted(self) -> None:
+        """No forward runs in this thread: what one of `module` itself has left open is void."""
+        if self._parts.pager.is_in_window or self._root.is_open:
+            self._unwind()
+
     def _unwind(self) -> None:
         for window in self._windows:
             window.unwind()
@@ -548,23 +532,3 @@ class Engine(ForwardOnlyEngine):
 def _forget_all(parameters: Sequence[PagedParameter]) -> None:
     for parameter in parameters:
         forget(parameter)
-
-
-class _GradientHook:
-    """Sends a finished gradient home; copies of its parameter have none."""
-
-    __slots__ = ("_engine", "_state")
-
-    def __init__(self, engine: Engine, state: ParameterState) -> None:
-        self._engine = engine
-        self._state = state
-
-    def __call__(self, _parameter: torch.Tensor) -> None:
-        self._engine._take_gradient(self._state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[torch.Tensor], None]:
-        return _no_gradient_hook
-
-
-def _no_gradient_hook(parameter: torch.Tensor) -> None:
-    """What a copied parameter has in place of the engine's hook."""

@@ -170,6 +170,12 @@ class Pager:
             if not self._window_threads[thread]:
                 del self._window_threads[thread]
 
+    @property
+    def is_in_window(self) -> bool:
+        """Whether windows that this thread has opened are open."""
+        with self._lock:
+            return threading.get_ident() in self._window_threads
+
     def keep_until_step(self, page: WeightPage) -> None:
         """A raw pointer to a page that is on the device has been given away: it stays."""
         with self._lock:

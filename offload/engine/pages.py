@@ -175,10 +175,15 @@ class PagedParameter:
             self._plain_uses = _num_uses(self.storage)
 
     @property
+    def has_escaped(self) -> bool:
+        """Whether the last holder leaves views behind; they may be the work of other holders."""
+        return self.plain_depth == 1 and self.has_plain_views
+
+    @property
     def has_plain_views(self) -> bool:
         """Whether views made since the plain class was put on are alive: no guard watches them."""
-        if type(self.state.parameter) is not self.plain_class or self.plain_depth > 1:
-            return False  # the last holder asks
+        if type(self.state.parameter) is not self.plain_class:
+            return False
         if self.page.pins:
             return False  # what a running node has unpacked shares the storage too
         return _num_uses(self.storage) > self._plain_uses

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from offload.engine.build import Parts
+from offload.engine.departed import GradientSlots
 from offload.engine.optimizer import OffloadOptimizer
 from offload.engine.pages import PagedParameter
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
@@ -28,6 +29,7 @@ class StatefulEngine(ABC):
     optimizer: OffloadOptimizer
     loss_scale: LossScale | None
     _parts: Parts
+    _slots: GradientSlots
     _state: StateAccess
     _trainable: list[ParameterState]
     _paged_of_index: Mapping[int, PagedParameter]
@@ -61,7 +63,7 @@ class StatefulEngine(ABC):
         """Full parameters, present and plain, for the duration of a block; None is all of them.
 
         Inside, raw pointers, torch.func and tracing work; `step` is refused. Edits are kept if
-        `writable`.
+        `writable`. A page of which views outlive the block stays until the step ends.
 
         Raises:
             BudgetError: they do not fit the device budget together.
@@ -86,10 +88,11 @@ class StatefulEngine(ABC):
             yield
         finally:
             self._num_gathered -= 1
+            pager.unpin(pages)  # they are kept until `end_gathered`
+            escaped = {parameter.page for parameter in paged if parameter.has_escaped}
             for parameter in paged:
                 parameter.wear_guard()
-            edited = pager.end_gathered(pages, fresh)
-            pager.unpin(pages)
+            edited = pager.end_gathered(pages, [page for page in fresh if page not in escaped])
         if edited and not writable:
             raise OffloadError(
                 f"parameter {edited[0].state.name} was edited inside gathered()",
@@ -232,6 +235,7 @@ class StatefulEngine(ABC):
         load_scalar_state(self._parts.updater, self._parts.parameters, state)
 
     def _full_state(self, state: ParameterState) -> dict[str, torch.Tensor]:
+        self._slots.adopt(state)
         found = {"weight": self._state.read(state, "weight")}
         if state in self._trainable:
             found["master"] = self._state.master(state)

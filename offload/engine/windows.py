@@ -82,7 +82,7 @@ class Window:
         if pushed:
             pop_page_hooks()
         for parameter in plain:
-            if parameter.has_plain_views:
+            if parameter.has_escaped:
                 parameter.needs_guard = True
                 self.pager.keep_until_step(parameter.page)
             parameter.wear_guard()
@@ -233,6 +233,11 @@ class RootWindow:
             self.pager.end()
             if self._wakes_until_leave:
                 self.rest()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this thread is in the module's forward."""
+        return bool(self._stack())
 
     def rest(self) -> None:
         """The step is over: guards watch the resident parameters until the next run."""

@@ -318,13 +318,18 @@ def test_a_hook_that_could_change_a_tiled_gradient_is_refused(engine: Any) -> No
     engine.backward(loss_of(engine, 0))
 
 
-def test_a_hook_on_an_accumulated_gradient_finds_it_gone_as_ever(engine: Any) -> None:
-    found: list[object] = []
+def test_a_hook_on_an_accumulated_gradient_finds_a_tiled_one_gone(engine: Any) -> None:
+    found: list[Any] = []
     for name in ("head.weight", "head.bias"):
         parameter = engine.module.get_parameter(name)
         parameter.register_post_accumulate_grad_hook(lambda each: found.append(each.grad))
     engine.backward(loss_of(engine, 0))
-    assert found == [None, None]
+    assert {type(gradient).__name__ for gradient in found} == {"Tensor", "DepartedGradient"}
+    assert type(engine.module.head.weight.grad).__name__ == "DepartedGradient"
+    with pytest.raises(GuardError, match=r"of parameter head\.weight"):
+        engine.module.head.weight.grad.norm()
+    engine.module.zero_grad()
+    assert gradient_of(engine, "head.weight") is None
 
 
 def test_a_tile_of_a_weight_that_no_group_trains(tmp_path: Path) -> None:

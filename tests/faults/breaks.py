@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from offload.engine import build, collect, guard, node_pins, saved, windows
+from offload.engine import build, collect, departed, guard, node_pins, saved, windows
 from offload.engine import engine as engine_module
 from offload.engine.engine import Engine
 from offload.engine.pager import Pager
@@ -189,7 +189,7 @@ def hook_copies() -> None:
     """Copies of a module and of its parameters keep the engine's hooks."""
     del windows._Hook.__deepcopy__
     del windows._Hook.__reduce__
-    del engine_module._GradientHook.__deepcopy__
+    del departed._AfterHooks.__deepcopy__
 
 
 @_break

@@ -6,7 +6,8 @@ learning rate that is a power of two: its update is exact, so plain PyTorch is t
 bit, over several steps.
 
 The budgets are the smallest legal ones: on the device two pages (or as many as the row says that
-one op needs) and one gradient; on the host the staging.
+one op needs) and one gradient; on the host the staging. Only `roomy` has its state on the host and
+room for all of it on the device.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from offload.engine.planning import choose_rule, describe_machine, plan_module
 RUNS = ("plain", "device", "host", "nvme")
 LEARNING_RATE = 2.0**-4
 _LARGE = 64 << 20
+_EVERY_PAGE = 1000
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Run:
     """One run of a row. It is used as an engine is, whatever is below it.
 
     Attributes:
-        kind: plain, or the home of all state.
+        kind: plain, the home of all state, or roomy.
         module: the module under test.
         engine: the engine, None in the plain run.
         folder: for files of the row.
@@ -223,7 +225,9 @@ def run_row(row: Row, folder: Path) -> None:
         place = folder / kind
         place.mkdir()
         engine = None
-        if kind != "plain":
+        if kind == "roomy":
+            engine = make_engine(module, "host", place, pages=_EVERY_PAGE, **row.config)
+        elif kind != "plain":
             engine = make_engine(module, kind, place, pages=row.pages, **row.config)
         run = Run(kind, module, engine, place, row)
         torch.manual_seed(1)
@@ -237,6 +241,19 @@ def run_row(row: Row, folder: Path) -> None:
             first = run
         else:
             _compare(first, run)
+
+
+def run_everywhere(
+    body: Callable[[Run], None],
+    folder: Path,
+    make: Callable[[], nn.Module],
+    *,
+    pages: int = 2,
+    runs: Sequence[str] = (*RUNS, "roomy"),
+    **config: Any,
+) -> None:
+    """Run a body as a row that belongs to no table, in this process."""
+    run_row(Row(body.__name__, body, make, (), pages, tuple(runs), config), folder)
 
 
 def _compare(expected: Run, got: Run) -> None:
