@@ -81,6 +81,10 @@ class PlainMezo:
 
     def step(self, closure: Callable[[], torch.Tensor]) -> None:
         """Two passes with the same random numbers, and the update."""
+        self.update(self.project(closure))
+
+    def project(self, closure: Callable[[], torch.Tensor]) -> float:
+        """The projected gradient of a new step; the weights are as before."""
         self.steps += 1
         eps = self.perturbation
         true = {index: p.detach().clone() for index, p in self._trained}
@@ -93,14 +97,20 @@ class PlainMezo:
                     moved = _fp32(true[index]) + np.float32(sign * eps) * self._noise(index)
                     parameter.copy_(_like(moved, parameter))
                 losses.append(closure().item())
-            projected = (losses[0] - losses[1]) / (2 * eps)
             for index, parameter in self._trained:
-                weight = _fp32(true[index])
+                parameter.copy_(true[index])
+        self.losses.append(sum(losses) / 2)
+        self.projected.append((losses[0] - losses[1]) / (2 * eps))
+        return self.projected[-1]
+
+    def update(self, projected: float) -> None:
+        """Step along the noise of the step that was projected last."""
+        with torch.no_grad():
+            for index, parameter in self._trained:
+                weight = _fp32(parameter.detach())
                 decay = np.float32(self.weight_decay) * weight
                 gradient = np.float32(projected) * self._noise(index) + decay
                 parameter.copy_(_like(weight - np.float32(self.lr) * gradient, parameter))
-        self.losses.append(sum(losses) / 2)
-        self.projected.append(projected)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of all weights."""

@@ -137,11 +137,9 @@ class _Training:
         micro_steps = engine.config.training.gradient_accumulation_steps
         for micro in range(micro_steps):
             batch = windows.shuffled(number * micro_steps + micro)
-            loss = engine(input_ids=batch, labels=batch).loss
-            engine.backward(loss)
-            losses.append(loss.item())
+            loss, taken = self._micro_step(batch)
+            losses.append(loss)
             tokens += batch.numel()
-            taken = engine.step()
         seconds = time.perf_counter() - started
         report, loss_mean = engine.report(), sum(losses) / len(losses)
         if taken:
@@ -157,12 +155,24 @@ class _Training:
                 "taken": taken,
                 "lr": engine.optimizer.param_groups[0]["lr"],
                 "grad_norm": engine.grad_norm,
+                "projected_gradient": engine.projected_gradient,
                 "tokens_per_second": tokens / seconds,
                 "report": report.to_dict(),
             }
         )
         parts = describe_step(report, loss=loss_mean, tokens_per_second=tokens / seconds)
         progress.step(number + 1, parts if taken else [*parts, "not finite: skipped"])
+
+    def _micro_step(self, batch: torch.Tensor) -> tuple[float, bool]:
+        """The loss of one batch, and whether a step was taken with it."""
+        engine = self.engine
+        if engine.config.optimizer.name == "mezo":
+            taken = engine.step(lambda: engine(input_ids=batch, labels=batch).loss)
+            assert engine.step_loss is not None
+            return engine.step_loss, taken
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        return loss.item(), engine.step()
 
     def _evaluate(self, windows: Windows, progress: Progress) -> float:
         """Mean loss over the same held-out batches on every call."""

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload.engine.planning import PERTURBED_CHUNKS, perturbed_bytes
-from offload.errors import GuardError, NonFiniteError, OffloadError
+from offload.errors import GuardError, NonFiniteError, OffloadError, StorageError
 from offload.optim.chunk_update import ChunkWork, StepSettings
 from offload.optim.zeroth_order import ZerothOrderUpdate
 from offload.partition.blocks import Block, Staged
@@ -59,6 +59,7 @@ class ZerothOrder:
         self._streamed = parts.streamed
         self._updater = updater
         self._meter = parts.meter
+        self._module = parts.module
         self._end_pass = end_pass
         self._pages = [page for page in parts.pages if page.block.bucket.trainable]
         self._step = 0
@@ -165,6 +166,9 @@ class ZerothOrder:
         self._scale = scale
         self._drop_copies()
         try:
+            # A fetch ahead that fails is tried again, and reported, when the weights are needed.
+            with contextlib.suppress(StorageError):
+                self._pager.expect((self._module.training, False))
             with torch.no_grad():
                 loss = _number(closure())
         except BaseException:
@@ -178,6 +182,7 @@ class ZerothOrder:
     def _end_perturbation(self) -> WeightPage | None:
         """Drop the perturbed copies; a page whose parameters were edited meanwhile, if any."""
         self._end_pass()
+        torch.clear_autocast_cache()  # casts of perturbed weights
         edited = None
         for page in self._pages:
             if page.residency is Residency.ON_DEVICE and self._pager.note_edits(page):

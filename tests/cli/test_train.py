@@ -100,6 +100,32 @@ def test_a_run_from_text_to_an_export_that_generates(tmp_path, text, capsys):
     assert LlamaForCausalLM.from_pretrained(tmp_path / "run" / "export").dtype == torch.float32
 
 
+def test_forward_only_training_and_its_resumption(tmp_path, text, capsys):
+    mezo = {
+        "optimizer": {"name": "mezo", "lr": 1e-4, "perturbation": 1e-3},
+        "placement": {"weights": "nvme"},
+    }
+    whole = {**tiny_config(tmp_path, text, save_every=3, export=True, generate_tokens=2), **mezo}
+    assert train.run(whole) == 0
+    assert "held-out loss:" in capsys.readouterr().out
+    expected = metrics(tmp_path)
+    weights = expected["start"][0]["placed_bytes"]["nvme"]["weights"]
+    for entry in expected["step"]:
+        assert entry["taken"]
+        assert entry["grad_norm"] is None
+        assert abs(entry["projected_gradient"]) > 0
+        assert entry["report"]["lanes"]["nvme_read"]["bytes"] >= 2 * weights
+    assert sum(expected["start"][0]["placed_bytes"]["nvme"].values()) == weights
+    for path in (tmp_path / "run" / "checkpoints" / "step-00000006").iterdir():
+        path.unlink()
+    assert train.run({**tiny_config(tmp_path, text, resume=True), **mezo}) == 0
+    found = metrics(tmp_path)
+    for one, other in zip(found["step"][6:], expected["step"][3:], strict=True):
+        assert one["loss"] == other["loss"]
+        assert one["projected_gradient"] == other["projected_gradient"]
+    assert found["eval"][-1]["held_out_loss"] == expected["eval"][-1]["held_out_loss"]
+
+
 def test_resuming_takes_the_same_steps(tmp_path, text):
     whole = tiny_config(tmp_path, text, save_every=3)
     assert train.run(whole) == 0

@@ -34,6 +34,13 @@ MEZO = {"name": "mezo", "lr": 1e-4, "perturbation": 1e-2, "weight_decay": 0.1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def with_unused() -> nn.Module:
+    """The small model, with parameters that its forward never touches."""
+    model = small_model()
+    model[3].register_module("unused", nn.Linear(32, 40))  # type: ignore[index, union-attr, operator]
+    return model
+
+
 class Zoo(nn.Module):
     """Tied, unused, frozen, transposed and large parameters, buffers, and dropout."""
 
@@ -313,6 +320,19 @@ def test_both_passes_draw_the_same_numbers() -> None:
     assert drawn == [number for number in expected for _ in range(2)]
 
 
+def test_casts_of_perturbed_weights_are_not_kept() -> None:
+    """Autocast keeps casts of weights; those of the first pass would be used in the second."""
+    with make_engine(small_model(), mezo("host")) as engine:
+        model = engine.module
+
+        def closure() -> torch.Tensor:
+            return nn.functional.linear(torch.ones(1, 32), model[1].weight).float().sum()
+
+        with torch.autocast("cpu", torch.bfloat16):
+            engine.step(closure)
+        assert engine.projected_gradient != 0
+
+
 def test_a_graph_kept_across_a_step_is_void() -> None:
     with make_engine(small_model(), mezo("host")) as engine:
         x = torch.randn(1, 32, requires_grad=True)
@@ -391,8 +411,11 @@ def test_a_weight_that_becomes_infinite_is_an_error(tmp_path: Path) -> None:
         assert not torch.isfinite(engine.state_dict()["1.weight"]).all()
 
 
-def test_an_edit_inside_the_closure_is_refused(tmp_path: Path) -> None:
-    with make_engine(small_model(), mezo("nvme", tmp_path, device=40 << 10)) as engine:
+@pytest.mark.parametrize("device", [1 << 20, 24 << 10])
+def test_an_edit_inside_the_closure_is_refused(device: int, tmp_path: Path) -> None:
+    """With a tight device the edited page is evicted in the pass: it must not go home."""
+
+    with make_engine(small_model(), mezo("nvme", tmp_path, device=device)) as engine:
         train(engine, steps=1)
 
         def edit(how: Callable[[torch.Tensor], Any]) -> torch.Tensor:
@@ -476,18 +499,19 @@ def test_training_goes_on_after_an_error_anywhere(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One or several operations fail, each time others; an update is never lost nor repeated."""
-    config = mezo("nvme", tmp_path, device=48 << 10, host=1 << 20)
-    records, state, _ = run(config, steps=4)
+    config = mezo("nvme", tmp_path, device=24 << 10, host=1 << 20)
+    records, state, _ = run(config, make=with_unused, steps=4)
     engine: Any = None
 
     def start(fault: str | None) -> Any:
         io = lambda _: CountingIo(backend="threads", threads=2, fault=fault)  # noqa: E731
         monkeypatch.setattr(build, "open_io", io)
-        return make_engine(small_model(), config)
+        return make_engine(with_unused(), config)
 
     engine = start(None)
     first = engine._parts.io.counts[kind]
     train(engine, steps=4)
+    list(engine.named_state())
     last = engine._parts.io.counts[kind]
     engine.close()
     code = "EIO" if kind == "read" else "ENOSPC"
