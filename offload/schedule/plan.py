@@ -8,7 +8,7 @@ A plan that does not fit is still a plan: it tells what is missing. The engine c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from offload.errors import DoesNotFitError, format_bytes
@@ -234,6 +234,8 @@ def plan_layouts(
     gradient_bytes = max((spec.tile_nbytes for spec in specs if spec.trainable), default=0)
     if forward_only:
         gradient_bytes = 0
+        # Two forward passes cost what forward and backward of frozen parameters do.
+        specs = [replace(spec, trainable=False) for spec in specs]
     tiled = _tiled_weights(specs, buckets)
     choice = PlacementChoice(
         weights=config.placement.weights,

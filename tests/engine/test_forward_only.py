@@ -23,6 +23,7 @@ from offload.errors import (
     OffloadError,
     StorageError,
 )
+from offload.partition.blocks import Block, BlockStore, Staged
 from offload.schedule.executor import ComputePool
 from tests.engine.test_faults import CountingIo
 from tests.engine.test_simulated_device import accelerator  # noqa: F401 - a fixture
@@ -94,10 +95,14 @@ def run(
         return records, dict(engine.named_state()), engine.state_dict()
 
 
+def plain_mezo(model: nn.Module) -> PlainMezo:
+    """The yardstick, with the settings of `MEZO`."""
+    return PlainMezo(model, **{key: value for key, value in MEZO.items() if key != "name"})
+
+
 def in_memory(make: Callable[[], nn.Module], compute: str = "fp32") -> PlainMezo:
     model = make().to(DTYPES[compute])
-    options = {key: value for key, value in MEZO.items() if key != "name"}
-    plain = PlainMezo(model, **options)
+    plain = plain_mezo(model)
     for index in range(STEPS):
         plain.step(lambda index=index: small_loss(plain.module, index))
     return plain
@@ -247,7 +252,7 @@ def test_edits_between_steps_are_kept(tmp_path: Path) -> None:
         with torch.no_grad():
             model[1].weight.mul_(0.5)  # type: ignore[index, union-attr, operator]
 
-    plain = PlainMezo(small_model(), **{k: v for k, v in MEZO.items() if k != "name"})
+    plain = plain_mezo(small_model())
     with make_engine(small_model(), mezo("nvme", tmp_path)) as engine:
         for index in range(4):
             plain.step(lambda index=index: small_loss(plain.module, index))
@@ -284,7 +289,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
 def test_the_learning_rate_is_that_of_the_step(tmp_path: Path) -> None:
     schedule = {"name": "linear", "total_steps": 4}
     with make_engine(small_model(), mezo("nvme", tmp_path, lr_scheduler=schedule)) as engine:
-        plain = PlainMezo(small_model(), **{k: v for k, v in MEZO.items() if k != "name"})
+        plain = plain_mezo(small_model())
         for index in range(4):
             plain.lr = engine.optimizer.param_groups[0]["lr"]
             plain.step(lambda index=index: small_loss(plain.module, index))
@@ -364,6 +369,7 @@ def test_a_closure_that_raises_changes_nothing(failing_pass: int, tmp_path: Path
 
             def closure(depth: str = depth, calls: list[int] = calls) -> torch.Tensor:
                 calls.append(0)
+                torch.rand(3)
                 if len(calls) <= failing_pass:
                     return small_loss(engine, engine.micro_steps)
                 if depth == "inside":
@@ -558,12 +564,37 @@ def test_an_accelerator_gives_the_same_bits(
     with make_engine(Zoo(), config) as engine:
         records = train(engine)
         report, plan = engine.report(), engine.plan
+        faulted = engine.module.wide.weight.detach().clone()  # with the update that is pending
         state = dict(engine.named_state())
+    assert torch.equal(faulted, state["wide.weight"]["weight"])
     assert records == list(zip(plain.losses, plain.projected, strict=True))
     for name, weight in plain.state().items():
         assert torch.equal(state[name]["weight"], weight), name
     assert report.lanes["h2d"].bytes > 0
     assert report.tiers["host"].peak_bytes <= plan.peak_bytes["host"]
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_buffer_that_the_store_has_taken_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update goes home from the buffer from which the device copy is made."""
+    start_store = BlockStore.start_store
+
+    def hostile(store: BlockStore, block: Block, chunk: int, staged: Staged) -> None:
+        start_store(store, block, chunk, staged)
+        store.drain()
+        staged.tensor.fill_(255)
+
+    plain = plain_mezo(small_model())
+    monkeypatch.setattr(BlockStore, "start_store", hostile)
+    with make_engine(small_model(), mezo("nvme", tmp_path)) as engine:
+        for index in range(3):
+            plain.step(lambda index=index: small_loss(plain.module, index))
+            train(engine, steps=1)
+            for name, weight in plain.state().items():
+                found = engine.module.get_parameter(name).detach().clone()
+                assert torch.equal(found, weight), name
 
 
 def test_a_plan_needs_no_weights() -> None:

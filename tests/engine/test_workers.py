@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tests.engine.test_forward_only import MEZO
+from tests.engine.test_forward_only import plain_mezo
 from tests.oracle import small_loss, small_model
-from tests.zeroth_oracle import PlainMezo
 
 STEPS = 10
 
@@ -62,8 +61,7 @@ def test_workers_with_different_data_and_placements_stay_equal(tmp_path: Path) -
     errors = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
 
-    options = {key: value for key, value in MEZO.items() if key != "name"}
-    plain = [PlainMezo(small_model(), **options) for _ in range(2)]
+    plain = [plain_mezo(small_model()) for _ in range(2)]
     for step in range(STEPS):
         projected = [
             one.project(lambda one=one, batch=2 * step + rank: small_loss(one.module, batch))

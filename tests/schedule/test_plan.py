@@ -142,6 +142,31 @@ def test_traffic_of_a_bucket_by_home() -> None:
     assert (moved.update["d2h"], moved.update["h2d"]) == (532, 502)
 
 
+def test_forward_only_training_keeps_weights_only() -> None:
+    specs = [*MODEL, replace(MODEL[0], name="frozen", trainable=False)]
+    config = OffloadConfig()
+    planned = plan_buckets(specs, config, machine=ROOMY, moments=None)
+    assert planned.fits
+    assert planned.gradient_bytes == 0
+    for bucket, layouts in zip(planned.buckets, planned.layouts, strict=True):
+        assert list(layouts) == ["weights"]
+        # What is on the device is perturbed, so the home of a trained bucket is elsewhere.
+        assert planned.tier(bucket.index, "weights") == ("host" if bucket.trainable else "device")
+    blocks = [{"weights": (2,)}, {"weights": (30,)}]
+    tier_of = {(0, "weights"): "nvme", (1, "weights"): "nvme"}
+    moved = step_traffic(
+        blocks,
+        tier_of,
+        host_addressable=True,
+        accumulation_steps=1,
+        forward_only=frozenset({0}),
+    )
+    assert (moved.passes["nvme_read"], moved.passes["nvme_write"]) == (2 * 2 + 2 * 30, 2)
+    busy = plan_buckets(specs, config, machine=ROOMY, moments=None, workload=Workload(tokens=10**9))
+    flops = 2 * 2 * 10**9 * sum(s.numel for s in specs)
+    assert busy.step_seconds == pytest.approx(flops / LaneSpeeds().flops, rel=0.01)
+
+
 def test_slower_homes_cost_time_and_name_the_lane() -> None:
     fast = plan(MODEL, ROOMY)
     slow = plan(MODEL, ROOMY, placement={"optimizer": "nvme"})
