@@ -141,13 +141,21 @@ class BlockStore:
         self._blocks[bucket.index, state_class] = block
         self._classes.setdefault(bucket.index, []).append(state_class)
 
+    def remove(self, bucket: int, state_class: str) -> None:
+        """Undo `add` of a block that nothing has used; what NVMe has reserved is not given back."""
+        block = self._blocks.pop((bucket, state_class))
+        self._classes[bucket].remove(state_class)
+        for lease in (block.host_lease, block.device_lease):
+            if lease is not None:
+                lease.release()
+
     def reserve_records(self, *, spare: int) -> None:
-        """Allocate the files of every block whose home is NVMe; `spare` shadow extents a size.
+        """Allocate the files of every new block whose home is NVMe; `spare` shadow extents a size.
 
         Raises:
             StorageError: see `NvmeStore.reserve`.
         """
-        blocks = [block for block in self._blocks.values() if block.home == "nvme"]
+        blocks = [b for b in self._blocks.values() if b.home == "nvme" and not b.records]
         if not blocks:
             return
         assert self.nvme is not None, "a plan with state on nvme comes with a store"

@@ -170,11 +170,15 @@ class RoundRobin:
     def __init__(self, num_paths: int) -> None:
         self.num_paths = num_paths
         self._next: dict[int, int] = {}  # by extent bytes
+        self._num_records: Counter[int] = Counter()  # by extent bytes; so are the shadows
+        self._num_shadows: Counter[int] = Counter()
 
     def copy(self) -> RoundRobin:
         """Return one that goes on from here by itself."""
         other = RoundRobin(self.num_paths)
         other._next = dict(self._next)
+        other._num_records = self._num_records.copy()
+        other._num_shadows = self._num_shadows.copy()
         return other
 
     def deal(self, extent_bytes: int) -> int:
@@ -186,13 +190,17 @@ class RoundRobin:
     def deal_shadows(
         self, record_extent_bytes: Iterable[int], *, spare: int, atomic: bool
     ) -> list[tuple[int, int]]:
-        """Return (path, bytes) of the shadow extents for records of these extent sizes.
+        """Return (path, bytes) of the shadow extents that records of these extent sizes add.
 
         atomic: one a record (twice the state). roll-forward: `spare` a class, the writes in
-        flight, but never more than one a record.
+        flight, but never more than one a record. Those dealt for earlier records of a class count.
         """
-        return [
-            (self.deal(extent_bytes), extent_bytes)
-            for extent_bytes, num_records in Counter(record_extent_bytes).items()
-            for _ in range(num_records if atomic else min(spare, num_records))
-        ]
+        dealt = []
+        for extent_bytes, num_new in Counter(record_extent_bytes).items():
+            self._num_records[extent_bytes] += num_new
+            num_records = self._num_records[extent_bytes]
+            wanted = num_records if atomic else min(spare, num_records)
+            missing = max(0, wanted - self._num_shadows[extent_bytes])
+            self._num_shadows[extent_bytes] += missing
+            dealt += [(self.deal(extent_bytes), extent_bytes) for _ in range(missing)]
+        return dealt

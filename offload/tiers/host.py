@@ -1,10 +1,15 @@
-"""The host tier: one arena of memory, leased in exact sizes.
+"""The host tier: an arena of memory, leased in exact sizes.
 
 [Note: host arena]
 
 The arena is one anonymous mapping, so it can be page-locked for the accelerator once and
 registered with the I/O engine once. Leases are first fit, rounded up to whole pages; the rounded
 size counts.
+
+An arena that has to `grow` gets one more mapping, a *segment*, prepared as the first one was. A
+lease lies in one segment, because neither a copy nor a request may cross two registrations. The
+newest segment with room is taken: what the arena has grown for finds its place there, whatever is
+free elsewhere.
 """
 
 from __future__ import annotations
@@ -35,8 +40,43 @@ class RegistersMemory(Protocol):
         """Prepare memory that many requests will use; return "ok" or why it did not work."""
 
 
+class _Segment:
+    """One mapping of an arena, and what of it is free."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.free = FreeRanges(nbytes)
+        self.is_page_locked = False
+        self.mapping = map_shared(nbytes)
+        self.memory = torch.frombuffer(self.mapping, dtype=torch.uint8)  # (nbytes,)
+        self.address = self.memory.data_ptr()
+
+    def page_lock(self) -> None:
+        """Page-lock the mapping.
+
+        Raises:
+            UnsupportedPlatformError: CUDA refuses.
+        """
+        assert not self.is_page_locked
+        result = torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0)
+        if int(result) != 0:
+            raise UnsupportedPlatformError(
+                f"CUDA cannot page-lock a host arena of {self.nbytes} bytes: {result}",
+                remedy="lower tiers.host.memory, or raise the limit of locked memory (ulimit -l)",
+            )
+        self.is_page_locked = True
+
+    def close(self) -> None:
+        """Give the memory back; tensors that still exist stay readable, as zeros."""
+        if self.is_page_locked:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+        # Tensors of forgotten leases may keep the mapping; they do not keep its pages.
+        self.mapping.madvise(mmap.MADV_REMOVE)
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+
 class HostArena:
-    """`budget_bytes` of host memory in one mapping; see [Note: host arena]. Thread-safe.
+    """`budget_bytes` of host memory; see [Note: host arena]. Thread-safe.
 
     After `close()` no lease can be taken; tensors that still exist stay readable, as zeros.
 
@@ -54,28 +94,57 @@ class HostArena:
             raise ValueError(
                 f"a host budget of {budget_bytes} bytes is below one lease's alignment"
             )
-        self.budget_bytes = budget_bytes // alignment * alignment
+        self.budget_bytes = 0
         self.alignment = alignment
         self.used_bytes = 0
         self.peak_bytes = 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._owners = OwnerBytes()
-        self._free = FreeRanges(self.budget_bytes)
-        self._page_locked = False
-        self._mapping: mmap.mmap | None = self._map()
-        self._memory = torch.frombuffer(self._mapping, dtype=torch.uint8)  # (budget_bytes,)
-        self.address = self._memory.data_ptr()
+        self._io: RegistersMemory | None = None
+        self._is_page_locked = False
+        self._closed = False
+        self._segments: list[_Segment] = []
+        self.grow(budget_bytes // alignment * alignment)
 
-    def _map(self) -> mmap.mmap:
+    @property
+    def address(self) -> int:
+        """Where the first segment starts."""
+        return self._segments[0].address
+
+    def grow(self, nbytes: int) -> None:
+        """Add `nbytes` (rounded up to the alignment) to the budget, prepared as the rest is.
+
+        Leases of up to that size together find room in it at once. After an error the arena is as
+        before.
+
+        Raises:
+            BudgetError: the system refuses to map that much.
+            UnsupportedPlatformError: CUDA refuses to page-lock it.
+        """
+        assert not self._closed, "growth of a closed arena"
+        segment = self._map(self._rounded(nbytes))
+        if self._is_page_locked:
+            try:
+                segment.page_lock()
+            except UnsupportedPlatformError:
+                segment.close()
+                raise
+        if self._io is not None:
+            self._io.register(segment.address, segment.nbytes)
+        with self._lock:
+            self._segments.append(segment)
+            self.budget_bytes += segment.nbytes
+
+    def _map(self, nbytes: int) -> _Segment:
         try:
-            return map_shared(self.budget_bytes)
+            return _Segment(nbytes)
         except (OSError, ValueError, OverflowError) as error:
             raise BudgetError(
                 tier=self.tier,
-                requested_bytes=self.budget_bytes,
+                requested_bytes=nbytes,
                 free_bytes=0,
-                budget_bytes=self.budget_bytes,
+                budget_bytes=self.budget_bytes + nbytes,
                 owner="the arena",
                 remedy=f"the system maps no more ({error}): lower tiers.host.memory",
             ) from error
@@ -96,27 +165,33 @@ class HostArena:
         """Lease `nbytes`, or return None where `lease` would raise."""
         size = self._rounded(nbytes)
         with self._lock:
-            assert self._mapping is not None, "lease from a closed arena"
-            start = self._free.take(size)
-            if start is None:
+            assert not self._closed, "lease from a closed arena"
+            for segment in reversed(self._segments):
+                start = segment.free.take(size)
+                if start is not None:
+                    break
+            else:
                 return None
             self.used_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
             self._owners.add(owner, size)
-        return HostLease(self, start, nbytes, owner)
+        return HostLease(self, segment, start, nbytes, owner)
 
     def pretouch(self) -> None:
         """Back the whole arena with physical pages now; call it before the first lease."""
-        assert self._mapping is not None
-        try:
-            self._mapping.madvise(_MADV_POPULATE_WRITE)
-        except OSError:  # older kernel
-            assert self.used_bytes == 0, "pretouch writes; it must come before the first lease"
-            self._memory[::PAGE_BYTES] = 0
+        assert not self._closed
+        for segment in self._segments:
+            try:
+                segment.mapping.madvise(_MADV_POPULATE_WRITE)
+            except OSError:  # older kernel
+                assert self.used_bytes == 0, "pretouch writes; it must come before the first lease"
+                segment.memory[::PAGE_BYTES] = 0
 
     def register_with(self, io: RegistersMemory) -> str:
         """Register the whole arena with an I/O engine; return "ok" or why it did not work."""
-        return io.register(self.address, self.budget_bytes)
+        self._io = io
+        results = [io.register(segment.address, segment.nbytes) for segment in self._segments]
+        return next((result for result in results if result != "ok"), "ok")
 
     def page_lock(self) -> None:
         """Page-lock the arena, so that the accelerator copies from and to it asynchronously.
@@ -124,14 +199,10 @@ class HostArena:
         Raises:
             UnsupportedPlatformError: CUDA refuses, e.g. because of a limit on locked memory.
         """
-        assert not self._page_locked
-        result = torch.cuda.cudart().cudaHostRegister(self.address, self.budget_bytes, 0)
-        if int(result) != 0:
-            raise UnsupportedPlatformError(
-                f"CUDA cannot page-lock a host arena of {self.budget_bytes} bytes: {result}",
-                remedy="lower tiers.host.memory, or raise the limit of locked memory (ulimit -l)",
-            )
-        self._page_locked = True
+        assert not self._is_page_locked
+        for segment in self._segments:
+            segment.page_lock()
+        self._is_page_locked = True
 
     def owners(self) -> str:
         """Who holds what, for messages."""
@@ -144,14 +215,11 @@ class HostArena:
         No transfer may be in flight on a lease.
         """
         with self._lock:
-            if self._mapping is None or os.getpid() != self._pid:
+            if self._closed or os.getpid() != self._pid:
                 return
-            mapping, self._mapping = self._mapping, None
-        if self._page_locked:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
-        # Tensors of forgotten leases may keep the mapping; they do not keep its pages.
-        mapping.madvise(mmap.MADV_REMOVE)
-        self._memory = torch.empty(0, dtype=torch.uint8)
+            self._closed = True
+        for segment in self._segments:
+            segment.close()
 
     def _rounded(self, nbytes: int) -> int:
         assert nbytes > 0, "a lease of nothing"
@@ -159,10 +227,9 @@ class HostArena:
 
     def _exceeded(self, nbytes: int, owner: str) -> BudgetError:
         free_bytes = self.budget_bytes - self.used_bytes
+        largest = max(segment.free.largest for segment in self._segments)
         broken = (
-            ""
-            if self._free.largest == free_bytes
-            else (f" (the longest free range is {format_bytes(self._free.largest)})")
+            "" if largest == free_bytes else f" (the longest free range is {format_bytes(largest)})"
         )
         return BudgetError(
             tier=self.tier,
@@ -174,16 +241,13 @@ class HostArena:
             f"{broken}; held now: {self._owners.table()}",
         )
 
-    def _bytes_at(self, start: int, nbytes: int) -> torch.Tensor:
-        return self._memory.narrow(0, start, nbytes)
-
-    def _take_back(self, lease: HostLease, start: int) -> None:
+    def _take_back(self, lease: HostLease, segment: _Segment, start: int) -> None:
         size = self._rounded(lease.nbytes)
         with self._lock:
             if lease.released:
                 raise AssertionError(f"host lease of {lease.owner} released twice")
             lease.released = True
-            self._free.put_back(start, size)
+            segment.free.put_back(start, size)
             self.used_bytes -= size
             self._owners.remove(lease.owner, size)
 
@@ -206,21 +270,24 @@ class HostLease:
     past it, up to the next page, is the lease's too: `padded` shows it.
     """
 
-    __slots__ = ("_arena", "_start", "address", "nbytes", "owner", "released", "tensor")
+    __slots__ = ("_arena", "_segment", "_start", "address", "nbytes", "owner", "released", "tensor")
 
-    def __init__(self, arena: HostArena, start: int, nbytes: int, owner: str) -> None:
+    def __init__(
+        self, arena: HostArena, segment: _Segment, start: int, nbytes: int, owner: str
+    ) -> None:
         self._arena = arena
+        self._segment = segment
         self._start = start
-        self.address = arena.address + start
+        self.address = segment.address + start
         self.nbytes = nbytes
         self.owner = owner
         self.released = False
-        self.tensor = arena._bytes_at(start, nbytes)
+        self.tensor = segment.memory.narrow(0, start, nbytes)
 
     @property
     def padded(self) -> torch.Tensor:
         """The lease's memory up to the end of its last page; uint8, 1-D."""
-        return self._arena._bytes_at(self._start, round_up_to_page(self.nbytes))
+        return self._segment.memory.narrow(0, self._start, round_up_to_page(self.nbytes))
 
     def view(self, dtype: torch.dtype, offset_bytes: int, numel: int) -> torch.Tensor:
         """Return a 1-D tensor of `numel` elements of `dtype` over the lease at `offset_bytes`."""
@@ -231,7 +298,7 @@ class HostLease:
 
     def release(self) -> None:
         """Return the lease; exactly once, with no transfer in flight on it."""
-        self._arena._take_back(self, self._start)
+        self._arena._take_back(self, self._segment, self._start)
 
     def __repr__(self) -> str:
         state = ", released" if self.released else ""

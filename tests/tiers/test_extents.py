@@ -127,6 +127,16 @@ def test_extents_are_dealt_evenly_and_counted(
         assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("atomic", [False, True])
+def test_later_records_share_the_shadows_of_earlier_ones(atomic: bool) -> None:
+    dealer = RoundRobin(1)
+    dealt = [
+        len(dealer.deal_shadows([4096] * count, spare=4, atomic=atomic)) for count in (3, 2, 5)
+    ]
+    assert dealt == ([3, 2, 5] if atomic else [3, 1, 0])
+    assert dealer.deal_shadows([8192], spare=4, atomic=atomic) == [(0, 8192)]
+
+
 def test_alternating_sizes_use_all_paths() -> None:
     dealer = RoundRobin(2)
     homes = [(dealer.deal(size), size) for size in [4096, 8192] * 4]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.errors import BudgetError
+from offload.errors import BudgetError, UnsupportedPlatformError
 from offload.native import IoEngine
 from offload.tiers.host import HostArena, HostLease
 from tests.tiers.conftest import RunScript
@@ -172,3 +172,56 @@ assert os.waitpid(child, 0)[1] == 0
 assert bool((lease.tensor == 7).all())
 """
     assert run_script(script).wait(timeout=60) == 0
+
+
+class NotedMemory:
+    """What an I/O engine is asked to register."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+
+    def register(self, address: int, nbytes: int) -> str:
+        self.ranges.append((address, nbytes))
+        return "ok"
+
+
+def test_an_arena_grows_by_a_registered_segment_that_is_taken_first() -> None:
+    noted = NotedMemory()
+    with HostArena(4 * PAGE) as arena:
+        assert arena.register_with(noted) == "ok"
+        old = arena.lease(PAGE, "old")
+        old.tensor.fill_(7)
+        arena.grow(3 * PAGE - 1)
+        assert arena.budget_bytes == 7 * PAGE
+        start, nbytes = noted.ranges[1]
+        assert (noted.ranges[0], nbytes) == ((arena.address, 4 * PAGE), 3 * PAGE)
+        new = arena.lease(2 * PAGE, "new")
+        assert start <= new.address < start + nbytes
+        assert arena.try_lease(6 * PAGE, "no segment is that long") is None
+        rest = [arena.lease(PAGE, "rest"), arena.lease(3 * PAGE, "rest")]
+        assert arena.used_bytes == arena.peak_bytes == 7 * PAGE
+        with pytest.raises(BudgetError, match="only 0 bytes"):
+            arena.lease(PAGE, "more")
+        new.tensor.fill_(9)
+        assert old.tensor.unique().tolist() == [7]
+        for lease in (old, new, *rest):
+            lease.release()
+        assert arena.used_bytes == 0
+        arena.lease(3 * PAGE, "the new segment").release()
+        arena.lease(4 * PAGE, "the old segment").release()
+
+
+def test_a_segment_that_cannot_be_locked_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HostArena(4 * PAGE) as arena:
+        monkeypatch.setattr(arena, "_is_page_locked", True)
+
+        class Refusing:
+            @staticmethod
+            def cudaHostRegister(*_: int) -> int:
+                return 2
+
+        monkeypatch.setattr(torch.cuda, "cudart", Refusing)
+        with pytest.raises(UnsupportedPlatformError, match="cannot page-lock a host arena of 8192"):
+            arena.grow(2 * PAGE)
+        assert arena.budget_bytes == 4 * PAGE
+        arena.lease(4 * PAGE, "all").release()
