@@ -134,12 +134,15 @@ def assign(
     *,
     gradient_bytes: int,
     tiled: Collection[int] = frozenset(),
+    settled: Mapping[tuple[int, str], str] | None = None,
 ) -> Placement:
     """As `place`, but what does not fit is told in `shortfalls` instead of raised.
 
-    `tiled` are the buckets that come to the device by tiles.
+    `tiled` are the buckets that come to the device by tiles, `settled` the homes that stay where
+    they are; the rest finds its place beside them.
     """
-    tier_of = _Assignment(blocks, machine, choice, gradient_bytes, tiled).tier_of
+    settled = settled or {}
+    tier_of = _Assignment(blocks, machine, choice, gradient_bytes, tiled, settled).tier_of
     taken = footprint(blocks, tier_of, machine, gradient_bytes=gradient_bytes, tiled=tiled)
     short = [tier for tier in TIERS if taken.need_bytes(tier) > machine.budget_bytes(tier)]
     shortfalls = tuple(
@@ -148,7 +151,7 @@ def assign(
             taken.need_bytes(tier),
             machine.budget_bytes(tier),
             _remedy(tier, taken, choice, machine)
-            + _disk_remedy(tier, blocks, machine, choice, gradient_bytes),
+            + _disk_remedy(tier, blocks, machine, choice, gradient_bytes, settled),
         )
         for tier in short
     )
@@ -172,6 +175,7 @@ class _Assignment:
         choice: PlacementChoice,
         gradient_bytes: int,
         tiled: Collection[int],
+        settled: Mapping[tuple[int, str], str],
     ) -> None:
         self._blocks = blocks
         self._machine = machine
@@ -179,11 +183,11 @@ class _Assignment:
         self._gradient_bytes = gradient_bytes
         asked = {"weights": choice.weights, "gradients": choice.gradients}
         asked["optimizer"] = choice.optimizer
-        self.tier_of: dict[tuple[int, str], str] = {}
+        self.tier_of: dict[tuple[int, str], str] = dict(settled)
         self._free: list[Home] = []
         for state_class in STATE_CLASSES:
             for bucket in spread_order(len(blocks)):
-                if state_class not in blocks[bucket]:
+                if state_class not in blocks[bucket] or (bucket, state_class) in settled:
                     continue
                 if asked[state_class] == "auto":
                     self._free.append(Home(bucket, state_class))
@@ -286,12 +290,15 @@ def _disk_remedy(
     machine: Machine,
     choice: PlacementChoice,
     gradient_bytes: int,
+    settled: Mapping[tuple[int, str], str],
 ) -> str:
     """How much disk would relieve a host that has none; nothing for other tiers."""
     if tier != "host" or machine.nvme_bytes is not None:
         return ""
     with_disk = replace(machine, nvme_bytes=sys.maxsize)
-    relieved = assign(blocks, with_disk, choice, gradient_bytes=gradient_bytes).footprint
+    relieved = assign(
+        blocks, with_disk, choice, gradient_bytes=gradient_bytes, settled=settled
+    ).footprint
     if relieved.need_bytes("host") > machine.host_bytes:
         return ""
     return f", or tiers.nvme.paths with {relieved.need_bytes('nvme')} bytes free"

@@ -32,7 +32,7 @@ from offload.schedule.placement import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from offload.config import OffloadConfig
     from offload.schedule.footprint import BlockBytes
@@ -189,6 +189,44 @@ def plan_buckets(
     return planned
 
 
+def extend_plan(
+    known: Plan,
+    specs: Sequence[ParamSpec],
+    config: OffloadConfig,
+    *,
+    machine: Machine,
+    lay_out: Callable[[Bucket], dict[str, ClassLayout]],
+) -> Plan:
+    """Plans the state that parameters add which are trainable now and were not in `known`.
+
+    Buckets and homes of `known` stay. A bucket with one trainable parameter is a trainable one,
+    and has state for all its parameters.
+
+    Args:
+        known: a plan of the same parameters.
+        specs: the parameters, with what is trainable now.
+        config: as of `plan_buckets`.
+        machine: budgets for everything, what `known` has placed included.
+        lay_out: the layouts of every state class of a trainable bucket.
+    """
+    buckets, layouts = list(known.buckets), list(known.layouts)
+    for index, bucket in enumerate(known.buckets):
+        trained = any(specs[slot.param].trainable for slot in bucket.slots)
+        if trained and not bucket.trainable:
+            buckets[index] = replace(bucket, trainable=True)
+            layouts[index] = lay_out(buckets[index])
+    return plan_layouts(
+        specs,
+        tuple(buckets),
+        tuple(layouts),
+        config,
+        machine=machine,
+        speeds=LaneSpeeds(),
+        workload=Workload(),
+        settled=known.placement.tier_of,
+    )
+
+
 def layout_state(
     buckets: Sequence[Bucket], *, gradient_dtype: str, moments: Sequence[str] | None
 ) -> tuple[dict[str, ClassLayout], ...]:
@@ -220,8 +258,12 @@ def plan_layouts(
     machine: Machine,
     speeds: LaneSpeeds,
     workload: Workload,
+    settled: Mapping[tuple[int, str], str] | None = None,
 ) -> Plan:
-    """Plans buckets whose state is laid out already; arguments as of `plan_buckets`."""
+    """Plans buckets whose state is laid out already; arguments as of `plan_buckets`.
+
+    `settled` are homes that are given.
+    """
     blocks: list[BlockBytes] = [
         {state_class: layout.chunk_nbytes for state_class, layout in classes.items()}
         for classes in layouts
@@ -249,6 +291,7 @@ def plan_layouts(
         choice,
         gradient_bytes=gradient_bytes,
         tiled={each.bucket for each in tiled},
+        settled=settled,
     )
     taken = placement.footprint
     working_bytes = taken.working_bytes(machine.device_bytes)

@@ -82,6 +82,28 @@ def test_everything_has_one_home_and_budgets_hold(
         assert held <= machine.device_bytes
 
 
+@given(data=st.data(), blocks=models(), machine=machines, choice=choices, gradient=pages)
+def test_settled_homes_stay_and_the_rest_finds_its_place_within_the_budgets(
+    data: st.DataObject, blocks: Blocks, machine: Machine, choice: PlacementChoice, gradient: int
+) -> None:
+    wanted = [(b, name) for b, classes in enumerate(blocks) for name in classes]
+    settled = {
+        home: data.draw(st.sampled_from(TIERS)) for home in wanted if data.draw(st.booleans())
+    }
+    placement = assign(blocks, machine, choice, gradient_bytes=gradient, settled=settled)
+    assert set(placement.tier_of) == set(wanted)
+    assert settled.items() <= placement.tier_of.items()
+    for home in wanted:
+        asked = getattr(choice, home[1])
+        assert home in settled or asked in ("auto", placement.tier_of[home])
+    short = {shortfall.tier for shortfall in placement.shortfalls}
+    for tier in TIERS:
+        need = placement.footprint.need_bytes(tier)
+        assert (need > machine.budget_bytes(tier)) == (tier in short)
+    again = assign(blocks, machine, choice, gradient_bytes=gradient, settled=placement.tier_of)
+    assert (again.tier_of, again.footprint) == (placement.tier_of, placement.footprint)
+
+
 @given(blocks=models(), machine=machines, choice=choices, gradient=pages)
 def test_what_the_table_asks_for_is_enough(
     blocks: Blocks, machine: Machine, choice: PlacementChoice, gradient: int

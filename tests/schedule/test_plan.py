@@ -14,7 +14,16 @@ from offload.errors import DoesNotFitError
 from offload.partition.layout import MIN_BUCKET_ELEMENTS, ParamSpec
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import STATE_CLASSES, TIERS, Machine
-from offload.schedule.plan import Plan, StepTraffic, Workload, plan_buckets, step_traffic
+from offload.schedule.plan import (
+    Plan,
+    StepTraffic,
+    Workload,
+    extend_plan,
+    layout_state,
+    plan_buckets,
+    resolve_gradient_dtype,
+    step_traffic,
+)
 
 MIB = 1 << 20
 ADAM = ("exp_avg", "exp_avg_sq")
@@ -65,6 +74,40 @@ def test_a_plan_fits_exactly_when_every_peak_is_within_its_budget(
     }
     for state_class in STATE_CLASSES:
         assert exact[state_class] <= total[state_class] <= exact[state_class] + padding
+
+
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    numels=st.lists(st.integers(1, 200_000), min_size=1, max_size=12),
+    host=st.integers(0, 8 * MIB),
+)
+def test_an_extended_plan_keeps_what_is_placed(
+    data: st.DataObject, numels: list[int], host: int
+) -> None:
+    specs = [spec(n, trainable=data.draw(st.booleans())) for n in numels]
+    more = [replace(s, trainable=s.trainable or data.draw(st.booleans())) for s in specs]
+    machine = Machine(4 * MIB, host, 64 * MIB)
+    config = load_config({"tiers": {"nvme": {"paths": ["."]}}})
+    known = plan(specs, machine)
+    dtype = resolve_gradient_dtype(config)
+    extended = extend_plan(
+        known,
+        more,
+        config,
+        machine=machine,
+        lay_out=lambda bucket: layout_state([bucket], gradient_dtype=dtype, moments=ADAM)[0],
+    )
+    assert known.placement.tier_of.items() <= extended.placement.tier_of.items()
+    for before, after in zip(known.buckets, extended.buckets, strict=True):
+        trained = any(more[slot.param].trainable for slot in after.slots)
+        assert after == replace(before, trainable=trained)
+        assert set(extended.layouts[after.index]) == set(STATE_CLASSES if trained else ["weights"])
+    for tier in TIERS:
+        assert extended.bytes[tier]["weights"] == known.bytes[tier]["weights"]
+    within = all(extended.need_bytes[t] <= extended.budget_bytes[t] for t in TIERS)
+    assert extended.fits == within
+    assert extended.gradient_bytes == max((s.nbytes for s in more if s.trainable), default=0)
 
 
 def test_with_room_for_all_everything_is_on_the_device() -> None:
