@@ -30,10 +30,12 @@ from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage, register
 from offload.engine.planning import (
     AnyRule,
+    ChosenRule,
     OptimizerFactory,
     choose_rule,
     describe_machine,
     plan_module,
+    scratch_bytes,
     without_untrained,
 )
 from offload.engine.poison import poison_storage
@@ -59,6 +61,7 @@ from offload.tiers.host import HostArena
 from offload.tiers.nvme import NvmeStore
 
 _LOOKAHEAD_PAGES = 3
+SCRATCH_OWNER = "fp32 copies for the optimizer"
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +86,10 @@ class Parts:
     updater: ChunkUpdate
     rule: AnyRule
     groups: list[dict[str, Any]]
+    group_defaults: dict[str, Any]
+    groups_by_name: bool
+    collection: Collection
+    machine: Machine
     meter: LaneMeter
     tiles: TileSlots | None
     closing: contextlib.ExitStack = field(repr=False)
@@ -134,10 +141,10 @@ def build(
         io = open_io(config)
         closing.callback(io.close, config.io.deadline_seconds)
         nvme = _open_nvme(config, io, closing)
-        rule, groups = choose_rule(collection, config, optimizer)
-        collection = without_untrained(collection, groups)
+        chosen = choose_rule(collection, config, optimizer)
+        collection = without_untrained(collection, chosen.groups)
         machine = describe_machine(config, None if nvme is None else nvme.bytes_free())
-        plan = plan_module(collection, config, machine, rule, groups)
+        plan = plan_module(collection, config, machine, chosen.rule, chosen.groups)
         plan.require_fit()
         _require_memory(plan, machine)
         return _reserve_and_move(
@@ -147,7 +154,7 @@ def build(
             plan,
             machine,
             (io, nvme),
-            (rule, groups),
+            chosen,
             source or OwnMemory(),
             closing,
         )
@@ -208,12 +215,12 @@ def _reserve_and_move(
     plan: Plan,
     machine: Machine,
     disks: tuple[IoEngine, NvmeStore | None],
-    rules: tuple[AnyRule, list[dict[str, Any]]],
+    chosen: ChosenRule,
     source: InitialWeights,
     closing: contextlib.ExitStack,
 ) -> Parts:
     io, nvme = disks
-    rule, groups = rules
+    rule = chosen.rule
     deadline = config.io.deadline_seconds
     # No larger than the plan: an arena is locked in memory where there is an accelerator.
     host = HostArena(max(plan.peak_bytes["host"], 1 << 16))
@@ -240,8 +247,9 @@ def _reserve_and_move(
     parameters = _parameter_states(collection, plan)
     updater: ChunkUpdate
     if isinstance(rule, GenericRule):
-        scratch = max(OptimizerUpdate.scratch_bytes(b) for b in plan.buckets if b.trainable)
-        host.lease(scratch, "fp32 copies for the optimizer")
+        scratch = scratch_bytes([c.spec for c in collection.paged], plan.buckets)
+        if scratch:
+            host.lease(scratch, SCRATCH_OWNER)
         updater = OptimizerUpdate(parameters, store, rule)
     elif isinstance(rule, ZerothOrderRule):
         updater = ZerothOrderUpdate(parameters, store, rule, pool)
@@ -284,7 +292,11 @@ def _reserve_and_move(
         tiles=tiles,
         updater=updater,
         rule=rule,
-        groups=groups,
+        groups=chosen.groups,
+        group_defaults=chosen.defaults,
+        groups_by_name=chosen.by_name,
+        collection=collection,
+        machine=machine,
         closing=closing.pop_all(),
     )
 
@@ -303,6 +315,7 @@ def _parameter_states(collection: Collection, plan: Plan) -> list[ParameterState
             numel=collected.spec.numel,
             bucket=places[index][0],
             offset=places[index][1],
+            trainable=collected.spec.trainable,
         )
         for index, collected in enumerate(collection.paged)
     ]

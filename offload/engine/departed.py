@@ -248,8 +248,13 @@ class GradientSlots:
         self.bring_back = bring_back
         self.check = check
         self.lost: str | None = None
+        self._slots: dict[int, _Slot] = {}
+        self.admit(parameters)
+
+    def admit(self, parameters: Sequence[ParameterState]) -> None:
+        """These are trained from now on; a gradient that they have in `p.grad` counts."""
         with _NO_GUARD():
-            self._slots = {state.index: _Slot(self, state) for state in parameters}
+            self._slots.update({state.index: _Slot(self, state) for state in parameters})
 
     def losing(self, slot: _Slot) -> _Losing:
         """A block whose errors lose the gradient: the accumulation has to start again."""

@@ -32,6 +32,7 @@ from offload.engine.departed import GradientSlots
 from offload.engine.forward_only import ForwardOnlyEngine
 from offload.engine.optimizer import Closure, OffloadOptimizer
 from offload.engine.pages import PagedParameter, forget
+from offload.engine.promotion import Promotion
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess
 from offload.engine.windows import (
@@ -55,7 +56,7 @@ from offload.errors import (
 from offload.optim.chunk_update import StepSettings
 from offload.optim.clipping import clip_coefficient, global_norm, square_sum
 from offload.optim.loss_scale import LossScale
-from offload.optim.schedulers import make_lr_scheduler
+from offload.optim.schedulers import adopt_group, make_lr_scheduler
 from offload.partition.parameters import ParameterState
 from offload.telemetry import StepReport
 
@@ -106,7 +107,8 @@ class Engine(ForwardOnlyEngine):
         self._gradients_are_spent = False  # a step has used them, nobody has forgotten them
         self._paged_of_index = parts.paged_of
         self._meter = StepMeter(parts)
-        self._trainable = [s for s in parts.parameters if self._is_trainable(s)]
+        self._trainable = [s for s in parts.parameters if s.trainable]
+        self._follows_config = lr_scheduler is None
         try:
             self.optimizer = self._make_optimizer()
             self.lr_scheduler = self._make_scheduler(lr_scheduler)
@@ -125,6 +127,7 @@ class Engine(ForwardOnlyEngine):
         )
         if parts.tiles is not None:
             parts.tiles.before_gradient = self._slots.expect
+        self._promotion = Promotion(parts, self.optimizer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward; arguments and result are the module's.
@@ -132,9 +135,12 @@ class Engine(ForwardOnlyEngine):
         Raises:
             EngineStateError: the engine is closed, or a step is pending.
             BudgetError, StorageError: weights could not be brought in; the engine stays usable.
+            DoesNotFitError: a parameter was unfrozen, and there is no room to train it.
         """
         self._check_ready("forward")
         self._places.check()
+        if torch.is_grad_enabled():
+            self._admit_unfrozen()
         with self._meter.computing():
             try:
                 return self.module(*args, **kwargs)
@@ -278,18 +284,15 @@ class Engine(ForwardOnlyEngine):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _is_trainable(self, state: ParameterState) -> bool:
-        return self.plan.buckets[state.bucket].trainable
-
     def _make_optimizer(self) -> OffloadOptimizer:
-        optimizer = OffloadOptimizer(
+        return OffloadOptimizer(
             self._parts.groups,
+            self._parts.group_defaults,
             take_step=self._take_step,
             forget_gradients=self._zero_grad,
             take_closure=None if self._zeroth is None else self._take_closure,
+            admit_group=self._admit_group,
         )
-        optimizer.seal()
-        return optimizer
 
     def _make_scheduler(self, factory: SchedulerFactory | None) -> LRScheduler | None:
         if factory is not None:
@@ -324,6 +327,21 @@ class Engine(ForwardOnlyEngine):
         found = (by_parameter.get(id(parameter)) for parameter in parameters)
         return [p for p in found if p is not None and p.page.is_paged and not p.tiles]
 
+    def _admit_unfrozen(self) -> None:
+        """What was frozen and is not any more gets a place; see [Note: Promotion]."""
+        promoted = self._promotion.check()
+        if promoted:
+            self.plan = self._parts.plan
+            self._trainable = [s for s in self._parts.parameters if s.trainable]
+            self._slots.admit(promoted)
+
+    def _admit_group(self, group: dict[str, Any]) -> None:
+        self._check_ready("add_param_group")
+        self._promotion.check_group(group)
+        self._admit_unfrozen()
+        if self._follows_config and self.lr_scheduler is not None:
+            adopt_group(self.lr_scheduler, group)
+
     def _check_gradient(self, state: ParameterState) -> None:
         """A gradient is finished and about to be taken."""
         self._parts.pager.end_node()
@@ -350,7 +368,7 @@ class Engine(ForwardOnlyEngine):
 
     def _set_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
         self._check_has_gradients(f"the gradient of {state.name}")
-        if not self._is_trainable(state):
+        if not state.trainable:
             raise OffloadError(
                 f"gradient of parameter {state.name}", expected="a parameter that is trained"
             )
@@ -447,6 +465,7 @@ class Engine(ForwardOnlyEngine):
         """Freeze what the step applies; None when it is skipped."""
         parts = self._parts
         self._places.check()
+        self._admit_unfrozen()
         parts.pager.release_nodes()
         self._release_gathered()
         self._slots.adopt_all()

@@ -41,6 +41,10 @@ class ForwardOnlyEngine(StatefulEngine):
         """Raise EngineStateError where no step may be taken."""
 
     @abstractmethod
+    def _admit_unfrozen(self) -> None:
+        """Give what was unfrozen its place, or raise OffloadError."""
+
+    @abstractmethod
     def _end_pass(self) -> None:
         """Let go of what a forward has left in use."""
 
@@ -71,6 +75,7 @@ class ForwardOnlyEngine(StatefulEngine):
                 "step() without a closure in forward-only training", remedy=_REMEDY
             )
         self._places.check()
+        self._admit_unfrozen()
         self._end_pass()
         number = self.global_steps + self.skipped_steps + 1
         projected, loss = self._zeroth.project(closure, number, reduce)

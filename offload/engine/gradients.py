@@ -80,12 +80,15 @@ class GradientHome:
         self._open: OrderedDict[Key, _OpenChunk] = OrderedDict()
         self._written: set[Key] = set()
         self._lock = threading.Lock()
-        self._segments: dict[Key, tuple[Segment, ...]] = {
-            (bucket.index, chunk.index): segments(bucket, chunk)
-            for bucket in buckets
-            if bucket.trainable
-            for chunk in bucket.chunks
-        }
+        self._segments: dict[Key, tuple[Segment, ...]] = {}
+        for bucket in buckets:
+            if bucket.trainable:
+                self.admit(bucket)
+
+    def admit(self, bucket: Bucket) -> None:
+        """Gradients of a bucket will arrive, whose block the store has."""
+        for chunk in bucket.chunks:
+            self._segments[bucket.index, chunk.index] = segments(bucket, chunk)
 
     def arrive(self, state: ParameterState, gradient: torch.Tensor) -> None:
         """Take a gradient of the parameter's shape; it is free for reuse on return.
@@ -250,7 +253,8 @@ class GradientHome:
             while len(self._open) >= self._max_open_chunks:
                 self._close_oldest()
             staged = self._stage(block, key)
-            missing = {segment.param for segment in self._segments[key]}
+            expected = (segment.param for segment in self._segments[key])
+            missing = {param for param in expected if self._parameters[param].trainable}
             opened = self._open[key] = _OpenChunk(staged, missing)
         return opened
 

@@ -36,17 +36,22 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],
+        defaults: Mapping[str, Any],
         *,
         take_step: Callable[[], bool],
         forget_gradients: Callable[[], None],
+        admit_group: Callable[[dict[str, Any]], None],
         take_closure: TakeClosure | None = None,
     ) -> None:
         self._take_step = take_step
         self._take_closure = take_closure
         self._forget_gradients = forget_gradients
+        self._admit_group = admit_group
+        self._complete = False
         self.step_was_skipped = False
         with _NO_GUARD():
-            super().__init__([dict(group) for group in groups], {})
+            super().__init__([dict(group) for group in groups], dict(defaults))
+        self._complete = True
 
     def step(
         self, closure: Closure | None = None, *, reduce: Callable[[float], float] | None = None
@@ -88,58 +93,72 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._forget_gradients()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group while the optimizer is being made; afterwards this is an error.
+        """Add a group of parameters that no group has yet; what it leaves open is as in the others.
+
+        The parameters were frozen when the engine was made, or left out by its optimizer. They get
+        a place for their gradients and optimizer state, at once if they require gradients, else
+        when they do.
 
         Raises:
-            EngineStateError: the state of the new parameters has no place in the plan.
+            OffloadError: a parameter is not the engine's, or the optimizer cannot do what the group
+                asks for; the group is not added.
+            DoesNotFitError: the budgets have no room; the group is not added.
+            ValueError, TypeError: as torch raises.
         """
-        if getattr(self, "_complete", False):
-            raise EngineStateError(
-                "add_param_group: the plan has no place for the state of new parameters",
-                remedy="make a new engine, or use [[optimizer.groups]]",
-            )
-        super().add_param_group(param_group)
+        with _NO_GUARD():
+            super().add_param_group(param_group)
+        if self._complete:
+            try:
+                self._admit_group(self.param_groups[-1])
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
-    def seal(self) -> None:
-        """From here on the groups keep their parameters."""
-        self._complete = True
+
+def configured_settings(section: OptimizerSection) -> dict[str, Any]:
+    """What `[optimizer]` says of every hyperparameter of its rule."""
+    rule = ZerothOrderRule if section.name == ZerothOrderRule.name else RULES[section.name]
+    keys = rule.hyper_defaults
+    return {key: getattr(section, key, default) for key, default in keys.items()}
+
+
+def configured_group(section: OptimizerSection, names: Sequence[str]) -> int:
+    """Which group takes a parameter of these names: 0 is the default, 1 the first of `groups`.
+
+    It is the first one of which a pattern matches any name.
+    """
+    for number, asked in enumerate(section.groups, start=1):
+        if any(fnmatchcase(name, pattern) for name in names for pattern in asked.match):
+            return number
+    return 0
 
 
 def configured_groups(
-    section: OptimizerSection, parameters: Sequence[tuple[Sequence[str], nn.Parameter]]
+    section: OptimizerSection, parameters: Sequence[tuple[Sequence[str], nn.Parameter | None]]
 ) -> list[dict[str, Any]]:
     """The parameter groups that `[optimizer]` and its groups describe, with all their settings.
 
-    The first group whose pattern matches any name of a parameter takes it; the rest form the
-    default group. A group that matches nothing is left out with a warning: it may be misspelt.
+    In the order of `configured_group`. A group for which there are frozen parameters only is empty,
+    so that groups are the same whatever is frozen. One that matches nothing is left out with a
+    warning: it may be misspelt.
 
     Args:
         section: `[optimizer]`.
-        parameters: the names of each trainable parameter, and the parameter.
+        parameters: the names of each parameter, and the parameter; None if it is frozen.
     """
-    rule = ZerothOrderRule if section.name == ZerothOrderRule.name else RULES[section.name]
-    keys = rule.hyper_defaults
-    settings = {key: getattr(section, key, default) for key, default in keys.items()}
-    rest: list[nn.Parameter] = []
-    matched: list[list[nn.Parameter]] = [[] for _ in section.groups]
+    members: dict[int, list[nn.Parameter]] = {}
     for names, parameter in parameters:
-        group = next(
-            (
-                members
-                for members, asked in zip(matched, section.groups, strict=True)
-                if any(fnmatchcase(name, pattern) for name in names for pattern in asked.match)
-            ),
-            rest,
-        )
-        group.append(parameter)
-    groups: list[dict[str, Any]] = [{**settings, "params": rest}] if rest else []
-    for members, asked in zip(matched, section.groups, strict=True):
-        if not members:
+        group = members.setdefault(configured_group(section, names), [])
+        if parameter is not None:
+            group.append(parameter)
+    settings = configured_settings(section)
+    groups: list[dict[str, Any]] = [{**settings, "params": members[0]}] if 0 in members else []
+    for number, asked in enumerate(section.groups, start=1):
+        if number not in members:
             warnings.warn(
-                f"optimizer.groups: no trainable parameter matches {', '.join(asked.match)}",
-                stacklevel=2,
+                f"optimizer.groups: no parameter matches {', '.join(asked.match)}", stacklevel=2
             )
             continue
         given = asked.model_dump(exclude_none=True, exclude={"match"})
-        groups.append({**settings, **given, "params": members})
+        groups.append({**settings, **given, "params": members[number]})
     return groups

@@ -487,6 +487,23 @@ class Pager:
                 if parameter.raw_checksum is not None:
                     parameter.raw_checksum = _checksum(parameter)
 
+    def make_way(self, capacity_bytes: int) -> None:
+        """Leave the device, as far as nobody holds a page there, and count on another room on it.
+
+        For homes that come to the device between two runs. Plans are made anew from what is
+        recorded next.
+
+        Raises:
+            StorageError: an edit could not be written home; its page and others are still there.
+        """
+        with self._lock:
+            self._wanted.clear()
+            for page in list(self._present):
+                if not (page.pins or page.windows or page.kept):
+                    self._evict(page)
+            if not self._window_threads:
+                self._runs.resize(capacity_bytes)
+
     def forget_copies(self) -> None:
         """All homes are about to be replaced: drop the copies on the device, with their edits.
 

@@ -6,16 +6,17 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from offload.config import HOST_SHARE, OffloadConfig, available_host_bytes, load_config
 from offload.engine.collect import Collection, collect
-from offload.engine.optimizer import configured_groups
-from offload.engine.tiling import plan_tiled
+from offload.engine.optimizer import configured_groups, configured_settings
+from offload.engine.tiling import known_tiles, plan_tiled
 from offload.errors import ConfigError, DoesNotFitError, format_bytes
 from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.generic import GenericRule
@@ -35,7 +36,15 @@ from offload.partition.layout import (
 from offload.partition.tensor_layout import StateTensorSpec, TensorLayout
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import Machine, Staging
-from offload.schedule.plan import Plan, Workload, plan_buckets, plan_layouts, resolve_gradient_dtype
+from offload.schedule.plan import (
+    Plan,
+    Workload,
+    extend_plan,
+    layout_state,
+    plan_buckets,
+    plan_layouts,
+    resolve_gradient_dtype,
+)
 
 OptimizerFactory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 AnyRule = UpdateRule | GenericRule | ZerothOrderRule
@@ -71,7 +80,7 @@ def plan(
         model_or_path if isinstance(model_or_path, nn.Module) else _on_meta(Path(model_or_path))
     )
     collection = collect(module, loaded.precision.compute, allow_meta=True)
-    rule, groups = choose_rule(collection, loaded, None)
+    rule, groups, *_ = choose_rule(collection, loaded, None)
     machine = describe_machine(loaded, free_nvme_bytes(loaded))
     return plan_module(collection, loaded, machine, rule, groups)
 
@@ -154,12 +163,17 @@ def plan_module(
     machine: Machine,
     rule: AnyRule,
     groups: Sequence[dict[str, Any]],
+    *,
+    known: Plan | None = None,
 ) -> Plan:
     """Plan the state of collected parameters; what the engine cannot page is taken off the device.
+
+    `known` is a plan of the same parameters, whose buckets and homes stay: see `extend_plan`.
 
     Raises:
         ConfigError: `tiling.modules` names no module that can be tiled.
         DoesNotFitError: parameters that must stay on the device exceed its budget.
+        OffloadError: the optimizer cannot step a parameter.
     """
     left = machine.device_bytes - collection.resident_bytes
     if left <= 0:
@@ -171,21 +185,34 @@ def plan_module(
 
     def plan_specs(specs: Sequence[ParamSpec], slot_bytes: int) -> Plan:
         beside = replace(machine, device_bytes=machine.device_bytes - slot_bytes)
-        if isinstance(rule, UpdateRule):
-            planned = plan_buckets(specs, config, machine=beside, moments=rule.state_fields)
-        elif isinstance(rule, ZerothOrderRule):
+        if isinstance(rule, ZerothOrderRule):
             planned = _plan_forward_only(specs, config, beside)
+        elif isinstance(rule, GenericRule):
+            planned = _plan_generic(specs, collection, config, beside, rule, groups, known)
+        elif known is None:
+            planned = plan_buckets(specs, config, machine=beside, moments=rule.state_fields)
         else:
-            planned = _plan_generic(specs, collection, config, beside, rule, groups)
-        return _with_overhead(planned, "device", slot_bytes)
+            lay_out = partial(_kernel_layouts, config=config, rule=rule)
+            planned = extend_plan(known, specs, config, machine=beside, lay_out=lay_out)
+        return with_overhead(planned, "device", slot_bytes)
 
-    # Forward-only training perturbs whole pages.
-    tileable = collection.tileable if not isinstance(rule, ZerothOrderRule) else ()
-    planned = plan_tiled(collection.paged, tileable, config, plan_specs)
-    return _with_overhead(planned, "device", collection.resident_bytes)
+    if known is not None:
+        planned = plan_specs(*known_tiles([c.spec for c in collection.paged], known))
+    else:
+        # Forward-only training perturbs whole pages.
+        tileable = collection.tileable if not isinstance(rule, ZerothOrderRule) else ()
+        planned = plan_tiled(collection.paged, tileable, config, plan_specs)
+    return with_overhead(planned, "device", collection.resident_bytes)
 
 
-def _with_overhead(planned: Plan, tier: str, nbytes: int) -> Plan:
+def _kernel_layouts(
+    bucket: Bucket, config: OffloadConfig, rule: UpdateRule
+) -> dict[str, ClassLayout]:
+    dtype = resolve_gradient_dtype(config)
+    return layout_state([bucket], gradient_dtype=dtype, moments=rule.state_fields)[0]
+
+
+def with_overhead(planned: Plan, tier: str, nbytes: int) -> Plan:
     """Count bytes of a tier that were taken off its budget before planning."""
     peak, need, budget = (
         {**amounts, tier: amounts[tier] + nbytes}
@@ -203,7 +230,7 @@ def _plan_forward_only(specs: Sequence[ParamSpec], config: OffloadConfig, machin
         scratch = perturbed_bytes(pack(specs, bucket_elements=elements))
     machine = replace(machine, host_bytes=machine.host_bytes - scratch)
     planned = plan_buckets(specs, config, machine=machine, moments=None)
-    return _with_overhead(planned, "host", scratch)
+    return with_overhead(planned, "host", scratch)
 
 
 def perturbed_bytes(buckets: Sequence[Bucket]) -> int:
@@ -224,34 +251,50 @@ def _plan_generic(
     machine: Machine,
     rule: GenericRule,
     groups: Sequence[dict[str, Any]],
+    known: Plan | None,
 ) -> Plan:
+    buckets = _whole_buckets(specs, config, machine) if known is None else known.buckets
+    scratch = scratch_bytes(specs, buckets)
+    machine = replace(machine, host_bytes=machine.host_bytes - scratch)
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    lay_out = partial(
+        _generic_layouts, collection=collection, config=config, rule=rule, group_of=group_of
+    )
+    if known is None:
+        planned = plan_layouts(
+            specs,
+            buckets,
+            tuple(lay_out(bucket) for bucket in buckets),
+            config,
+            machine=machine,
+            speeds=LaneSpeeds(),
+            workload=Workload(),
+        )
+    else:
+        planned = extend_plan(known, specs, config, machine=machine, lay_out=lay_out)
+    return with_overhead(planned, "host", scratch)
+
+
+def _whole_buckets(
+    specs: Sequence[ParamSpec], config: OffloadConfig, machine: Machine
+) -> tuple[Bucket, ...]:
+    """Buckets of one chunk each, because a torch optimizer steps whole parameters."""
     elements = config.partition.bucket_elements
     if elements == "auto":
         elements = resolve_bucket_elements(specs, machine.device_bytes)
     largest = max(spec.numel for spec in specs)
-    buckets = pack(
+    return pack(
         specs,
         bucket_elements=elements,
         chunk_elements=round_up(max(elements, largest) + REDUCTION_ELEMENTS, REDUCTION_ELEMENTS),
     )
-    # The arena leases pages.
-    scratch = round_up(
-        max((OptimizerUpdate.scratch_bytes(b) for b in buckets if b.trainable), default=0),
-        BLOCK_ALIGNMENT_BYTES,
-    )
-    machine = replace(machine, host_bytes=machine.host_bytes - scratch)
-    group_of = {id(p): group for group in groups for p in group["params"]}
-    layouts = [_generic_layouts(bucket, collection, config, rule, group_of) for bucket in buckets]
-    planned = plan_layouts(
-        specs,
-        buckets,
-        tuple(layouts),
-        config,
-        machine=machine,
-        speeds=LaneSpeeds(),
-        workload=Workload(),
-    )
-    return _with_overhead(planned, "host", scratch)
+
+
+def scratch_bytes(specs: Sequence[ParamSpec], buckets: Sequence[Bucket]) -> int:
+    """Host bytes of the fp32 copies that a torch optimizer steps: those of the largest bucket."""
+    trained = [b for b in buckets if any(specs[slot.param].trainable for slot in b.slots)]
+    largest = max(map(OptimizerUpdate.scratch_bytes, trained), default=0)
+    return round_up(largest, BLOCK_ALIGNMENT_BYTES)  # the arena leases pages
 
 
 def _generic_layouts(
@@ -267,34 +310,56 @@ def _generic_layouts(
     }
     if bucket.trainable:
         tensors = {}
-        for slot in bucket.slots:
-            parameter = collection.paged[slot.param].parameter
+        members = [collection.paged[slot.param].parameter for slot in bucket.slots]
+        # A frozen member that gets its own group later finds the state of its neighbours' group.
+        (shared, *_) = [group_of[id(member)] for member in members if id(member) in group_of]
+        for slot, parameter in zip(bucket.slots, members, strict=True):
             shape = tuple(parameter.shape)
             if parameter.is_complex():
                 shape = (*shape, 2)  # see `OptimizerUpdate`
-            layout = rule.state_layout(shape, group_of[id(parameter)])
+            layout = rule.state_layout(shape, group_of.get(id(parameter), shared))
             tensors[slot.param] = [StateTensorSpec(t.key, t.dtype, t.shape) for t in layout.tensors]
         layouts["optimizer"] = TensorLayout(bucket, fields["optimizer"], tensors)
     return layouts
 
 
+class ChosenRule(NamedTuple):
+    """What updates the parameters.
+
+    Attributes:
+        rule: the update rule.
+        groups: the parameter groups, with all settings.
+        defaults: the settings of a group that is added later.
+        by_name: the groups are the config's: a parameter's name says which one takes it.
+    """
+
+    rule: AnyRule
+    groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
+    by_name: bool
+
+
 def choose_rule(
     collection: Collection, config: OffloadConfig, optimizer: OptimizerFactory | None
-) -> tuple[AnyRule, list[dict[str, Any]]]:
+) -> ChosenRule:
     """The update rule and the parameter groups, from the config or from a factory's optimizer.
 
     Raises:
         OffloadError: the factory's optimizer cannot be applied to one bucket at a time.
     """
-    trainable = [collected for collected in collection.paged if collected.spec.trainable]
     if optimizer is None:
-        groups = configured_groups(config.optimizer, [(c.names, c.parameter) for c in trainable])
-        if config.optimizer.name == ZerothOrderRule.name:
-            return _forward_only(config), groups
-        return make_rule(config.optimizer.name, groups), groups
-    prototype = optimizer([collected.parameter for collected in trainable])
+        named = [(c.names, c.parameter if c.spec.trainable else None) for c in collection.paged]
+        groups = configured_groups(config.optimizer, named)
+        rule: AnyRule = (
+            _forward_only(config)
+            if config.optimizer.name == ZerothOrderRule.name
+            else make_rule(config.optimizer.name, groups)
+        )
+        return ChosenRule(rule, groups, configured_settings(config.optimizer), True)
+    prototype = optimizer([c.parameter for c in collection.paged if c.spec.trainable])
     groups = [dict(group) for group in prototype.param_groups]
-    return from_torch(prototype) or GenericRule(prototype), groups
+    rule = from_torch(prototype) or GenericRule(prototype)
+    return ChosenRule(rule, groups, dict(prototype.defaults), False)
 
 
 def _forward_only(config: OffloadConfig) -> ZerothOrderRule:

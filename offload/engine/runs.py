@@ -55,6 +55,15 @@ class Runs:
         self._sizes = sizes
         self._resident = resident
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Plan for another room from now on; what is known of traces is forgotten with its plans.
+
+        No run is under way.
+        """
+        self._capacity_bytes = capacity_bytes
+        self._known.clear()
+        self._key = self._recorder = None
+
     def begin(self, key: RunKey) -> Actions:
         """A run starts."""
         if self._key == key and self._recorder is None and key in self._known:

@@ -66,7 +66,7 @@ class StateAccess:
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "weight": (state.parameter.dtype, tuple(state.shape))
         }
-        if "optimizer" not in self._store.classes(state.bucket):
+        if not state.trainable or "optimizer" not in self._store.classes(state.bucket):
             return found
         layout = self._store.block(state.bucket, "optimizer").layout
         for field in layout.element_fields(0):

@@ -124,7 +124,7 @@ class StatefulEngine(ABC):
             if key == "gradient":
                 self._set_gradient(state, tensor)
             elif key == "master" or (key == "weight" and "master" not in tensors):
-                self._state.set_master(state, tensor) if state in self._trainable else (
+                self._state.set_master(state, tensor) if state.trainable else (
                     self._state.write(state, "weight", tensor)
                 )
             elif key != "weight":
@@ -237,7 +237,7 @@ class StatefulEngine(ABC):
     def _full_state(self, state: ParameterState) -> dict[str, torch.Tensor]:
         self._slots.adopt(state)
         found = {"weight": self._state.read(state, "weight")}
-        if state in self._trainable:
+        if state.trainable:
             found["master"] = self._state.master(state)
         for name in self._state.fields(state):
             if name not in ("weight", "remainder", "master"):

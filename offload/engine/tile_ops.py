@@ -333,7 +333,7 @@ def _gradient_wanted(parameter: torch.Tensor) -> str | None:
 
 
 def _check_trained(tiled: TiledParameter) -> None:
-    if not tiled.paged.page.block.bucket.trainable:
+    if not tiled.state.trainable:
         raise GuardError(
             f"a gradient of parameter {tiled.state.name}, which is tiled and not trained",
             remedy="set requires_grad to False, or train it from offload.initialize on",

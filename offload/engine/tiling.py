@@ -114,6 +114,17 @@ def plan_tiled(
     return planned if _is_short(best) else best
 
 
+def known_tiles(specs: Sequence[ParamSpec], known: Plan) -> tuple[list[ParamSpec], int]:
+    """The specs with the tiles that a plan of theirs has, and the device bytes of its slots."""
+    specs = list(specs)
+    for each in known.tiled:
+        (slot,) = known.buckets[each.bucket].slots
+        spec = specs[slot.param]
+        specs[slot.param] = replace(spec, tile_numel=each.tile_rows * spec.shape[1])
+    largest = max((each.tile_bytes for each in known.tiled), default=0)
+    return specs, NUM_SLOTS * round_up_to_page(largest)
+
+
 def _is_gathered(names: Sequence[str], config: OffloadConfig) -> bool:
     return any(name.startswith(f"{path}.") for name in names for path in config.guard.gather)
 

@@ -235,6 +235,10 @@ RULES: dict[str, type[UpdateRule]] = {
 """Rule classes by the name in `[optimizer] name`."""
 
 
+# What torch's optimizers can do and no rule does.
+_FLAGS = ("amsgrad", "maximize", "differentiable", "capturable")
+
+
 def make_rule(name: str, groups: Sequence[Hyper] = ()) -> UpdateRule:
     """Return the rule of that name.
 
@@ -268,7 +272,18 @@ def from_torch(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
         torch.optim.Adagrad: "adagrad",
     }
     name = names.get(type(optimizer))
-    flags = ("amsgrad", "maximize", "differentiable", "capturable")
-    if name is None or any(group.get(f) for group in optimizer.param_groups for f in flags):
+    if name is None or any(group.get(f) for group in optimizer.param_groups for f in _FLAGS):
         return None
     return make_rule(name, optimizer.param_groups)
+
+
+def refused_setting(rule: object, group: Hyper) -> str | None:
+    """Name a setting of a group that this rule does not have, or return None.
+
+    Anything that is no `UpdateRule` decides for itself.
+    """
+    if not isinstance(rule, UpdateRule):
+        return None
+    if isinstance(rule, SGDRule) and not rule.state_fields and group.get("momentum"):
+        return f"momentum = {group['momentum']}"
+    return next((f"{flag} = {group[flag]}" for flag in _FLAGS if group.get(flag)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offload.errors import ConfigError
 
@@ -32,6 +32,22 @@ def make_lr_scheduler(
 
     steps = total_steps if section.total_steps == "auto" else section.total_steps
     return LambdaLR(optimizer, lr_share(section, steps))
+
+
+def adopt_group(scheduler: LRScheduler, group: dict[str, Any]) -> None:
+    """Let the scheduler of `make_lr_scheduler` set the rate of a group that came after it.
+
+    The group's rate is what it has at its peak, as that of the other groups was.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    assert isinstance(scheduler, LambdaLR)
+    share = scheduler.lr_lambdas[0]
+    group["initial_lr"] = group["lr"]
+    group["lr"] = group["initial_lr"] * share(scheduler.last_epoch)
+    scheduler.base_lrs.append(group["initial_lr"])
+    scheduler.lr_lambdas.append(share)
+    scheduler._last_lr.append(group["lr"])
 
 
 def lr_share(section: LrSchedulerSection, total_steps: int | None) -> Callable[[int], float]:

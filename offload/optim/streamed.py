@@ -55,6 +55,10 @@ class StreamedStep:
         self._updated: set[tuple[int, int]] = set()
         self._not_finite: ParameterState | None = None
 
+    def admit(self, bucket: Bucket) -> None:
+        """A bucket is trainable from now on; no step is under way."""
+        self._buckets = sorted([*self._buckets, bucket], key=lambda each: each.index)
+
     def run(self, settings: StepSettings) -> None:
         """Take one step, or complete the one that an error interrupted, with its own settings.
 

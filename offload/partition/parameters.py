@@ -21,6 +21,8 @@ class ParameterState:
         shape, stride: as the module sees it, in elements; the stride is dense.
         numel: elements in memory order (a complex parameter counts its real and imaginary parts).
         bucket, offset: where its elements start, in elements of the bucket.
+        trainable: it has a gradient and optimizer state; whether it gets a gradient at present is
+            for its `requires_grad` to say.
         steps: optimizer steps this parameter has taken (0 before its first gradient).
         edited: the weight was changed by something other than the optimizer, and what completes it
             to fp32 (remainder, master) has not followed yet; whoever touches that next sets it
@@ -37,6 +39,7 @@ class ParameterState:
     numel: int
     bucket: int
     offset: int
+    trainable: bool = True
     steps: int = 0
     edited: bool = False
     gradient_sums: npt.NDArray[np.float64] | None = field(default=None, repr=False)

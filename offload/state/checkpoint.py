@@ -227,12 +227,17 @@ def _check_matches(engine: StateSource, content: Manifest, folder: Path) -> None
         if (content.values.get(name) is None) != (getattr(engine, name) is None):
             owner = "engine" if content.values.get(name) is None else "checkpoint"
             problems.append(f"only the {owner} has a {name}")
+    num_stored, num_groups = len(content.values["optimizer_groups"]), len(engine.optimizer_groups())
+    if num_stored != num_groups:
+        problems.append(f"it has {num_stored} parameter groups instead of {num_groups}")
     if problems:
         shown = sorted(problems)[:8]
         more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
         raise CheckpointError(
             "\n  ".join([f"{folder} was saved by another kind of engine:", *shown, *more]),
-            expected="the same model, optimizer and precision",
+            expected="the same model, optimizer and precision, and the same parameters trainable",
+            remedy="unfreeze what was trained (requires_grad_(True), add_param_group) before "
+            "loading; it may be frozen again afterwards",
         )
 
 

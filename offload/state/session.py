@@ -37,9 +37,12 @@ class OffloadEngine(Engine):
     ) -> dict[str, Any]:
         """Resume bit-exactly and return the client state; see `checkpoint.load_checkpoint`.
 
-        Legal while a step is pending, too: that step is given up.
+        Legal while a step is pending, too: that step is given up. Parameters that were unfrozen get
+        their place first, so that the checkpoint may have state for them.
         """
         self._check_not_closed()
+        if self._pending is None and not self._is_void:
+            self._admit_unfrozen()
         return checkpoint.load_checkpoint(self, Path(directory), tag)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:

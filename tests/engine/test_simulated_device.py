@@ -53,9 +53,15 @@ def make_model() -> nn.Module:
 
 
 def train(
-    path: Path, placement: dict[str, str], compute: str, accumulation: int, **sections: Any
+    path: Path,
+    placement: dict[str, str],
+    compute: str,
+    accumulation: int,
+    *,
+    thaw: bool = False,
+    **sections: Any,
 ) -> Any:
-    """Losses and full state after `STEPS` steps."""
+    """Losses and full state after `STEPS` steps; `thaw` unfreezes the model layer by layer."""
     config = {
         "tiers": {
             "device": {
@@ -74,8 +80,13 @@ def train(
     }
     ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
     losses = []
-    with offload.initialize(make_model(), config) as engine:
+    model = make_model()
+    if thaw:
+        model[:-1].requires_grad_(False)
+    with offload.initialize(model, config) as engine:
         for micro_step in range(STEPS * accumulation):
+            if thaw and micro_step % accumulation == 0:
+                model[-1 - 4 * (micro_step // accumulation) :].requires_grad_(True)
             logits = engine(ids[micro_step % 4 :]).float()
             loss = nn.functional.cross_entropy(
                 logits.flatten(0, 1), ids[micro_step % 4 :].flatten()
@@ -136,6 +147,25 @@ def test_a_missing_wait_for_a_tile_shows(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(SimulatedDeviceTier, "make_current_wait", wait_for_pages)
     hasty_losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1, tiling=tiling)
     assert hasty_losses != losses
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("placement", list(PLACEMENTS))
+def test_what_is_unfrozen_under_way_finds_a_place_beside_an_accelerator(
+    placement: str, compute: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    losses, state, _ = train(tmp_path, ON_DEVICE, compute, 2, thaw=True)
+    request.getfixturevalue("accelerator")
+    simulated_losses, simulated_state, report = train(
+        tmp_path, PLACEMENTS[placement], compute, 2, thaw=True
+    )
+    assert simulated_losses == losses
+    for name, tensors in state.items():
+        assert ("exp_avg" in tensors) == (name != "0.weight")
+        for field, tensor in tensors.items():
+            assert torch.equal(simulated_state[name][field], tensor), (name, field)
+    for tier in report.tiers.values():
+        assert tier.peak_bytes <= tier.budget_bytes
 
 
 @pytest.mark.usefixtures("accelerator")
