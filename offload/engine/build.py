@@ -57,6 +57,7 @@ from offload.schedule.plan import Plan
 from offload.telemetry import LaneMeter
 from offload.tiers.cuda import open_device_tier
 from offload.tiers.device import DeviceTier
+from offload.tiers.extents import PAGE_BYTES
 from offload.tiers.host import HostArena
 from offload.tiers.nvme import NvmeStore
 
@@ -223,7 +224,7 @@ def _reserve_and_move(
     rule = chosen.rule
     deadline = config.io.deadline_seconds
     # No larger than the plan: an arena is locked in memory where there is an accelerator.
-    host = HostArena(max(plan.peak_bytes["host"], 1 << 16))
+    host = HostArena(max(plan.peak_bytes["host"], PAGE_BYTES))
     closing.callback(host.close)
     host.register_with(io)
     device = open_device_tier(
