@@ -41,6 +41,7 @@ from offload.engine.windows import (
     Places,
     RootWindow,
     Window,
+    encoder_windows,
     fused_modules,
     gathered_modules,
     install,
@@ -118,6 +119,8 @@ class Engine(ForwardOnlyEngine):
         self._windows, self._root = self._open_windows()
         self._places = Places(self.module, parts.paged)
         self._handles = [handle for w in self._windows for handle in install(w)]
+        fused = [w for w in self._windows if isinstance(w, FusedWindow)]
+        self._handles += [h for w in encoder_windows(self.module, fused) for h in install(w)]
         self._handles += install(self._root)
         self._slots = GradientSlots(
             self._trainable,
@@ -314,7 +317,8 @@ class Engine(ForwardOnlyEngine):
             every = self._paged_of(module.parameters(), by_parameter)
             windows.append(GatheredWindow(module, name, every, self._parts.pager))
         for name, module in fused_modules(self.module).items():
-            every = self._paged_of(module.parameters(), by_parameter)
+            # Also those whose home is the device: called by itself, the module finds them guarded.
+            every = [by_parameter[id(p)] for p in module.parameters() if id(p) in by_parameter]
             if every and id(module) not in below:
                 windows.append(FusedWindow(module, name, every, self._parts.pager))
         resident = [p for p in self._parts.paged if not (p.page.is_paged or p.tiles)]

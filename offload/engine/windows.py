@@ -153,8 +153,25 @@ class FusedWindow(Window):
     the kernel can run, all weights are brought in and plain.
     """
 
+    def enter_ahead(self) -> None:
+        """Enter before the forward: who will run it asks the weights now; see `EncoderWindow`."""
+        self.enter()
+        self._open.is_ahead = True
+
+    def leave_ahead(self) -> None:
+        """Undo `enter_ahead` if the forward has not run since."""
+        if self._take_ahead():
+            self.leave()
+
+    def _take_ahead(self) -> bool:
+        is_ahead: bool = getattr(self._open, "is_ahead", False)
+        self._open.is_ahead = False
+        return is_ahead
+
     def enter(self) -> None:
         """Before the forward: if the kernel may run, bring everything in and pin it."""
+        if self._take_ahead():
+            return
         differentiates = torch.is_grad_enabled() and any(
             parameter.state.parameter.requires_grad for parameter in self.parameters
         )
@@ -177,6 +194,7 @@ class FusedWindow(Window):
 
     def unwind(self) -> None:
         """Leave as often as this thread has entered."""
+        self._take_ahead()
         while self._entered():
             self.leave()
 
@@ -189,6 +207,27 @@ class FusedWindow(Window):
             self._open.entered = []
         entered: list[bool] = self._open.entered
         return entered
+
+
+class EncoderWindow:
+    """The window of nn.TransformerEncoder, which asks its first layer's weights before it runs it.
+
+    What it asks is whether they are of a class like the guard. If not, a padded batch becomes a
+    nested tensor, whose padding comes out as zeros; if so, it stays as it is, and the padding comes
+    out as numbers. So the first layer's window opens before the encoder's forward.
+    """
+
+    def __init__(self, module: nn.TransformerEncoder, first: FusedWindow) -> None:
+        self.module = module
+        self._first = first
+
+    def enter(self) -> None:
+        """Before the encoder's forward."""
+        self._first.enter_ahead()
+
+    def leave(self) -> None:
+        """After it, also if it has failed before its first layer."""
+        self._first.leave_ahead()
 
 
 class RootWindow:
@@ -301,7 +340,7 @@ def _no_hook(*_: Any) -> None:
     """What a copied or pickled module has in place of the engine's hooks."""
 
 
-def install(window: Window | RootWindow) -> list[RemovableHandle]:
+def install(window: Window | EncoderWindow | RootWindow) -> list[RemovableHandle]:
     """Hook a window to its module; the handles remove it."""
     module = window.module
     return [
@@ -352,6 +391,16 @@ def fused_modules(module: nn.Module) -> dict[str, nn.Module]:
         id(below) for child in found.values() for below in child.modules() if below is not child
     }
     return {name: child for name, child in found.items() if id(child) not in inner}
+
+
+def encoder_windows(module: nn.Module, fused: Sequence[FusedWindow]) -> list[EncoderWindow]:
+    """The windows of the encoders below `module` whose first layers have the windows `fused`."""
+    window_of = {id(window.module): window for window in fused}
+    return [
+        EncoderWindow(child, window_of[id(child.layers[0])])
+        for child in module.modules()
+        if isinstance(child, nn.TransformerEncoder) and id(child.layers[0]) in window_of
+    ]
 
 
 def gathered_modules(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:

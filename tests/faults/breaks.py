@@ -259,6 +259,12 @@ def fused() -> None:
 
 
 @_break
+def ahead() -> None:
+    """An encoder sees the guards of its first layer, whose kernel then does not."""
+    windows.FusedWindow.enter_ahead = _nothing  # type: ignore[method-assign]
+
+
+@_break
 def escapes() -> None:
     """Views that leave a plain module are not looked for."""
     PagedParameter.has_plain_views = False  # type: ignore[assignment,method-assign]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -70,6 +73,45 @@ def multihead_attention(run: Run) -> None:
             run.record("fast path", run(tokens(step + 9)))
         with torch.inference_mode():
             run.record("fast path, inference", run(tokens(step + 10)))
+        run.module.train()
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WIDTH, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, WIDTH, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3)
+        self.more = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder(self.embed(ids), src_key_padding_mask=self.padding())
+        for block in self.more:
+            hidden = block(hidden)
+        return hidden
+
+    @staticmethod
+    def padding() -> torch.Tensor:
+        return torch.arange(8)[None] >= torch.tensor([8, 3, 5, 1])[:, None]
+
+
+@row("dispatch", "pack", "fused", "ahead", make=Padded, pages=7)
+def nested_encoder(run: Run) -> None:
+    """Whether a padded batch becomes a nested tensor hangs on the class of the first weights."""
+    warnings.filterwarnings("ignore", message=".*nested tensors is in prototype")
+    encoder = run.module.get_submodule("encoder")
+    for step in range(3):
+        run.train(loss_of(run(tokens(step)), step))
+        run.module.eval()
+        with torch.no_grad():
+            run.record("nested", run(tokens(step + 9)))
+            hidden = torch.randn(4, 8, WIDTH, generator=torch.Generator().manual_seed(step))
+            run.record("by itself", encoder(hidden, src_key_padding_mask=Padded.padding()))
+            with pytest.raises(TypeError):
+                encoder(hidden, src_key_padding_mask=Padded.padding(), unknown=1)
+        with torch.inference_mode():
+            run.record("nested, inference", run(tokens(step + 10)))
+        run.record("with gradients", run(tokens(step + 11)))
         run.module.train()
 
 
