@@ -133,17 +133,27 @@ def small_loss(model: Any, index: int) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(1).flatten())
 
 
-def two_buckets_bytes(model: nn.Module, *, itemsize: int, bucket_elements: int) -> int:
-    """The smallest device budget for paged weights: two largest buckets and a largest gradient."""
+def two_buckets_bytes(
+    model: nn.Module, *, itemsize: int, bucket_elements: int, buckets: int = 2
+) -> int:
+    """The smallest device budget for paged weights: two largest buckets and a largest gradient.
+
+    An op that takes more buckets needs more of them: `buckets`.
+    """
     specs = [
         ParamSpec(
-            name, tuple(p.shape), p.numel(), "bf16" if itemsize == 2 else "fp32", itemsize, True
+            name,
+            tuple(p.shape),
+            p.numel() * (2 if p.is_complex() else 1),
+            "bf16" if itemsize == 2 else "fp32",
+            itemsize,
+            p.requires_grad,
         )
         for name, p in model.named_parameters()
     ]
-    page = max(bucket.nbytes for bucket in pack(specs, bucket_elements=bucket_elements))
-    gradient = max(spec.nbytes for spec in specs)
-    return 2 * (-(-page // 4096) * 4096) + gradient
+    pages = sorted(bucket.nbytes for bucket in pack(specs, bucket_elements=bucket_elements))
+    gradient = max(spec.nbytes for spec in specs if spec.trainable)
+    return sum(-(-page // 4096) * 4096 for page in pages[-buckets:]) + gradient
 
 
 def settings(
@@ -223,7 +233,8 @@ def train_plain(
             (loss / accumulation).backward()
             run.losses.append(loss.item())
         present = [p for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(present, max_norm or torch.inf)
+        norm = torch.nn.utils.get_total_norm([_values(p.grad) for p in present])
+        torch.nn.utils.clip_grads_with_norm_(present, max_norm or torch.inf, norm)
         run.norms.append(norm.item())
         rule.step()
         rule.zero_grad()
@@ -236,6 +247,12 @@ def train_plain(
             if torch.is_tensor(value) and value.ndim
         }
     return run
+
+
+def _values(gradient: Any) -> torch.Tensor:
+    """The elements that count: a sparse gradient has no norm of its own."""
+    values: torch.Tensor = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return values
 
 
 class LockStep:
@@ -258,8 +275,11 @@ class LockStep:
         if self._bf16:
             _compute_in_bf16(model)
 
-    def step(self, loss_of: Loss, *, tolerance: float) -> None:
-        """Take one step on both sides and compare what there is to compare."""
+    def step(self, loss_of: Loss, *, tolerance: float) -> float:
+        """Take one step on both sides and compare what there is to compare.
+
+        Returns the largest difference of a master or moment, which is at most `tolerance`.
+        """
         self._adopt(dict(self.engine.named_state()))
         for _ in range(self._accumulation):
             index = self.engine.micro_steps
@@ -273,17 +293,23 @@ class LockStep:
             taken = self.engine.step()
         assert taken
         for name, master in self._masters.items():
-            assert torch.equal(before[name]["gradient"].float(), master.grad), name
+            assert ("gradient" in before[name]) == (master.grad is not None), name
+            if master.grad is not None:
+                assert torch.equal(before[name]["gradient"].float(), master.grad), name
         self._rule.step()
+        differences = [0.0]
         for name, tensors in self.engine.named_state():
             master = self._masters[name]
             weight = round_half_up(tensors["master"]) if self._bf16 else tensors["master"]
             assert torch.equal(tensors["weight"], weight), name
-            assert relative_difference(tensors["master"], master) <= tolerance, name
-            for key in ("exp_avg", "exp_avg_sq"):
-                expected = self._rule.state[master][key]
-                assert relative_difference(tensors[key], expected) <= tolerance, (name, key)
+            expected = {"master": master, **self._rule.state[master]}
+            for key in ("master", "exp_avg", "exp_avg_sq"):
+                if key in expected:
+                    difference = relative_difference(tensors[key], expected[key])
+                    assert difference <= tolerance, (name, key)
+                    differences.append(difference)
         self._rule.zero_grad()
+        return max(differences)
 
     def _adopt(self, state: State) -> None:
         with torch.no_grad():
