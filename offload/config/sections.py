@@ -161,6 +161,10 @@ class PrecisionSection(Section):
 
     compute: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of weights and gradients in forward and backward; master weights are fp32."""
+    keep_fp32: Names = ()
+    """Patterns of names of parameters, buffers or modules that stay in fp32, `*` and `?` as in file
+    names. What a transformers model asks for (`_keep_in_fp32_modules`) is kept without them. The
+    modules have to cast by themselves, or run under autocast."""
     initial_loss_scale: Positive = 65536.0
     """First loss scale; fp16 only. Default of torch.amp.GradScaler."""
     growth_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0

@@ -26,6 +26,7 @@ from offload.engine.collect import Collection, collect, convert_buffers
 from offload.engine.gradients import GradientHome
 from offload.engine.guard import GuardedTensor, guard_class_of
 from offload.engine.initial import InitialWeights, OwnMemory
+from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage, register
 from offload.engine.planning import (
@@ -137,7 +138,8 @@ def build(
             expected="torch 2.11 to 2.13",
         )
     _check_paths(module, config)
-    collection = collect(module, config.precision.compute)
+    kept = kept_in_fp32(module, config.precision)
+    collection = collect(module, config.precision.compute, kept=kept)
     with contextlib.ExitStack() as closing:
         io = open_io(config)
         closing.callback(io.close, config.io.deadline_seconds)
@@ -265,7 +267,7 @@ def _reserve_and_move(
     )
     tiles = open_tiles(plan.tiled, pager, store, gradients, prefetch=config.overlap.prefetch)
     pager.seal()
-    convert_buffers(module, config.precision.compute, device.device)
+    convert_buffers(module, config.precision.compute, device.device, kept=collection.kept)
     return Parts(
         config=config,
         module=module,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,13 @@ class Collection:
         resident: those that it cannot move (tensor subclasses, classes that cannot be guarded):
             they stay where the user put them, and count against the device budget.
         tileable: those of `paged` that linear and embedding modules alone use.
+        kept: the names of parameters and buffers that stay in fp32.
     """
 
     paged: tuple[Collected, ...]
     resident: tuple[tuple[str, nn.Parameter], ...]
     tileable: frozenset[nn.Parameter] = frozenset()
+    kept: frozenset[str] = frozenset()
 
     @property
     def resident_bytes(self) -> int:
@@ -55,10 +57,17 @@ class Collection:
         return sum(parameter.numel() * parameter.element_size() for _, parameter in self.resident)
 
 
-def collect(module: nn.Module, compute: str, *, allow_meta: bool = False) -> Collection:
+def collect(
+    module: nn.Module,
+    compute: str,
+    *,
+    kept: frozenset[str] = frozenset(),
+    allow_meta: bool = False,
+) -> Collection:
     """Collect the parameters of `module`, which compute in the dtype called `compute`.
 
-    Floating-point parameters get the compute dtype; a complex64 one counts as pairs of fp32.
+    Floating-point parameters get the compute dtype, or fp32 if one of their names is among `kept`;
+    a complex64 one counts as pairs of fp32.
 
     Raises:
         OffloadError: a parameter is lazy, or (unless `allow_meta`) on the meta device, or of a
@@ -76,7 +85,8 @@ def collect(module: nn.Module, compute: str, *, allow_meta: bool = False) -> Col
     paged, resident = [], []
     for parameter, known_as in names.items():
         if _can_be_paged(parameter):
-            paged.append(_collected(tuple(known_as), parameter, compute))
+            kind = "fp32" if any(name in kept for name in known_as) else compute
+            paged.append(_collected(tuple(known_as), parameter, kind))
         else:
             resident.append((known_as[0], parameter))
     if resident:
@@ -85,7 +95,7 @@ def collect(module: nn.Module, compute: str, *, allow_meta: bool = False) -> Col
             f"paged: {_listed([name for name, _ in resident])}",
             stacklevel=3,
         )
-    return Collection(tuple(paged), tuple(resident), tileable_parameters(module))
+    return Collection(tuple(paged), tuple(resident), tileable_parameters(module), kept)
 
 
 def _refuse_overlaps(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -187,17 +197,23 @@ def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(parameter.stride())
 
 
-def convert_buffers(module: nn.Module, compute: str, device: torch.device) -> None:
+def convert_buffers(
+    module: nn.Module, compute: str, device: torch.device, *, kept: Container[str] = frozenset()
+) -> None:
     """Move buffers to the device; floating ones that a state dict holds get the compute dtype.
 
-    Buffers that are not persistent (rotary frequencies, masks) are tables that modules compute in a
-    precision of their own choice: they keep it.
+    Those whose names are among `kept` get fp32 instead. Buffers that are not persistent (rotary
+    frequencies, masks) are tables that modules compute in a precision of their own choice: they
+    keep it.
     """
-    dtype = TORCH_DTYPES[compute]
-    for owner in module.modules():
+    for path, owner in module.named_modules():
         for name, buffer in owner._buffers.items():
             if buffer is None:
                 continue
             persistent = name not in owner._non_persistent_buffers_set
             wide = buffer.is_floating_point() and buffer.dtype.itemsize > 1
-            owner._buffers[name] = buffer.to(device, dtype if persistent and wide else buffer.dtype)
+            is_kept = (f"{path}.{name}" if path else name) in kept
+            dtype = TORCH_DTYPES["fp32" if is_kept else compute]
+            owner._buffers[name] = buffer.to(
+                device, dtype if wide and (persistent or is_kept) else buffer.dtype
+            )

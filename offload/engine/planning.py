@@ -15,6 +15,7 @@ from torch import nn
 
 from offload.config import HOST_SHARE, OffloadConfig, available_host_bytes, load_config
 from offload.engine.collect import Collection, collect
+from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.optimizer import configured_groups, configured_settings
 from offload.engine.tiling import known_tiles, plan_tiled
 from offload.errors import ConfigError, DoesNotFitError, format_bytes
@@ -79,7 +80,8 @@ def plan(
     module = (
         model_or_path if isinstance(model_or_path, nn.Module) else _on_meta(Path(model_or_path))
     )
-    collection = collect(module, loaded.precision.compute, allow_meta=True)
+    kept = kept_in_fp32(module, loaded.precision)
+    collection = collect(module, loaded.precision.compute, kept=kept, allow_meta=True)
     rule, groups, *_ = choose_rule(collection, loaded, None)
     machine = describe_machine(loaded, free_nvme_bytes(loaded))
     return plan_module(collection, loaded, machine, rule, groups)

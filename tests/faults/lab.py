@@ -25,6 +25,7 @@ from offload.config import load_config
 from offload.engine.build import build
 from offload.engine.collect import collect
 from offload.engine.engine import Engine
+from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.planning import choose_rule, describe_machine, plan_module
 
 RUNS = ("plain", "device", "host", "nvme")
@@ -201,7 +202,8 @@ def make_engine(
         loaded = load_config(config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            collection = collect(module, loaded.precision.compute)
+            kept = kept_in_fp32(module, loaded.precision)
+            collection = collect(module, loaded.precision.compute, kept=kept)
         rule, groups, *_ = choose_rule(collection, loaded, None)
         plan = plan_module(collection, loaded, describe_machine(loaded, _LARGE), rule, groups)
         sizes = sorted(layouts["weights"].nbytes for layouts in plan.layouts)
