@@ -462,8 +462,6 @@ class Pager:
             if self._closed:
                 raise EngineStateError(f"{user} on parameters of an engine that is closed")
             self._node_pins.enter_node()
-            if page.residency is Residency.LOADING:
-                self._bind(page)
             if page.residency is Residency.ON_DEVICE:
                 self.write_back(page)
 

@@ -136,6 +136,20 @@ def test_half_precisions(compute: str, tmp_path: Path) -> None:
     assert_identical(train_engine(make_model(), host, loss_of, steps=STEPS), runs[1])
 
 
+def test_narrow_gradients_are_summed_in_fp32(tmp_path: Path) -> None:
+    hidden = torch.randn(8, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    errors = []
+    for tiling in ({}, tiled(16)):
+        config = settings("host", compute="bf16", tiling=tiling)
+        with make_engine(make_model(), config) as engine:
+            weight = engine.read_state("head.weight", "weight").double()
+            out = engine.module.head(hidden)
+            sent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+            (found,) = torch.autograd.grad(out, [hidden], [sent])
+            errors.append(relative_difference(found, sent.double() @ weight))
+    assert errors[1] <= 1.5 * errors[0]
+
+
 def test_a_transformers_model_with_a_tied_head_in_bf16(tmp_path: Path) -> None:
     model = transformers_model("gpt2")
     tiling = tiled(4, "lm_head")
