@@ -40,6 +40,7 @@ def contradictions(config: Plain) -> list[str]:
         _forward_only_with_gradients,
         _decay_without_end,
         _unaligned_blocks,
+        _head_without_chunks,
         _run_without_steps,
     )
     return [problem for rule in rules for problem in rule(config)]
@@ -159,6 +160,13 @@ def _unaligned_blocks(config: Plain) -> list[str]:
     if isinstance(block_bytes, int) and block_bytes % _BLOCK_MULTIPLE:
         nearest = max(_BLOCK_MULTIPLE, block_bytes // _BLOCK_MULTIPLE * _BLOCK_MULTIPLE)
         return [f"io.block_bytes = {block_bytes} is no multiple of 4096: did you mean {nearest}?"]
+    return []
+
+
+def _head_without_chunks(config: Plain) -> list[str]:
+    training = section_of(config, "training")
+    if training.get("lm_head") and not training.get("loss_chunk_tokens"):
+        return ["training.lm_head is set but training.loss_chunk_tokens is 0: set that too"]
     return []
 
 

@@ -186,6 +186,12 @@ class TrainingSection(Section):
     """Seed of the random numbers drawn during training, e.g. by dropout or as mezo's noise."""
     gradient_dtype: Literal["auto", "fp32", "compute"] = "auto"
     """Dtype gradients accumulate in. `auto`: `compute` with one accumulation step, else `fp32`."""
+    loss_chunk_tokens: Annotated[int, Field(ge=0)] = 0
+    """Most tokens whose logits exist at once in training: the loss is computed chunk by chunk, and
+    again in backward, see docs/tiling.md. 0 = all of them."""
+    lm_head: Annotated[str, Field(min_length=1)] | None = None
+    """Path of the module that makes the logits, for `loss_chunk_tokens`. Default: what the model's
+    `get_output_embeddings()` says."""
 
 
 class OptimizerGroupSection(Section):

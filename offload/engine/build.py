@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from offload.config import OffloadConfig, available_host_bytes
+from offload.engine.chunked_head import find_head
 from offload.engine.collect import Collection, collect, convert_buffers
 from offload.engine.gradients import GradientHome
 from offload.engine.guard import GuardedTensor, guard_class_of
@@ -172,6 +173,8 @@ def _check_paths(module: nn.Module, config: OffloadConfig) -> None:
     ]
     if problems:
         raise ConfigError(problems=problems)
+    if config.training.loss_chunk_tokens:
+        find_head(module, config)
 
 
 def _require_memory(plan: Plan, machine: Machine) -> None:

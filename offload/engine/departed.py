@@ -20,8 +20,10 @@ parameters it is brought back before autograd adds to it, and goes home when the
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -114,12 +116,15 @@ class _Slot:
                 self.state.gradient_sums = None
                 self._is_shown = False
 
+    def alone(self) -> AbstractContextManager[object]:
+        """A block in which no other thread's gradient arrives."""
+        return self._lock
+
     def expect(self) -> None:
         """A gradient is about to arrive that never is with autograd as a whole."""
-        with self._lock:
-            self.adopt()
-            self._slots.check(self.state)
-            self._show()
+        self.adopt()
+        self._slots.check(self.state)
+        self._show()
 
     def hide(self) -> None:
         """There is no gradient, and `p.grad` says so."""
@@ -265,10 +270,14 @@ class GradientSlots:
         with _NO_GUARD(), torch.no_grad():
             self._slots[state.index].place(gradient)
 
-    def expect(self, state: ParameterState) -> None:
-        """The gradient of the parameter is about to go home in parts, past autograd."""
-        with _NO_GUARD(), torch.no_grad():
-            self._slots[state.index].expect()
+    @contextlib.contextmanager
+    def arriving(self, state: ParameterState) -> Iterator[Callable[[int, torch.Tensor], None]]:
+        """`GradientHome.arriving` of a gradient that autograd never has as a whole."""
+        slot = self._slots[state.index]
+        with _NO_GUARD(), torch.no_grad(), slot.alone(), self.losing(slot):
+            slot.expect()
+            with self.home.arriving(state) as take:
+                yield take
 
     def adopt(self, state: ParameterState) -> None:
         """Let the home have what the user has put into the parameter's `p.grad`."""

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from offload.config import OffloadConfig
 from offload.engine.build import Parts
+from offload.engine.chunked_head import Handle, chunk_head
 from offload.engine.departed import GradientSlots
 from offload.engine.forward_only import ForwardOnlyEngine
 from offload.engine.optimizer import Closure, OffloadOptimizer
@@ -118,7 +119,8 @@ class Engine(ForwardOnlyEngine):
             raise
         self._windows, self._root = self._open_windows()
         self._places = Places(self.module, parts.paged)
-        self._handles = [handle for w in self._windows for handle in install(w)]
+        self._handles: list[Handle] = []
+        self._handles += [handle for w in self._windows for handle in install(w)]
         fused = [w for w in self._windows if isinstance(w, FusedWindow)]
         self._handles += [h for w in encoder_windows(self.module, fused) for h in install(w)]
         self._handles += install(self._root)
@@ -129,8 +131,9 @@ class Engine(ForwardOnlyEngine):
             check=self._check_gradient,
         )
         if parts.tiles is not None:
-            parts.tiles.before_gradient = self._slots.expect
+            parts.tiles.arriving = self._slots.arriving
         self._promotion = Promotion(parts, self.optimizer)
+        self._handles += chunk_head(self.module, config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward; arguments and result are the module's.

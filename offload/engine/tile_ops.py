@@ -233,7 +233,8 @@ def _tiles_of(weight: torch.Tensor) -> TiledParameter:
     paged = find_paged(weight)
     assert paged is not None
     assert paged.tiles is not None
-    if weight._backward_hooks and weight.requires_grad and torch.is_grad_enabled():
+    hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    if hooks and weight.requires_grad and torch.is_grad_enabled():
         raise GuardError(
             f"a hook on the gradient of parameter {paged.state.name}, which is tiled: its gradient "
             "never exists as a whole",
@@ -311,8 +312,7 @@ def _arrival(ctx: Any) -> Iterator[tuple[_TakeTile | None, list[torch.Tensor]]]:
         yield (lambda _, values: whole.append(values.to(dtype))), whole
     else:
         _check_trained(tiled)
-        tiled.slots.before_gradient(state)
-        with tiled.slots.gradients.arriving(state) as take:
+        with tiled.slots.arriving(state) as take:
 
             def take_home(rows: Rows, values: torch.Tensor) -> None:
                 take(rows.start * tiled.row_numel, values.to(dtype).reshape(-1))

@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,6 +45,10 @@ _NUM_SLOTS = 2
 _STAGED_CHUNKS = 2  # at a time; the plan's ring of weight chunks has twice as many
 
 
+Take = Callable[[int, torch.Tensor], None]
+Arriving = Callable[["ParameterState"], AbstractContextManager[Take]]
+
+
 class Rows(NamedTuple):
     """A tile: the rows [start, stop)."""
 
@@ -55,8 +60,7 @@ class TileSlots:
     """The device memory of an engine's tiles, lent to one op at a time.
 
     Attributes:
-        gradients: where tiles of gradients go.
-        before_gradient: called with the parameter before its first tile of a gradient goes home.
+        arriving: where tiles of gradients go, see `GradientHome.arriving`.
     """
 
     def __init__(
@@ -68,8 +72,7 @@ class TileSlots:
         *,
         prefetch: bool,
     ) -> None:
-        self.gradients = gradients
-        self.before_gradient: Callable[[ParameterState], None] = lambda _: None
+        self.arriving: Arriving = gradients.arriving
         self._pager = pager
         self._store = store
         self._prefetch = prefetch

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import offload
 from offload.config import OffloadConfig
-from offload.engine import build
+from offload.engine import build, gradients
 from offload.errors import BudgetError, ConfigError, EngineStateError, GuardError, StorageError
 from offload.native import IoEngine
 from tests.oracle import (
@@ -332,18 +332,39 @@ def test_a_hook_that_could_change_a_tiled_gradient_is_refused(engine: Any) -> No
     engine.backward(loss_of(engine, 0))
 
 
-def test_a_hook_on_an_accumulated_gradient_finds_a_tiled_one_gone(engine: Any) -> None:
-    found: list[Any] = []
-    for name in ("head.weight", "head.bias"):
-        parameter = engine.module.get_parameter(name)
-        parameter.register_post_accumulate_grad_hook(lambda each: found.append(each.grad))
+def test_a_hook_on_an_accumulated_gradient_is_refused_too(engine: Any) -> None:
+    handle = engine.module.head.weight.register_post_accumulate_grad_hook(lambda _: None)
+    with pytest.raises(GuardError, match=r"hook on the gradient of parameter head\.weight"):
+        loss_of(engine, 0)
+    handle.remove()
     engine.backward(loss_of(engine, 0))
-    assert {type(gradient).__name__ for gradient in found} == {"Tensor", "DepartedGradient"}
+
+
+def test_a_gradient_that_went_home_by_tiles_shows_in_grad(engine: Any) -> None:
+    engine.backward(loss_of(engine, 0))
     assert type(engine.module.head.weight.grad).__name__ == "DepartedGradient"
     with pytest.raises(GuardError, match=r"of parameter head\.weight"):
         engine.module.head.weight.grad.norm()
     engine.module.zero_grad()
     assert gradient_of(engine, "head.weight") is None
+
+
+def test_a_gradient_that_is_lost_between_tiles_is_no_gradient(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such sum")
+
+    loss = loss_of(engine, 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(gradients, "accumulate_gradient", fail)
+        with pytest.raises(RuntimeError, match="no such sum"):
+            loss.backward()
+    with pytest.raises(EngineStateError, match="was lost on its way home"):
+        engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    engine.backward(loss_of(engine, 0))
+    assert engine.step()
 
 
 def test_a_tile_of_a_weight_that_no_group_trains(tmp_path: Path) -> None:
