@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,50 @@ from torch import nn
 from offload.cli.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from offload.config import RunSection
 from offload.errors import ConfigError
+from offload.state.deferred import deferred_init
+from offload.state.pretrained import opened
+
+
+@contextlib.contextmanager
+def opened_model(run: RunSection) -> Iterator[nn.Module]:
+    """The model to train, deferred, in training mode; inside, the files it comes from are open.
+
+    Raises:
+        ConfigError: no model, an unknown architecture, or unknown fields of its configuration.
+        CheckpointError: the folder's weights are damaged or of another model.
+    """
+    config, folder = _model_config(run)
+    if folder is None:
+        yield build_model(run)
+        return
+    with opened(folder, _model_class(run.architecture or _first_architecture(config))) as model:
+        yield _as_configured(model.train(), run)
 
 
 def build_model(run: RunSection) -> nn.Module:
-    """The model in fp32 on the CPU; new weights depend on `run.seed` alone.
+    """A new model in fp32, deferred; its weights depend on `run.seed` alone.
+
+    Under another default device, e.g. meta, it is built there.
 
     Raises:
         ConfigError: no model, an unknown architecture, or unknown fields of its configuration.
     """
-    config, folder = _model_config(run)
-    model_class = _model_class(run.architecture or next(iter(config.architectures or ()), None))
+    config, _ = _model_config(run)
+    model_class = _model_class(run.architecture or _first_architecture(config))
     torch.manual_seed(run.seed)
-    if folder is not None:
-        model: nn.Module = model_class.from_pretrained(folder, dtype=torch.float32)
-    else:
-        model = model_class(config).to(torch.float32)
+    with deferred_init():
+        model: nn.Module = model_class(config).to(torch.float32)
+    return _as_configured(model, run)
+
+
+def _as_configured(model: nn.Module, run: RunSection) -> nn.Module:
     if run.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
     return model
+
+
+def _first_architecture(config: Any) -> str | None:
+    return next(iter(config.architectures or ()), None)
 
 
 def build_tokenizer(run: RunSection, vocab_size: int) -> Tokenizer:

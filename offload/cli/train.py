@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from offload.cli.data import PretrainedTokenizer, Split, Tokenizer, Windows, documents, pack
 from offload.cli.interrupt import StopRequest
-from offload.cli.models import build_model, build_tokenizer
+from offload.cli.models import build_tokenizer, opened_model
 from offload.cli.progress import Progress, describe_step
 from offload.cli.summary import Outcome, failed_expectations, print_summary
 from offload.config import OffloadConfig, RunSection, load_config
@@ -54,14 +54,9 @@ def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> i
     if not section.resume:
         (output / METRICS_NAME).unlink(missing_ok=True)
     transformers_logging.disable_progress_bar()
-    model = build_model(section)
-    tokenizer = build_tokenizer(section, _vocab_size(model))
-    split = pack(documents(str(section.data)), tokenizer, output / "data")
     with StopRequest() as stop:
-        with (
-            initialize(model, loaded) as engine,
-            JsonlWriter(output / METRICS_NAME) as metrics,
-        ):
+        engine, tokenizer, split = _start(section, loaded, output)
+        with engine, JsonlWriter(output / METRICS_NAME) as metrics:
             training = _Training(engine, section, split, output, metrics)
             outcome = training.run(console, stop)
             if section.export and not stop:
@@ -71,7 +66,7 @@ def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> i
             console.print(f"stopped by a signal after step {engine.global_steps}")
             return _EXIT_SIGNAL + stop.signal_number
     if section.export:
-        _show_export(console, section, type(model), tokenizer, output / "export")
+        _show_export(console, section, type(engine.module), tokenizer, output / "export")
     failed = failed_expectations(outcome, section.expect)
     for line in failed:
         console.print(f"does not hold: run.expect.{line}", highlight=False, soft_wrap=True)
@@ -84,6 +79,16 @@ def _run_section(config: OffloadConfig) -> RunSection:
     if config.run.data is None:
         raise ConfigError(problems=["run.data is missing: 'stdlib', a file or a folder of text"])
     return config.run
+
+
+def _start(
+    section: RunSection, config: OffloadConfig, output: Path
+) -> tuple[OffloadEngine, Tokenizer, Split]:
+    """The engine, and the data in tokens; what is cheap to refuse is refused first."""
+    with opened_model(section) as model:
+        tokenizer = build_tokenizer(section, _vocab_size(model))
+        split = pack(documents(str(section.data)), tokenizer, output / "data")
+        return initialize(model, config), tokenizer, split
 
 
 def _vocab_size(model: nn.Module) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from offload.cli import train
 from offload.cli.interrupt import StopRequest
+from offload.cli.models import opened_model
 from offload.config import load_config
 from offload.errors import ConfigError, OffloadError
 from offload.telemetry import read_jsonl
@@ -220,3 +221,34 @@ def test_what_is_wrong_with_a_run_section_is_told(tmp_path, text):
     with pytest.raises(OffloadError, match="make 8 sequences of 32"):
         text.write_bytes(SENTENCE * 6)
         train.run(config(batch=9))
+
+
+def test_new_weights_depend_on_the_seed_alone(tmp_path, text):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = load_config(tiny_config(tmp_path, text, seed=3)).run
+    fields = {**config.hf_config, "bos_token_id": 256, "eos_token_id": 257}
+    torch.manual_seed(3)
+    expected = LlamaForCausalLM(LlamaConfig(**fields))
+    torch.rand(5)  # what was drawn before does not count
+    with opened_model(config) as model:
+        assert model.training
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(model.get_parameter(name), parameter), name
+
+
+def test_a_folder_is_trained_further(tmp_path, text):
+    """From an export, in training mode, and as the exported weights would train."""
+    config = tiny_config(tmp_path, text, export=True)
+    assert train.run(config) == 0
+    export = tmp_path / "run" / "export"
+    folder = tmp_path / "base"
+    export.rename(folder)
+    config["run"] |= {"model": str(folder), "hf_config": {}, "output": str(tmp_path / "second")}
+    with opened_model(load_config(config).run) as model:
+        assert model.training
+    assert train.run(config) == 0
+    first = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval"]
+    second = [r for r in read_jsonl(tmp_path / "second" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert second[0]["held_out_loss"] == pytest.approx(first[-1]["held_out_loss"], rel=1e-5)
+    assert second[-1]["held_out_loss"] < second[0]["held_out_loss"]
