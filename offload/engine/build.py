@@ -13,7 +13,6 @@ that can be foreseen come first.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +60,7 @@ from offload.tiers.cuda import open_device_tier
 from offload.tiers.device import DeviceTier
 from offload.tiers.extents import PAGE_BYTES
 from offload.tiers.host import HostArena
+from offload.tiers.memory import trim_heap
 from offload.tiers.nvme import NvmeStore
 
 _LOOKAHEAD_PAGES = 3
@@ -361,14 +361,8 @@ def _move_weights(
         if not page.is_paged:
             page.point_parameters_at_lease()
     store.drain()
-    _give_back_freed_memory()
+    trim_heap()
     return pages, paged, pager
-
-
-def _give_back_freed_memory() -> None:
-    """Let the C library return the memory that the weights have left, which it would keep."""
-    with contextlib.suppress(AttributeError):  # glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _page_parameter(

@@ -37,7 +37,7 @@ from offload.state.recording import (
     recording_of,
     version_of,
 )
-from offload.state.tape import materialize
+from offload.state.tape import materialize, passed_memory
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data
@@ -338,6 +338,7 @@ class DeferredWeights:
             if not parameter.is_complex() and tuple(parameter.stride()) == state.stride:
                 values = read_range(view, start, numel)
                 if values is not None:
+                    passed_memory.count(values.nbytes)
                     return _finite(values, state, start)
             if self._parameter is not parameter:
                 self._values = torch.empty(0)

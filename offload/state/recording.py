@@ -19,11 +19,11 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 from types import FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -33,7 +33,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from offload.engine.poison import poison_storage
 from offload.errors import OffloadError
-from offload.state.tape import Operation, RandomState, Version, View, materialize, view_of
+from offload.state.tape import (
+    Operation,
+    RandomState,
+    Version,
+    View,
+    blank_storage,
+    materialize,
+    passed_memory,
+    view_of,
+)
 
 _NO_GUARD = torch._C.DisableTorchFunction
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
@@ -217,7 +226,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         if any(kind.__torch_dispatch__ is not _NO_DISPATCH for kind in types):  # type: ignore[attr-defined]
             return NotImplemented  # a wrapper takes the op apart, and the parts come here
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in tree_leaves((args, kwargs)) if _is_tensor(t)]
         traits = _traits(func)
         if not any(version_of(tensor) is not None for tensor in tensors):
             if traits.kind is _Kind.COMPUTE and all(t.device == _CPU for t in tensors):
@@ -252,7 +261,10 @@ class Recorder(TorchDispatchMode):
                 return self._defer(func, args, bare, promised, self._own_seed())
         state = RandomState.now(kwargs.get("generator"))
         drawn = func(*args, **kwargs)
-        return self._defer(func, args, kwargs, drawn, state) if _is_large(drawn) else drawn
+        if not _is_large(drawn):
+            return drawn
+        passed_memory.count(sum(t.nbytes for t in tree_leaves(drawn) if _is_tensor(t)))
+        return self._defer(func, args, kwargs, drawn, state)
 
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op on deferred tensors: what it makes is deferred."""
@@ -363,8 +375,9 @@ class Recorder(TorchDispatchMode):
             return self._own_seed()
         state = RandomState.now(kwargs.get("generator"))
         if traits.overwrites:
-            like = written[0]
-            scratch = torch.empty_strided(tuple(like.shape), like.stride(), dtype=like.dtype)
+            like = view_of(written[0], Version(0))
+            reach = sum((n - 1) * step for n, step in zip(like.size, like.stride, strict=True)) + 1
+            scratch = replace(like, offset=0).over(blank_storage(reach * like.dtype.itemsize))
             rest, named = _truly((args[1:], kwargs))
             func(scratch, *rest, **named)
         else:
@@ -376,6 +389,10 @@ class Recorder(TorchDispatchMode):
         self._num_seeds += 1
         seed = (torch.initial_seed() + self._num_seeds) % (1 << 63)
         return RandomState(None, torch.Generator().manual_seed(seed).get_state())
+
+
+def _is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor)
 
 
 def _unsupported(func: Any, what: str) -> OffloadError:
@@ -410,9 +427,7 @@ def _kept(tree: Any, *, only_layout: bool) -> Any:
 
 def _truly(tree: Any) -> Any:
     """The arguments with real values; what shared memory still does."""
-    deferred = [
-        t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and version_of(t) is not None
-    ]
+    deferred = [t for t in tree_leaves(tree) if _is_tensor(t) and version_of(t) is not None]
     real = dict(zip(map(id, deferred), materialized(deferred), strict=True))
     return tree_map_only(torch.Tensor, lambda tensor: real.get(id(tensor), tensor), tree)
 
@@ -439,12 +454,12 @@ def _on_meta(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> 
         promised = func(*meta_args, **meta_kwargs)
     except Exception:  # noqa: BLE001  an op without a meta kernel raises whatever it likes
         return None
-    tensors = [t for t in tree_leaves(promised) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tree_leaves(promised) if _is_tensor(t)]
     return promised if tensors and all(t.layout is torch.strided for t in tensors) else None
 
 
 def _is_large(result: Any) -> bool:
-    tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tree_leaves(result) if _is_tensor(t)]
     return all(
         t.layout is torch.strided and t.device.type in ("cpu", "meta") for t in tensors
     ) and any(t.numel() >= THRESHOLD_ELEMENTS for t in tensors)

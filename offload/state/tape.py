@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,8 +28,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from offload.errors import OffloadError
+from offload.tiers.memory import HeapTrimmer
 
 _moments = itertools.count()
+# What ops allocate comes from the heap.
+passed_memory = HeapTrimmer(32 << 20)
 _Call = Callable[..., Any]
 
 
@@ -190,13 +194,20 @@ def _as_laid_out(tensor: torch.Tensor, layout: View, known: set[int]) -> torch.U
     )
     if lies_so and storage._cdata not in known:
         return storage
-    memory = _blank(layout.version.nbytes)
+    memory = blank_storage(layout.version.nbytes)
     layout.over(memory).copy_(tensor)
     return memory
 
 
-def _blank(nbytes: int) -> torch.UntypedStorage:
-    return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+def blank_storage(nbytes: int) -> torch.UntypedStorage:
+    """Zeroed memory that goes back to the system with the storage.
+
+    Not from the C library's heap: small allocations would settle in the hole that a large one
+    leaves, the next large one would not fit, and the heap would grow to the size of the model.
+    """
+    if not nbytes:
+        return torch.UntypedStorage(0)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).untyped_storage()
 
 
 def evaluate(targets: Sequence[Version]) -> list[torch.UntypedStorage]:
@@ -251,6 +262,7 @@ def _run(
         ) from error
     for version in made:
         memory[version] = results[version.result]
+        passed_memory.count(version.nbytes)
 
 
 def _take(
@@ -269,7 +281,7 @@ def _source(version: Version) -> torch.UntypedStorage:
     """The memory of a version that no operation makes."""
     assert not isinstance(version.origin, Operation), "operations run in order"
     if version.origin is None:
-        return _blank(version.nbytes)
+        return blank_storage(version.nbytes)
     leaf = version.origin
     return leaf.read(0, torch.Size(leaf.shape).numel()).untyped_storage()
 
