@@ -20,6 +20,7 @@ ARGUMENTS = {
     "guard": ["--rounds=1", "--tokens=8", "--hidden=64", "--layers=1"],
     "io": ["--rounds=1", "--mib=16", "--request-mib=4", "--only=threads|pool, 4 MiB"],
     "kernels": ["--rounds=1", "--numel=200000", "--json"],
+    "loading": ["--rounds=1", "--hidden=64", "--layers=1"],
     "memory": ["--hidden=64", "--layers=1", "--factor=2", "--tokens=16"],
     "nvme_step": ["--rounds=1", "--parameters=1"],
 }
@@ -99,4 +100,11 @@ def test_memory(tmp_path: Path) -> None:
     output = run("memory", f"--path={tmp_path}")
     assert output.count("parameters") == 2
     assert_positive(*last_line(output)["overhead_bytes"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_loading(tmp_path: Path) -> None:
+    found = last_line(run("loading", f"--path={tmp_path}"))
+    assert_positive(found["model_bytes"], found["ratios"]["seconds"])
     assert list(tmp_path.iterdir()) == []
