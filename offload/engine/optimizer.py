@@ -66,12 +66,17 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         Raises:
             StorageError: state could not be read or written; call again to complete the step.
-            EngineStateError: forward-only training without a closure.
+            EngineStateError: forward-only training without a closure, or `reduce` without it.
         """
         if self._take_closure is not None:
             taken, mean_loss = self._take_closure(closure, reduce)
             self.step_was_skipped = not taken
             return mean_loss
+        if reduce is not None:
+            raise EngineStateError(
+                "step(reduce=...) with an optimizer that uses gradients",
+                remedy="reduce gradients, or set optimizer.name = 'mezo'",
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

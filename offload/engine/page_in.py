@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-from offload.errors import OffloadError
 from offload.partition.blocks import release_all
 from offload.tiers.transfer import Transfer
 
@@ -86,7 +85,7 @@ class PageIn:
             while self._reading and self._reading[0][1].transfer.done():
                 self._start_copy()
             self._start_reads()
-        except OffloadError:
+        except BaseException:
             self._abandon()
             raise
         return not self._reading and not self._copying and self._all_started
@@ -113,7 +112,7 @@ class PageIn:
                 self._start_reads()
             for transfer, _ in self._copying:
                 self._store.device.make_current_wait(transfer)
-        except OffloadError:
+        except BaseException:
             self._abandon()
             raise
         self.advance()

@@ -33,6 +33,7 @@ import torch
 from offload.engine.planning import PERTURBED_CHUNKS, perturbed_bytes
 from offload.errors import GuardError, NonFiniteError, OffloadError, StorageError
 from offload.optim.chunk_update import ChunkWork, StepSettings
+from offload.optim.uninterrupted import uninterrupted
 from offload.optim.zeroth_order import ZerothOrderUpdate
 from offload.partition.blocks import Block, Staged
 from offload.partition.layout import segments
@@ -118,25 +119,20 @@ class ZerothOrder:
         self, block: Block, chunk: int, staged: Staged, target: torch.Tensor
     ) -> tuple[Transfer, Staged]:
         """See `Arrivals.land`: update the home if that is pending, copy, perturb the copy."""
-        updated = perturbed = False
-        copy: Transfer | None = None
+        bucket = block.bucket
+        pending = self._pending if bucket.trainable else None
+        if pending is not None and not self._streamed.is_updated(bucket.index, chunk):
+            return self._update_and_land(block, chunk, staged, target, pending)
+        perturbed = bucket.trainable and self._scale is not None
         try:
-            if block.bucket.trainable:
-                updated = self._update(block, chunk, staged)
-                perturbed = self._scale is not None
-            if perturbed:
-                copy = self._perturb(block, chunk, staged, target)
-            else:
-                copy = self._store.device.start_copy_in(target, staged.tensor)
-                if updated:
-                    copy.wait(self._store.deadline_seconds)  # before the store owns the buffer
-        finally:
-            if updated:  # whatever happened to the copy: it is not applied again
-                self._start_store(block, chunk, staged, copy)
-            elif perturbed or copy is None:
-                staged.release()
-        held = Staged(target, copy, None) if updated or perturbed else staged
-        return copy, held
+            copy = self._copy(block, chunk, staged, target)
+        except BaseException:
+            staged.release()
+            raise
+        if not perturbed:
+            return copy, staged
+        staged.release()
+        return copy, Staged(target, copy, None)
 
     def settle(self) -> None:
         """See `Arrivals.settle`: apply the pending update to the chunks that do not have it.
@@ -199,23 +195,40 @@ class ZerothOrder:
             with contextlib.suppress(OffloadError):  # of a fetch under way: the page is at home
                 self._pager.drop_stale(page)
 
-    def _update(self, block: Block, chunk: int, staged: Staged) -> bool:
-        if self._pending is None:
-            return False
+    def _update_and_land(
+        self,
+        block: Block,
+        chunk: int,
+        staged: Staged,
+        target: torch.Tensor,
+        settings: StepSettings,
+    ) -> tuple[Transfer, Staged]:
         parts = segments(block.bucket, block.bucket.chunks[chunk])
         work = ChunkWork(block.bucket, chunk, parts, {"weights": staged})
-        return self._streamed.update_staged(work, self._pending)
-
-    def _start_store(self, block: Block, chunk: int, staged: Staged, copy: Transfer | None) -> None:
+        copy: Transfer | None = None
         try:
-            self._store.start_store(block, chunk, staged)
-        except OffloadError:
+            with uninterrupted():
+                try:
+                    self._streamed.update_staged(work, settings)
+                except BaseException:
+                    staged.release()
+                    raise
+                try:
+                    copy = self._copy(block, chunk, staged, target)
+                    if self._scale is None:
+                        copy.wait(self._store.deadline_seconds)  # before the store owns the buffer
+                finally:  # whatever became of the copy: the update is not applied again
+                    self._store.start_store(block, chunk, staged)
+        except BaseException:
             if copy is not None:
                 copy.wait(self._store.deadline_seconds)  # nobody else knows of it
             raise
+        return copy, Staged(target, copy, None)
 
-    def _perturb(self, block: Block, chunk: int, staged: Staged, target: torch.Tensor) -> Transfer:
-        assert self._scale is not None
+    def _copy(self, block: Block, chunk: int, staged: Staged, target: torch.Tensor) -> Transfer:
+        """Start the copy to the device. A perturbed one does not read `staged` any more."""
+        if self._scale is None or not block.bucket.trainable:
+            return self._store.device.start_copy_in(target, staged.tensor)
         ring = self._ring
         place = target if ring is None else ring.take(target.numel(), self._store.deadline_seconds)
         with self._meter.busy("cpu", target.numel()):

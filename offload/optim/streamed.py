@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 
 from offload.errors import NonFiniteError, OffloadError
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
+from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import BlockStore, release_all
 from offload.partition.layout import Bucket, segments
 from offload.partition.parameters import ParameterState
@@ -83,13 +84,14 @@ class StreamedStep:
             for work in under_way:
                 release_all(list(work.staged.values()), self._store.deadline_seconds)
             raise
-        for bucket in self._buckets:
-            for slot in bucket.slots:
-                state = self._parameters[slot.param]
-                if self._updater.is_due(state):
-                    state.steps += 1
-                    state.edited = False
-        self._updated.clear()
+        with uninterrupted():
+            for bucket in self._buckets:
+                for slot in bucket.slots:
+                    state = self._parameters[slot.param]
+                    if self._updater.is_due(state):
+                        state.steps += 1
+                        state.edited = False
+            self._updated.clear()
         not_finite, self._not_finite = self._not_finite, None
         if not_finite is not None:
             raise NonFiniteError(
@@ -98,20 +100,20 @@ class StreamedStep:
                 remedy="load the last checkpoint and lower the learning rate",
             )
 
-    def update_staged(self, work: ChunkWork, settings: StepSettings) -> bool:
-        """Apply the step to a staged chunk, unless that has been done; whether it was done now.
+    def is_updated(self, bucket: int, chunk: int) -> bool:
+        """Whether the step that is pending has been applied to a chunk."""
+        return (bucket, chunk) in self._updated
 
-        The caller stores the chunk.
+    def update_staged(self, work: ChunkWork, settings: StepSettings) -> None:
+        """Apply the step to a staged chunk that does not have it; the caller stores the chunk.
+
+        Both together are to be `uninterrupted`.
         """
-        key = (work.bucket.index, work.chunk)
-        if key in self._updated:
-            return False
         nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
         with self._meter.busy("cpu", nbytes):
             not_finite = self._updater.update(work, settings)
         self._not_finite = self._not_finite or not_finite
-        self._updated.add(key)
-        return True
+        self._updated.add((work.bucket.index, work.chunk))
 
     def abandon(self) -> None:
         """Forget the step that an error interrupted: its state is about to be replaced."""
@@ -146,18 +148,20 @@ class StreamedStep:
             under_way.append(waiting.popleft())
 
     def _update(self, work: ChunkWork, settings: StepSettings) -> None:
-        self.update_staged(work, settings)
         error: OffloadError | None = None
-        for state_class in ("weights", "optimizer"):
-            staged = work.staged.pop(state_class, None)
-            if staged is None:
-                continue
-            try:
-                block = self._store.block(work.bucket.index, state_class)
-                self._store.start_store(block, work.chunk, staged)
-            except OffloadError as failure:  # the store keeps the buffer; the other class goes on
-                error = error or failure
-        work.release()
-        work.staged.clear()
+        with uninterrupted():
+            self.update_staged(work, settings)
+            for state_class in ("weights", "optimizer"):
+                staged = work.staged.pop(state_class, None)
+                if staged is None:
+                    continue
+                try:
+                    block = self._store.block(work.bucket.index, state_class)
+                    self._store.start_store(block, work.chunk, staged)
+                except OffloadError as failure:
+                    # The store keeps the buffer; the other class goes on.
+                    error = error or failure
+            work.release()
+            work.staged.clear()
         if error is not None:
             raise error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from offload.config import OffloadConfig
 from offload.engine import build
 from offload.errors import ChecksumError, DeadlineError, EngineStateError, StorageError
 from offload.native import IoEngine
+from offload.optim.rules import UpdateRule
 from tests.oracle import (
     assert_identical,
     continue_engine,
@@ -256,3 +259,38 @@ def test_an_operation_that_hangs_is_an_error_in_time(kind: str, faulty: Faulty) 
             engine.close()
         engine.close()
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("tier", ["host", "nvme"])
+def test_an_interrupt_in_the_middle_of_an_update(
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes when some elements of a chunk have been updated: none is updated twice."""
+    config = settings(tier, tmp_path, bucket_elements=1024)
+    calm = train_engine(small_model(), config, small_loss, steps=STEPS)
+    update, calls = UpdateRule.update, []
+
+    def interrupted(rule: UpdateRule, **arguments: Any) -> bool:
+        finite = update(rule, **arguments)
+        calls.append(0)
+        if len(calls) % 13 == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return finite
+
+    monkeypatch.setattr(UpdateRule, "update", interrupted)
+    interrupts = 0
+    losses = []
+    with make_engine(small_model(), config) as engine:
+        for step in range(STEPS):
+            loss = small_loss(engine, step)
+            losses.append(loss.item())
+            engine.backward(loss)
+            while engine.global_steps == step:
+                try:
+                    engine.step()
+                except KeyboardInterrupt:
+                    interrupts += 1
+        run = continue_engine(engine, small_loss, steps=0)
+    run.losses, run.norms = losses, calm.norms
+    assert_identical(run, calm)
+    assert interrupts > STEPS

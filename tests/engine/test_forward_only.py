@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +25,20 @@ from offload.errors import (
     OffloadError,
     StorageError,
 )
+from offload.optim import zeroth_order
 from offload.partition.blocks import Block, BlockStore, Staged
 from offload.schedule.executor import ComputePool
 from tests.engine.test_faults import CountingIo
 from tests.engine.test_simulated_device import accelerator  # noqa: F401 - a fixture
-from tests.oracle import assert_same_state, make_engine, settings, small_loss, small_model
+from tests.oracle import (
+    assert_same_state,
+    language_loss,
+    make_engine,
+    settings,
+    small_loss,
+    small_model,
+    transformers_model,
+)
 from tests.zeroth_oracle import PlainMezo
 
 STEPS = 6
@@ -133,6 +144,7 @@ def test_every_placement_gives_the_same_bits(tmp_path: Path) -> None:
         "tight, faults only": mezo(
             "nvme", tmp_path, tiers={**tight, **nvme}, overlap={"prefetch": False}
         ),
+        "gathered": mezo("nvme", tmp_path, guard={"gather": ["wide"]}),
         "large buckets": mezo("host", bucket_elements=1 << 17),
         "auto": {**mezo("host"), "placement": {}},
     }
@@ -169,6 +181,39 @@ def test_a_step_reads_weights_twice_and_writes_them_once(tmp_path: Path) -> None
         assert classes["gradients"] == classes["optimizer"] == 0, tier
     assert plan.gradient_bytes == 0
     assert all(list(classes) == ["weights"] for classes in plan.layouts)
+
+
+def test_frozen_weights_are_read_and_never_written(tmp_path: Path) -> None:
+    model = small_model()
+    for layer in (0, 4, 7):
+        model[layer].requires_grad_(False)  # type: ignore[index]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with make_engine(model, mezo("nvme", tmp_path, device=24 << 10)) as engine:
+        train(engine, steps=3)
+        lanes, plan = engine.report().lanes, engine.plan
+        nbytes = [plan.layouts[b.index]["weights"].nbytes for b in plan.buckets if b.trainable]
+        assert lanes["nvme_write"].bytes == sum(nbytes)
+        assert lanes["nvme_read"].bytes == 2 * plan.bytes["nvme"]["weights"]
+        for name, weight in before.items():
+            same = torch.equal(engine.read_state(name, "weight"), weight)
+            assert same == (name.partition(".")[0] in "047"), name
+
+
+def test_a_model_that_streams_in_trains_the_same(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    def loss(model: Any, index: int) -> torch.Tensor:
+        return language_loss(model, index)
+
+    model = transformers_model("llama")
+    model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    with make_engine(model, mezo("host")) as engine:
+        expected = train(engine, steps=3, loss=loss)
+    with offload.from_pretrained(
+        tmp_path / "model", mezo("nvme", tmp_path), model_class=LlamaForCausalLM
+    ) as engine:
+        engine.train()
+        assert train(engine, steps=3, loss=loss) == expected
 
 
 def test_the_second_pass_is_prefetched(tmp_path: Path) -> None:
@@ -229,8 +274,14 @@ def test_whatever_looks_finds_true_weights(tmp_path: Path) -> None:
             other.load_checkpoint(tmp_path / "saved")
             return other.read_state("1.weight", "weight")
 
+    def inference(engine: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            small_loss(engine, 0)
+        return engine.module[1].weight.detach().clone()
+
     looks: list[Callable[[Any], torch.Tensor]] = [
         forward,
+        inference,
         lambda engine: engine.module[1].weight.detach().clone(),
         lambda engine: engine.module[1].weight.t().contiguous().t(),
         gathered,
@@ -393,12 +444,48 @@ def test_a_closure_that_raises_changes_nothing(failing_pass: int, tmp_path: Path
         assert_same_state(dict(engine.named_state()), state)
 
 
+@pytest.mark.parametrize("tier", ["host", "nvme"])
+def test_an_interrupt_in_the_middle_of_an_update(
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes when some elements of a home have been updated: none is updated twice."""
+    records, state, _ = run(mezo("host"))
+    update_weights, calls = zeroth_order.update_weights, []
+
+    def interrupted(*arguments: Any, **options: Any) -> bool:
+        finite = update_weights(*arguments, **options)
+        calls.append(0)
+        if len(calls) % 10 == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return finite
+
+    monkeypatch.setattr(zeroth_order, "update_weights", interrupted)
+    interrupts = 0
+    with make_engine(small_model(), mezo(tier, tmp_path)) as engine:
+        found: list[tuple[float, float]] = []
+        while len(found) < STEPS:
+            try:
+                found += train(engine, steps=1)
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert found == records
+        while True:
+            try:
+                assert_same_state(dict(engine.named_state()), state)
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+    assert interrupts > 3
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_step_whose_loss_is_not_finite_is_skipped(number: float, tmp_path: Path) -> None:
     with make_engine(small_model(), mezo("nvme", tmp_path)) as engine:
         train(engine, steps=2)
         losses = iter([1.0, number])
-        assert not engine.step(lambda: next(losses))
+        reduced: list[float] = []
+        assert not engine.step(lambda: next(losses), reduce=lambda g: reduced.append(g) or g)
+        assert len(reduced) == 1  # the other workers wait for this one
         assert (engine.global_steps, engine.skipped_steps) == (2, 1)
         for name, weight in reference(2).items():
             assert torch.equal(engine.read_state(name, "weight"), weight), name
@@ -477,6 +564,9 @@ def test_gradients_are_refused() -> None:
 
 def test_a_closure_without_mezo_is_refused() -> None:
     with make_engine(small_model(), settings("host")) as engine:
+        for step in (engine.step, engine.optimizer.step):
+            with pytest.raises(EngineStateError, match="mezo"):
+                step(lambda: small_loss(engine, 0), reduce=lambda projected: projected)
         with pytest.raises(EngineStateError, match="mezo"):
             engine.step(lambda: small_loss(engine, 0))
         loss = engine.optimizer.step(lambda: _with_backward(engine))
