@@ -75,9 +75,7 @@ class PlainMezo:
         self.steps = 0
         self.losses: list[float] = []
         self.projected: list[float] = []
-        self._trained = [
-            (index, p) for index, p in enumerate(module.parameters()) if p.requires_grad
-        ]
+        self._trained: list[tuple[int, nn.Parameter]] = []
 
     def step(self, closure: Callable[[], torch.Tensor]) -> None:
         """Two passes with the same random numbers, and the update."""
@@ -86,6 +84,9 @@ class PlainMezo:
     def project(self, closure: Callable[[], torch.Tensor]) -> float:
         """The projected gradient of a new step; the weights are as before."""
         self.steps += 1
+        self._trained = [
+            (index, p) for index, p in enumerate(self.module.parameters()) if p.requires_grad
+        ]
         eps = self.perturbation
         true = {index: p.detach().clone() for index, p in self._trained}
         losses = []

@@ -16,6 +16,7 @@ from offload.errors import EngineStateError
 from offload.optim.chunk_update import StepSettings
 from offload.optim.zeroth_order import ZerothOrderUpdate
 
+_NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _REMEDY = "call engine.step(closure) with a closure that returns the loss"
 
 
@@ -78,11 +79,14 @@ class ForwardOnlyEngine(StatefulEngine):
         self._admit_unfrozen()
         self._end_pass()
         number = self.global_steps + self.skipped_steps + 1
-        projected, loss = self._zeroth.project(closure, number, reduce)
+        with _NO_GUARD():
+            frozen = {s.index for s in self._trainable if not s.parameter.requires_grad}
+        hyper = {index: group for index, group in self._hyper().items() if index not in frozen}
+        projected, loss = self._zeroth.project(closure, number, reduce, tuple(hyper))
         self.projected_gradient, self.step_loss = projected, loss
         taken = abs(projected) <= torch.finfo(torch.float32).max  # False for NaN
         if taken:
-            self._zeroth.defer(StepSettings(self._hyper(), projected, number))
+            self._zeroth.defer(StepSettings(hyper, projected, number))
             self._bump_versions()
             self.global_steps += 1
         else:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,6 @@ from offload.optim.chunk_update import ChunkWork, StepSettings
 from offload.optim.uninterrupted import uninterrupted
 from offload.optim.zeroth_order import ZerothOrderUpdate
 from offload.partition.blocks import Block, Staged
-from offload.partition.layout import segments
 from offload.partition.residency import Residency
 from offload.tiers.transfer import CompletedTransfer, Transfer
 
@@ -64,7 +63,8 @@ class ZerothOrder:
         self._end_pass = end_pass
         self._pages = [page for page in parts.pages if page.block.bucket.trainable]
         self._step = 0
-        self._scale: float | None = None  # of the noise in copies on the device; None: true copies
+        # Of the noise in copies on the device, by parameter; None: they are true copies.
+        self._scales: Mapping[int, float] | None = None
         self._pending: StepSettings | None = None
         device = parts.device
         self._random = _RandomState(device.device)
@@ -72,7 +72,11 @@ class ZerothOrder:
         parts.pager.arrivals = self
 
     def project(
-        self, closure: Callable[[], Any], step: int, reduce: Reduce | None
+        self,
+        closure: Callable[[], Any],
+        step: int,
+        reduce: Reduce | None,
+        moving: Iterable[int],
     ) -> tuple[float, float]:
         """Run both passes; the projected gradient, and the mean of the two losses.
 
@@ -80,6 +84,7 @@ class ZerothOrder:
             closure: returns the loss.
             step: number of the step, by which its noise is drawn.
             reduce: what the workers make of their projected gradients together.
+            moving: the parameters to perturb, by index.
 
         Raises:
             GuardError: the closure has edited a parameter; the edit is lost.
@@ -91,10 +96,10 @@ class ZerothOrder:
         self._pager.end_raw_access()
         self._random.capture()
         try:
-            above = self._run(closure, step, eps)
+            above = self._run(closure, step, dict.fromkeys(moving, eps))
             self.settle()
             self._random.restore()
-            below = self._run(closure, step, -eps)
+            below = self._run(closure, step, dict.fromkeys(moving, -eps))
         except BaseException:
             self._random.restore()
             raise
@@ -120,10 +125,11 @@ class ZerothOrder:
     ) -> tuple[Transfer, Staged]:
         """See `Arrivals.land`: update the home if that is pending, copy, perturb the copy."""
         bucket = block.bucket
-        pending = self._pending if bucket.trainable else None
-        if pending is not None and not self._streamed.is_updated(bucket.index, chunk):
-            return self._update_and_land(block, chunk, staged, target, pending)
-        perturbed = bucket.trainable and self._scale is not None
+        if bucket.trainable and self._pending is not None:
+            work = self._streamed.work_left(bucket, bucket.chunks[chunk], self._pending)
+            if work is not None:
+                return self._update_and_land(block, work, staged, target, self._pending)
+        perturbed = bucket.trainable and self._scales is not None
         try:
             copy = self._copy(block, chunk, staged, target)
         except BaseException:
@@ -152,14 +158,14 @@ class ZerothOrder:
 
     def check_edit(self, page: WeightPage) -> None:
         """See `Arrivals.check_edit`."""
-        if self._scale is not None and page.block.bucket.trainable:
+        if self._scales is not None and page.block.bucket.trainable:
             raise _edited(page)
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _run(self, closure: Callable[[], Any], step: int, scale: float) -> float:
+    def _run(self, closure: Callable[[], Any], step: int, scales: Mapping[int, float]) -> float:
         self._step = step
-        self._scale = scale
+        self._scales = scales
         self._drop_copies()
         try:
             # A fetch ahead that fails is tried again, and reported, when the weights are needed.
@@ -186,7 +192,7 @@ class ZerothOrder:
                 for parameter in page.parameters:
                     parameter.home_is_stale = parameter.state.edited = False
         self._pager.end_raw_access()
-        self._scale = None
+        self._scales = None
         self._drop_copies()
         return edited
 
@@ -198,13 +204,12 @@ class ZerothOrder:
     def _update_and_land(
         self,
         block: Block,
-        chunk: int,
+        work: ChunkWork,
         staged: Staged,
         target: torch.Tensor,
         settings: StepSettings,
     ) -> tuple[Transfer, Staged]:
-        parts = segments(block.bucket, block.bucket.chunks[chunk])
-        work = ChunkWork(block.bucket, chunk, parts, {"weights": staged})
+        work.staged["weights"] = staged
         copy: Transfer | None = None
         try:
             with uninterrupted():
@@ -214,11 +219,11 @@ class ZerothOrder:
                     staged.release()
                     raise
                 try:
-                    copy = self._copy(block, chunk, staged, target)
-                    if self._scale is None:
+                    copy = self._copy(block, work.chunk, staged, target)
+                    if self._scales is None:
                         copy.wait(self._store.deadline_seconds)  # before the store owns the buffer
                 finally:  # whatever became of the copy: the update is not applied again
-                    self._store.start_store(block, chunk, staged)
+                    self._store.start_store(block, work.chunk, staged)
         except BaseException:
             if copy is not None:
                 copy.wait(self._store.deadline_seconds)  # nobody else knows of it
@@ -227,13 +232,13 @@ class ZerothOrder:
 
     def _copy(self, block: Block, chunk: int, staged: Staged, target: torch.Tensor) -> Transfer:
         """Start the copy to the device. A perturbed one does not read `staged` any more."""
-        if self._scale is None or not block.bucket.trainable:
+        if self._scales is None or not block.bucket.trainable:
             return self._store.device.start_copy_in(target, staged.tensor)
         ring = self._ring
         place = target if ring is None else ring.take(target.numel(), self._store.deadline_seconds)
         with self._meter.busy("cpu", target.numel()):
             self._updater.perturb(
-                block.bucket, chunk, staged.tensor, place, step=self._step, scale=self._scale
+                block.bucket, chunk, staged.tensor, place, step=self._step, scales=self._scales
             )
         if ring is None:
             return CompletedTransfer("h2d")

@@ -66,7 +66,7 @@ class ChunkUpdate(ABC):
         self._parameters = parameters
         self._store = store
 
-    def is_due(self, state: ParameterState) -> bool:
+    def is_due(self, state: ParameterState, settings: StepSettings) -> bool:  # noqa: ARG002
         """Whether the step updates this parameter: it has a gradient."""
         return state.gradient_sums is not None
 

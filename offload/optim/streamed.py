@@ -29,7 +29,7 @@ from offload.errors import NonFiniteError, OffloadError
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
 from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import BlockStore, release_all
-from offload.partition.layout import Bucket, segments
+from offload.partition.layout import Bucket, Chunk, segments
 from offload.partition.parameters import ParameterState
 from offload.telemetry import LaneMeter
 
@@ -69,7 +69,7 @@ class StreamedStep:
                 is not finite.
         """
         self._store.retry_failed()
-        waiting = deque(self._work())
+        waiting = deque(self._work(settings))
         under_way: deque[ChunkWork] = deque()
         try:
             while waiting or under_way:
@@ -88,7 +88,7 @@ class StreamedStep:
             for bucket in self._buckets:
                 for slot in bucket.slots:
                     state = self._parameters[slot.param]
-                    if self._updater.is_due(state):
+                    if self._updater.is_due(state, settings):
                         state.steps += 1
                         state.edited = False
             self._updated.clear()
@@ -100,9 +100,16 @@ class StreamedStep:
                 remedy="load the last checkpoint and lower the learning rate",
             )
 
-    def is_updated(self, bucket: int, chunk: int) -> bool:
-        """Whether the step that is pending has been applied to a chunk."""
-        return (bucket, chunk) in self._updated
+    def work_left(self, bucket: Bucket, chunk: Chunk, settings: StepSettings) -> ChunkWork | None:
+        """What the step has still to update of a chunk, nothing staged; None: nothing."""
+        if (bucket.index, chunk.index) in self._updated:
+            return None
+        active = tuple(
+            segment
+            for segment in segments(bucket, chunk)
+            if self._updater.is_due(self._parameters[segment.param], settings)
+        )
+        return ChunkWork(bucket, chunk.index, active, {}) if active else None
 
     def update_staged(self, work: ChunkWork, settings: StepSettings) -> None:
         """Apply the step to a staged chunk that does not have it; the caller stores the chunk.
@@ -120,18 +127,12 @@ class StreamedStep:
         self._updated.clear()
         self._not_finite = None
 
-    def _work(self) -> Iterator[ChunkWork]:
+    def _work(self, settings: StepSettings) -> Iterator[ChunkWork]:
         for bucket in self._buckets:
             for chunk in bucket.chunks:
-                if (bucket.index, chunk.index) in self._updated:
-                    continue
-                active = tuple(
-                    segment
-                    for segment in segments(bucket, chunk)
-                    if self._updater.is_due(self._parameters[segment.param])
-                )
-                if active:
-                    yield ChunkWork(bucket, chunk.index, active, {})
+                work = self.work_left(bucket, chunk, settings)
+                if work is not None:
+                    yield work
 
     def _read_ahead(self, waiting: deque[ChunkWork], under_way: deque[ChunkWork]) -> None:
         while waiting and len(under_way) < self._depth:

@@ -17,7 +17,7 @@ arXiv 2305.17333, algorithm 1; weight decay as in the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -31,7 +31,7 @@ from offload.optim.philox import NOISE_BLOCK_NUMEL, Noise
 from offload.optim.split import FIRST_UNHOLDABLE
 from offload.partition.arrays import field_array
 from offload.partition.blocks import BlockStore
-from offload.partition.layout import Bucket, Field, segments
+from offload.partition.layout import Bucket, Field, Segment, segments
 from offload.partition.parameters import ParameterState
 from offload.schedule.executor import ComputePool
 
@@ -143,15 +143,15 @@ class ZerothOrderUpdate(ChunkUpdate):
         self.rule = rule
         self._pool = pool
 
-    def is_due(self, state: ParameterState) -> bool:  # noqa: ARG002 - every one is
-        """A step moves every parameter, also one that the forward does not use."""
-        return True
+    def is_due(self, state: ParameterState, settings: StepSettings) -> bool:
+        """A step moves what was not frozen when it ran, also what the forward did not use."""
+        return state.index in settings.hyper
 
     def update(self, work: ChunkWork, settings: StepSettings) -> ParameterState | None:
         """See `ChunkUpdate.update`."""
         calls, owners = [], []
         block = work.staged["weights"].tensor
-        for piece in self._pieces(work.bucket, work.chunk):
+        for piece in self._pieces(work.bucket, work.chunk, work.segments):
             calls.append(
                 partial(
                     update_weights,
@@ -175,12 +175,14 @@ class ZerothOrderUpdate(ChunkUpdate):
         target: torch.Tensor,
         *,
         step: int,
-        scale: float,
+        scales: Mapping[int, float],
     ) -> None:
         """Set the weights of chunk block `target` to those of `source` plus scale * noise.
 
         Both are uint8, 1-D, in memory that the CPU reaches. Padding of the target is not written.
+        `scales` are by parameter; one that has none is copied.
         """
+        parts = segments(bucket, bucket.chunks[chunk])
         self._pool.run(
             [
                 partial(
@@ -190,15 +192,17 @@ class ZerothOrderUpdate(ChunkUpdate):
                     precision=cast("Precision", bucket.dtype),
                     noise=Noise(self.rule.seed, step, piece.param),
                     start=piece.start,
-                    scale=scale,
+                    scale=scales[piece.param],
                 )
-                for piece in self._pieces(bucket, chunk)
+                if piece.param in scales
+                else partial(np.copyto, piece.array(target), piece.array(source))
+                for piece in self._pieces(bucket, chunk, parts)
             ]
         )
 
-    def _pieces(self, bucket: Bucket, chunk: int) -> Iterator[_Piece]:
+    def _pieces(self, bucket: Bucket, chunk: int, parts: Sequence[Segment]) -> Iterator[_Piece]:
         (field,) = self._store.block(bucket.index, "weights").layout.element_fields(chunk)
-        for segment in segments(bucket, bucket.chunks[chunk]):
+        for segment in parts:
             for start in range(0, segment.numel, PIECE_NUMEL):
                 numel = min(PIECE_NUMEL, segment.numel - start)
                 yield _Piece(

@@ -199,6 +199,39 @@ def test_frozen_weights_are_read_and_never_written(tmp_path: Path) -> None:
             assert same == (name.partition(".")[0] in "047"), name
 
 
+def test_freezing_between_steps(tmp_path: Path) -> None:
+    """What is frozen is neither perturbed nor moved; an update that is pending still arrives."""
+    plain = plain_mezo(small_model())
+    with make_engine(small_model(), mezo("nvme", tmp_path, bucket_elements=4096)) as engine:
+        for index, (frozen, thawed) in enumerate([((0, 1, 2), ()), ((7,), (1,)), ((), (0, 7))]):
+            plain.step(lambda index=index: small_loss(plain.module, index))
+            train(engine, steps=1)
+            for model in (plain.module, engine.module):
+                for layer in frozen:
+                    model[layer].requires_grad_(False)
+                for layer in thawed:
+                    model[layer].requires_grad_(True)
+        plain.step(lambda: small_loss(plain.module, 3))
+        train(engine, steps=1)
+        assert engine.projected_gradient == plain.projected[-1]
+        for name, weight in plain.state().items():
+            assert torch.equal(engine.read_state(name, "weight"), weight), name
+        steps = dict(zip(engine.parameter_names(), engine.parameter_steps(), strict=True))
+        assert steps["2.weight"] == 1
+        assert steps["0.weight"] == 2
+        assert steps["4.weight"] == 4
+
+
+def test_unfreezing_what_was_frozen_is_refused() -> None:
+    model = small_model()
+    model[1].requires_grad_(False)  # type: ignore[index]
+    with make_engine(model, mezo("host")) as engine:
+        train(engine, steps=1)
+        model[1].requires_grad_(True)  # type: ignore[index]
+        with pytest.raises(OffloadError, match="forward-only"):
+            train(engine, steps=1)
+
+
 def test_a_model_that_streams_in_trains_the_same(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
