@@ -122,8 +122,9 @@ class NvmeStore:
         """Allocate extents on the disks for records of (name, nbytes), and shadow extents.
 
         Each class of one extent size gets `min(spare, its records)` shadow extents, in mode atomic
-        one a record; `spare` is the number of writes in flight. The records of a class are dealt
-        round-robin over the paths. After an error nothing is allocated.
+        one a record; `spare` is the number of writes in flight, or 0 for records that are vacated
+        before they are written again: they need none, in either mode. The records of a class are
+        dealt round-robin over the paths. After an error nothing is allocated.
 
         Raises:
             BudgetError: more than the capacity.
@@ -136,7 +137,9 @@ class NvmeStore:
             records = [self._deal(name, nbytes, dealer) for name, nbytes in sizes]
             extents = [(record.home, record.extent_bytes) for record in records]
             extents += dealer.deal_shadows(
-                (record.extent_bytes for record in records), spare=spare, atomic=self._atomic
+                (record.extent_bytes for record in records),
+                spare=spare,
+                atomic=self._atomic and spare > 0,
             )
             needed: Counter[int] = Counter()  # path -> bytes
             for home, nbytes in extents:
@@ -205,6 +208,17 @@ class NvmeStore:
                 if blocker is None:
                     blocker = next(iter(self._in_flight[record.extent_bytes]), None)
             self._wait_for(blocker, record, limit)
+
+    def vacate(self, record: Record) -> None:
+        """Forget what a record holds: its extent is free for others of its class.
+
+        No transfer of the record may be in flight.
+        """
+        with self._lock:
+            assert record.pending is None, f"{record!r} is being written"
+            extent, record.current = record.current, None
+            if extent is not None:
+                self._pools[extent.nbytes].put_back(extent)
 
     def close(self) -> None:
         """Settle what is in flight, then give all files up. A second call does nothing.
