@@ -46,11 +46,40 @@ class LaneReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ActivationReport:
+    """What autograd has saved off the device, in bytes. Differences of two reports are reports.
+
+    `moved_bytes` have left the device, and `deduplicated_bytes` would have left it again.
+    `kept_bytes` have stayed there, or come back, because they had room there or no other.
+    `forwarded_bytes` were wanted back while they were on their way out. The peaks are over the life
+    of the engine.
+    """
+
+    moved_bytes: int = 0
+    deduplicated_bytes: int = 0
+    forwarded_bytes: int = 0
+    kept_bytes: int = 0
+    host_peak_bytes: int = 0
+    nvme_peak_bytes: int = 0
+
+    def __sub__(self, earlier: ActivationReport) -> ActivationReport:
+        return ActivationReport(
+            self.moved_bytes - earlier.moved_bytes,
+            self.deduplicated_bytes - earlier.deduplicated_bytes,
+            self.forwarded_bytes - earlier.forwarded_bytes,
+            self.kept_bytes - earlier.kept_bytes,
+            self.host_peak_bytes,
+            self.nvme_peak_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One optimizer step, from the end of the one before.
 
     `bound_seconds` is the least time the step could take at measured lane speeds; 0.0 where it is
-    not known yet. `faults` counts demand fetches.
+    not known yet. `faults` counts demand fetches. `activations` is all zeros where they stay on the
+    device.
     """
 
     step: int
@@ -59,6 +88,7 @@ class StepReport:
     bound_seconds: float
     measured_seconds: float
     faults: int
+    activations: ActivationReport = ActivationReport()
 
     @property
     def efficiency(self) -> float:
@@ -83,6 +113,7 @@ class StepReport:
             "faults": self.faults,
             "tiers": {name: dataclasses.asdict(tier) for name, tier in self.tiers.items()},
             "lanes": {name: dataclasses.asdict(lane) for name, lane in self.lanes.items()},
+            "activations": dataclasses.asdict(self.activations),
         }
 
     @classmethod
@@ -95,6 +126,7 @@ class StepReport:
             bound_seconds=entry["bound_seconds"],
             measured_seconds=entry["measured_seconds"],
             faults=entry["faults"],
+            activations=ActivationReport(**entry.get("activations", {})),
         )
 
 

@@ -22,6 +22,7 @@ from offload.config.contradictions import DECAYING_SCHEDULES, contradictions, se
 from offload.config.host_budget import HOST_SHARE, available_host_bytes
 from offload.config.problems import describe_problems
 from offload.config.sections import (
+    ActivationsSection,
     DeviceTierSection,
     ExpectSection,
     GuardSection,
@@ -45,6 +46,7 @@ from offload.errors import ConfigError
 
 __all__ = [
     "HOST_SHARE",
+    "ActivationsSection",
     "DeviceTierSection",
     "ExpectSection",
     "GuardSection",
@@ -81,6 +83,8 @@ class OffloadConfig(Section):
     """Where state can live, and how much of it."""
     placement: PlacementSection = PlacementSection()
     """Which state lives where."""
+    activations: ActivationsSection = ActivationsSection()
+    """How activations leave the device."""
     partition: PartitionSection = PartitionSection()
     """How parameters are grouped into buckets."""
     precision: PrecisionSection = PrecisionSection()

@@ -35,6 +35,7 @@ def contradictions(config: Plain) -> list[str]:
     rules: tuple[Callable[[Plain], list[str]], ...] = (
         _nvme_without_paths,
         _repeated_paths,
+        _settings_of_activations_that_stay,
         _settings_of_another_optimizer,
         _nesterov_without_momentum,
         _forward_only_with_gradients,
@@ -54,7 +55,7 @@ def _nvme_without_paths(config: Plain) -> list[str]:
         f"placement.{state_class} = 'nvme' needs tiers.nvme.paths, which is empty: name a "
         "directory there, or choose auto, device or host"
         for state_class, tier in section_of(config, "placement").items()
-        if tier == "nvme" and state_class in {"weights", "gradients", "optimizer"}
+        if tier == "nvme" and state_class in {"weights", "gradients", "optimizer", "activations"}
     ]
     problems += [
         f"tiers.nvme.{key} is set but tiers.nvme.paths is empty: name a directory there, or remove "
@@ -72,6 +73,21 @@ def _repeated_paths(config: Plain) -> list[str]:
     names = [str(path).rstrip("/") for path in paths]
     repeated = sorted({name for name in names if names.count(name) > 1})
     return [f"tiers.nvme.paths names {name!r} more than once" for name in repeated]
+
+
+def _settings_of_activations_that_stay(config: Plain) -> list[str]:
+    home = section_of(config, "placement").get("activations", "device")
+    useless: dict[object, tuple[str, ...]] = {
+        "device": ("min_bytes", "host_memory", "device_memory"),
+        "host": ("device_memory",),
+        "nvme": ("device_memory",),
+    }
+    return [
+        f"activations.{key} is set but placement.activations = {home!r} does not use it: choose "
+        f"{'auto, host or nvme' if home == 'device' else 'auto'} there, or remove it"
+        for key in section_of(config, "activations")
+        if isinstance(home, str) and key in useless.get(home, ())
+    ]
 
 
 def _settings_of_another_optimizer(config: Plain) -> list[str]:

@@ -50,15 +50,6 @@ def _as_device_kind(value: object) -> object:
     return value
 
 
-def _as_activation_tier(value: object) -> object:
-    if value in ("auto", "host", "nvme"):
-        raise ValueError(
-            f"{value!r} comes with activation tiering, which this version does not have: "
-            "the only value is 'device'; run.gradient_checkpointing saves activation memory"
-        )
-    return value
-
-
 def _as_nvme_mode(value: object) -> object:
     if value == "atomic":
         raise ValueError(
@@ -145,8 +136,22 @@ class PlacementSection(Section):
     """Home of the gradients between backward and the optimizer step."""
     optimizer: Tier = "auto"
     """Home of master weights and moments."""
-    activations: Annotated[Literal["device"], BeforeValidator(_as_activation_tier)] = "device"
-    """Home of activations: `device` only in this version."""
+    activations: Tier = "device"
+    """Home of what autograd saves for backward. `auto` keeps on the device what fits there, and
+    moves the rest to the fastest tier that has room."""
+
+
+class ActivationsSection(Section):
+    """How activations leave the device, when `placement.activations` is not `device`."""
+
+    min_bytes: SizeOrAuto = "auto"
+    """Smaller tensors stay on the device. `auto`: 1 MiB."""
+    host_memory: SizeOrAuto = "auto"
+    """The part of `tiers.host.memory` that they may take. `auto`: what the other state leaves;
+    with `placement.activations = "nvme"` at most 256 MiB, for the way there and back."""
+    device_memory: SizeOrAuto = "auto"
+    """With `placement.activations = "auto"`: bytes of them that stay on the device, beside
+    `tiers.device.memory`. `auto`: half of what that leaves free."""
 
 
 class PartitionSection(Section):

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 
 from offload.config import OffloadConfig, available_host_bytes
+from offload.engine.activation_plan import open_activations
+from offload.engine.activations import ActivationStore
 from offload.engine.chunked_head import find_head
 from offload.engine.collect import Collection, collect, convert_buffers
 from offload.engine.gradients import GradientHome
@@ -84,6 +86,7 @@ class Parts:
     pages: list[WeightPage]
     paged: list[PagedParameter]
     pager: Pager
+    activations: ActivationStore | None
     gradients: GradientHome
     streamed: StreamedStep
     updater: ChunkUpdate
@@ -271,6 +274,9 @@ def _reserve_and_move(
     tiles = open_tiles(plan.tiled, pager, store, gradients, prefetch=config.overlap.prefetch)
     pager.seal()
     convert_buffers(module, config.precision.compute, device.device, kept=collection.kept)
+    activations = open_activations(config, plan, host, device, nvme)
+    if activations is not None:
+        closing.callback(activations.close)
     return Parts(
         config=config,
         module=module,
@@ -286,6 +292,7 @@ def _reserve_and_move(
         paged=paged,
         pager=pager,
         gradients=gradients,
+        activations=activations,
         streamed=StreamedStep(
             buckets=plan.buckets,
             parameters=parameters,

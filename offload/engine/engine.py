@@ -325,7 +325,9 @@ class Engine(ForwardOnlyEngine):
             if every and id(module) not in below:
                 windows.append(FusedWindow(module, name, every, self._parts.pager))
         resident = [p for p in self._parts.paged if not (p.page.is_paged or p.tiles)]
-        return windows, RootWindow(self.module, resident, self._parts.pager)
+        return windows, RootWindow(
+            self.module, resident, self._parts.pager, self._parts.activations
+        )
 
     @staticmethod
     def _paged_of(
@@ -392,6 +394,8 @@ class Engine(ForwardOnlyEngine):
     def _after_backward(self) -> None:
         self._parts.pager.release_nodes()
         self._release_gathered()
+        if self._parts.activations is not None:
+            self._parts.activations.collect()
 
     def _clear_gradients(self) -> None:
         self._gradients_are_spent = False

@@ -29,6 +29,7 @@ from torch._compile import _disable_dynamo
 from offload.engine.pages import PagedParameter, WeightPage, find_paged
 from offload.engine.saved import hooks_are_ours, page_hooks
 from offload.engine.tile_ops import TILED_OPS, is_tiled_weight
+from offload.engine.transforms import active_transform
 from offload.errors import GuardError
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
@@ -247,15 +248,6 @@ def _paged_arguments(
         if paged is not None:
             found.append((tensor, paged))
     return found
-
-
-def active_transform() -> str | None:
-    """What reads the memory of tensors past their classes at this moment; None if nothing does."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform"
-    if torch._C._is_tracing():
-        return "torch.jit.trace"
-    return None
 
 
 def refuse_transforms(what: str) -> None:

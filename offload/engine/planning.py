@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from offload.config import HOST_SHARE, OffloadConfig, available_host_bytes, load_config
+from offload.engine.activation_plan import reserved_host_bytes, with_activations
 from offload.engine.collect import Collection, collect
 from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.optimizer import configured_groups, configured_settings
@@ -183,7 +184,8 @@ def plan_module(
             table=f"parameters that cannot be paged need {format_bytes(collection.resident_bytes)} "
             f"of tier device, whose budget is {format_bytes(machine.device_bytes)}"
         )
-    machine = replace(machine, device_bytes=left)
+    reserved_bytes = reserved_host_bytes(config, machine, known)
+    machine = replace(machine, device_bytes=left, host_bytes=machine.host_bytes - reserved_bytes)
 
     def plan_specs(specs: Sequence[ParamSpec], slot_bytes: int) -> Plan:
         beside = replace(machine, device_bytes=machine.device_bytes - slot_bytes)
@@ -204,7 +206,8 @@ def plan_module(
         # Forward-only training perturbs whole pages.
         tileable = collection.tileable if not isinstance(rule, ZerothOrderRule) else ()
         planned = plan_tiled(collection.paged, tileable, config, plan_specs)
-    return with_overhead(planned, "device", collection.resident_bytes)
+    planned = with_overhead(planned, "device", collection.resident_bytes)
+    return with_activations(planned, reserved_bytes, config, machine, grows=known is None)
 
 
 def _kernel_layouts(

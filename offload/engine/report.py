@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from offload.schedule.cost import LaneSpeeds, bound_seconds
-from offload.telemetry import LaneReport, StepReport, TierReport, lanes_between
+from offload.telemetry import ActivationReport, LaneReport, StepReport, TierReport, lanes_between
 
 if TYPE_CHECKING:
     from offload.engine.build import Parts
@@ -28,17 +28,17 @@ class StepMeter:
         self._started = time.perf_counter()
         self._lanes = self._now()
         self._faults = 0
+        self._activations = ActivationReport()
         self._last: StepReport | None = None
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Count a block as compute, less the time in which touches waited for transfers."""
-        pager = self._parts.pager
-        started, stalled = time.perf_counter(), pager.stall_seconds
+        started, stalled = time.perf_counter(), self._stall_seconds()
         try:
             yield
         finally:
-            waited = pager.stall_seconds - stalled
+            waited = self._stall_seconds() - stalled
             self._meter.add("compute", 0, max(time.perf_counter() - started - waited, 0.0))
 
     def end_step(self) -> None:
@@ -56,8 +56,10 @@ class StepMeter:
             bound_seconds=self._bound(lanes),
             measured_seconds=now - self._started,
             faults=self._parts.pager.faults - self._faults,
+            activations=self._activations_now() - self._activations,
         )
         self._started = now
+        self._activations = self._activations_now()
         self._lanes = self._now()
         self._faults = self._parts.pager.faults
 
@@ -67,6 +69,15 @@ class StepMeter:
         if last is None:
             return StepReport(0, self._tiers(), {}, 0.0, 0.0, 0)
         return dataclasses.replace(last, step=step, tiers=self._tiers())
+
+    def _stall_seconds(self) -> float:
+        activations = self._parts.activations
+        saved = 0.0 if activations is None else activations.stall_seconds
+        return self._parts.pager.stall_seconds + saved
+
+    def _activations_now(self) -> ActivationReport:
+        activations = self._parts.activations
+        return ActivationReport() if activations is None else activations.report()
 
     def _bound(self, lanes: dict[str, LaneReport]) -> float:
         default = LaneSpeeds()

@@ -3,8 +3,9 @@
 [Note: Saved pages]
 Autograd saves weights, and views of them, for the backward pass. The hooks replace what shares a
 paged storage by `SavedPage` (which page, and how the view lies in it) and bring the page back when
-the node runs, pinned until the node has ended. They repeat the version check that torch leaves out
-when hooks are set.
+the node runs, pinned until the node has ended. Of the rest, what is large leaves the device where
+activations have their home below it; see activations.py. The hooks repeat the version check that
+torch leaves out when hooks are set.
 
 torch asks only the innermost pair of hooks. The engine's pair is outermost around the module; where
 somebody else's (activation checkpointing, save_on_cpu) lies on top, windows and guarded ops put a
@@ -23,7 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from offload.engine.activations import ActivationStore, SavedActivation, SavedOnDevice
 from offload.engine.pages import PagedParameter, find_paged
+from offload.engine.saved_version import version_error
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _push = torch._C._autograd._push_saved_tensors_default_hooks
@@ -44,6 +47,25 @@ class SavedPage(NamedTuple):
     offset: int
     dtype: torch.dtype
     version: int | None
+
+
+class SavedHere(NamedTuple):
+    """A tensor that stays as it is: detached, else an op's own output would never be freed."""
+
+    tensor: torch.Tensor
+    version: int
+
+    def unpack(self) -> torch.Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it has been changed in place since, as plain PyTorch would find.
+        """
+        now = self.tensor._version
+        if now != self.version:
+            size = list(self.tensor.size())
+            raise version_error(f"a tensor of shape {size}", now, self.version)
+        return self.tensor
 
 
 class SavedElsewhere(NamedTuple):
@@ -72,7 +94,15 @@ def _pack_page(tensor: torch.Tensor) -> SavedPage | None:
 
 
 def _pack(tensor: torch.Tensor) -> Any:
-    return _pack_page(tensor) or tensor
+    return _pack_page(tensor) or _pack_here(tensor)
+
+
+def _pack_here(tensor: torch.Tensor) -> Any:
+    if tensor.is_inference():
+        return tensor
+    with _NO_GUARD():
+        here = tensor if tensor.grad_fn is None else tensor.detach()
+        return SavedHere(here, tensor._version)
 
 
 def _unpack(saved: Any) -> Any:
@@ -80,6 +110,8 @@ def _unpack(saved: Any) -> Any:
         return _unpack_page(saved)
     if isinstance(saved, SavedElsewhere):
         return saved.unpack(saved.packed)
+    if isinstance(saved, (SavedHere, SavedActivation, SavedOnDevice)):
+        return saved.unpack()
     return saved
 
 
@@ -87,11 +119,7 @@ def _unpack_page(saved: SavedPage) -> torch.Tensor:
     paged = saved.paged
     now = paged.state.parameter._version
     if saved.version is not None and saved.version != now:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: parameter {paged.state.name} is at version {now}; expected version "
-            f"{saved.version} instead"
-        )
+        raise version_error(f"parameter {paged.state.name}", now, saved.version)
     in_backward = torch._C._current_graph_task_id() != -1
     with _NO_GUARD():
         if in_backward:
@@ -112,11 +140,14 @@ def hooks_are_ours() -> bool:
     return top is not None and top[1] is _unpack
 
 
-def push_page_hooks() -> bool:
-    """Put the engine's hooks on top, to `pop_page_hooks` later; False if they are there already."""
+def push_page_hooks(activations: ActivationStore | None = None) -> bool:
+    """Put the engine's hooks on top, to `pop_page_hooks` later; False if they are there already.
+
+    With `activations`, and no hooks of somebody else below, other tensors leave the device too.
+    """
     top = _top(False)
     if top is None:
-        _push(_pack, _unpack)
+        _push(_pack if activations is None else _packing(activations), _unpack)
         return True
     below_pack, below_unpack = top
     if below_unpack is _unpack:
@@ -127,6 +158,13 @@ def push_page_hooks() -> bool:
 
     _push(pack, _unpack)
     return True
+
+
+def _packing(activations: ActivationStore) -> _Hook:
+    def pack(tensor: torch.Tensor) -> Any:
+        return _pack_page(tensor) or activations.pack(tensor) or _pack_here(tensor)
+
+    return pack
 
 
 def pop_page_hooks() -> None:

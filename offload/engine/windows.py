@@ -6,7 +6,7 @@
            the parameters that have proven safe wear their plain class: ops on them cost nothing
            extra.
   root     the window of the engine's module, for the pages whose home is the device. Its hooks also
-           begin and end runs, i.e. traces.
+           begin and end runs, i.e. traces, and let activations leave the device.
 
 A parameter is proven once its module has run under guard and nothing of it escaped; see
 `needs_guard` in pages.py. If its module behaves otherwise later on, the page stays until the step
@@ -27,10 +27,12 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from offload.engine.guard import active_transform, refuse_transforms
+from offload.engine.activations import ActivationStore
+from offload.engine.guard import refuse_transforms
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage
 from offload.engine.saved import pop_page_hooks, push_page_hooks
+from offload.engine.transforms import active_transform
 from offload.errors import GuardError
 
 # The parameters that went plain, whether hooks were pushed, the grad mode. None: under a transform.
@@ -237,9 +239,16 @@ class RootWindow:
     a run without gradients has none, and leaves them guarded if it has found them so.
     """
 
-    def __init__(self, module: nn.Module, resident: Sequence[PagedParameter], pager: Pager) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        resident: Sequence[PagedParameter],
+        pager: Pager,
+        activations: ActivationStore | None,
+    ) -> None:
         self.module = module
         self.pager = pager
+        self._activations = activations
         self._resident = tuple(resident)
         self._awake = False
         self._wakes_until_leave = False
@@ -259,7 +268,9 @@ class RootWindow:
                 self._wakes_until_leave = not torch.is_grad_enabled()
                 for parameter in self._resident:
                     parameter.wear_plain()
-        stack.append(push_page_hooks())
+            if self._activations is not None:
+                self._activations.begin(self.module)
+        stack.append(push_page_hooks(self._activations))
 
     def leave(self) -> None:
         """After it. A run without gradients has no backward: it ends here."""

@@ -76,7 +76,8 @@ class Plan:
 
     Attributes:
         fits: whether every tier's budget is large enough.
-        bytes: bytes[tier][state_class]: where the state lives.
+        bytes: bytes[tier][state_class]: where the state lives; of activations, the room that the
+            host has for those that leave the device.
         peak_bytes: by tier: the most that the engine holds, staging and spare extents included.
         need_bytes: by tier: the least budget with which this placement runs.
         budget_bytes: by tier; 0 for nvme that is not used.
@@ -122,10 +123,13 @@ class Plan:
             raise DoesNotFitError(table=str(self))
 
     def __str__(self) -> str:
-        columns = (*STATE_CLASSES, "peak", "budget")
+        classes: tuple[str, ...] = STATE_CLASSES
+        if self.bytes["host"]["activations"]:
+            classes = (*classes, "activations")
+        columns = (*classes, "peak", "budget")
         lines = ["tier    " + "".join(f"{name:>14}" for name in columns)]
         for tier in TIERS:
-            amounts = [self.bytes[tier][name] for name in STATE_CLASSES]
+            amounts = [self.bytes[tier][name] for name in classes]
             amounts += [self.peak_bytes[tier], self.budget_bytes[tier]]
             lines.append(f"{tier:<8}" + "".join(f"{format_bytes(n):>14}" for n in amounts))
         lines.append(
@@ -311,7 +315,7 @@ def plan_layouts(
     )
     return Plan(
         fits=not placement.shortfalls,
-        bytes=taken.homes,
+        bytes={tier: {**homes, "activations": 0} for tier, homes in taken.homes.items()},
         peak_bytes=need_bytes
         | {"device": taken.home_bytes("device") + working_bytes + gradient_bytes},
         need_bytes=need_bytes,

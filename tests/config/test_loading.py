@@ -137,12 +137,6 @@ def test_any_unknown_key_names_a_valid_one(key: str) -> None:
     assert any(name in problem for name in valid_keys(OffloadConfig)), problem
 
 
-@pytest.mark.parametrize("tier", ["host", "nvme", "auto"])
-def test_activations_stay_on_the_device_for_now(tier: str) -> None:
-    (problem,) = problems_of({"placement": {"activations": tier}})
-    assert "activation tiering" in problem
-
-
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [

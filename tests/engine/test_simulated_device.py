@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import offload
 from offload.engine import build, gradients, planning
+from offload.engine.activation_copy import ActivationCopy
 from offload.tiers.host import HostArena
 from offload.tiers.simulated import LaneModel, SimulatedDeviceTier, SimulatedIo, VirtualClock
 
@@ -166,6 +168,65 @@ def test_what_is_unfrozen_under_way_finds_a_place_beside_an_accelerator(
             assert torch.equal(simulated_state[name][field], tensor), (name, field)
     for tier in report.tiers.values():
         assert tier.peak_bytes <= tier.budget_bytes
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("home", "section"),
+    [
+        ("host", {}),
+        ("host", {"host_memory": "40KiB"}),
+        ("nvme", {"host_memory": "64KiB"}),
+        ("nvme", {"host_memory": "24KiB"}),
+        ("auto", {"host_memory": "40KiB", "device_memory": "24KiB"}),
+    ],
+)
+def test_activations_of_an_accelerator_come_back_as_they_were(
+    home: str,
+    section: dict[str, Any],
+    checkpointed: bool,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if checkpointed:
+        monkeypatch.setattr(nn.LayerNorm, "forward", _checkpointed_norm)
+    losses, state, _ = train(tmp_path, ON_DEVICE, "fp32", 2)
+    request.getfixturevalue("accelerator")
+    placement = {**PLACEMENTS["host"], "activations": home}
+    found_losses, found_state, report = train(
+        tmp_path, placement, "fp32", 2, activations={"min_bytes": 1024, **section}
+    )
+    assert found_losses == losses
+    for name, tensors in state.items():
+        for field, tensor in tensors.items():
+            assert torch.equal(found_state[name][field], tensor), (name, field)
+    assert report.activations.moved_bytes > 0
+
+
+def _checkpointed_norm(norm: nn.LayerNorm, x: torch.Tensor) -> Any:
+    def normalize(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
+
+    return checkpoint(normalize, x, use_reentrant=False)
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_an_activation_that_is_not_waited_for_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = {**PLACEMENTS["host"], "activations": "host"}
+    losses, _, _ = train(tmp_path, placement, "fp32", 1, activations={"min_bytes": 1024})
+
+    def hasty(copy: ActivationCopy) -> torch.Tensor:
+        copy.settle()
+        copy.start_arrival()
+        assert copy.arrived is not None
+        return copy.arrived
+
+    monkeypatch.setattr(ActivationCopy, "make_arrived", hasty)
+    hasty_losses, _, _ = train(tmp_path, placement, "fp32", 1, activations={"min_bytes": 1024})
+    assert hasty_losses != losses
 
 
 @pytest.mark.usefixtures("accelerator")

@@ -28,7 +28,7 @@ from offload.engine.engine import Engine
 from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.planning import choose_rule, describe_machine, plan_module
 
-RUNS = ("plain", "device", "host", "nvme")
+RUNS = ("plain", "device", "host", "nvme", "activations")
 LEARNING_RATE = 2.0**-4
 _LARGE = 64 << 20
 _EVERY_PAGE = 1000
@@ -198,6 +198,11 @@ def make_engine(
         "partition": {"bucket_elements": 1024},
         **sections,
     }
+    if home == "activations":
+        config["placement"] = dict.fromkeys(("weights", "gradients", "optimizer"), "host") | {
+            "activations": "nvme"
+        }
+        config["activations"] = {"min_bytes": 64, "host_memory": "96KiB"}
     if home != "device":
         loaded = load_config(config)
         with warnings.catch_warnings():
