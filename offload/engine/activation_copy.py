@@ -111,8 +111,7 @@ class ActivationCopy:
     @property
     def is_busy(self) -> bool:
         """Whether a transfer may still use the host piece."""
-        self._arrivals = [arrival for arrival in self._arrivals if not arrival.done()]
-        return bool(self._arrivals) or not self.done
+        return not self.done or any(not arrival.done() for arrival in self._arrivals)
 
     def settle(self) -> None:
         """Wait for the transfer in flight; does nothing in a settled place.
@@ -191,6 +190,7 @@ class ActivationCopy:
         assert self.arrived is not None
         for arrival in self._arrivals:
             self._lanes.device.make_current_wait(arrival)
+        self._arrivals = [arrival for arrival in self._arrivals if not arrival.done()]
         return self.arrived
 
     def return_to_device(self) -> None:
@@ -203,9 +203,9 @@ class ActivationCopy:
 
     def settle_arrivals(self) -> None:
         """Wait until no copy from the host piece is in flight."""
-        for arrival in self._arrivals:
-            arrival.wait(self._lanes.deadline_seconds)
-        self._arrivals.clear()
+        while self._arrivals:
+            self._arrivals[-1].wait(self._lanes.deadline_seconds)
+            self._arrivals.pop()
 
     def leave(self) -> None:
         """Nobody wants the bytes: stand in no list of copies any more."""
@@ -219,13 +219,13 @@ class ActivationCopy:
         Raises:
             DeadlineError: one did not end.
         """
-        self.settle_arrivals()
-        try:
-            self.settle()
-        except DeadlineError:
-            raise
-        except OffloadError:
-            pass
+        for settle in (self.settle_arrivals, self.settle):
+            try:
+                settle()
+            except DeadlineError:
+                raise
+            except OffloadError:
+                pass
 
     def release(self) -> None:
         """Give everything back; nobody wants the bytes, and no transfer is in flight."""

@@ -397,15 +397,19 @@ class ActivationStore:
             return True
         if before is not None:
             return False
-        if self._draining:
-            self._draining[0].drain()
+        if self._dead or self._draining:
             self._collect()
+            if self._draining:
+                self._draining[0].drain()
+                self._collect()
             return True
         if victim is not None:
             victim.settle_arrivals()
             return True
-        if self._lanes.records is None:
-            return False  # then nothing leaves the host
+        return self._lanes.records is not None and self._make_room_on_nvme()
+
+    def _make_room_on_nvme(self) -> bool:
+        """Write what was saved first, or wait for what is under way."""
         if not self._at[Place.WRITING]:
             for copy in sorted(self._at[Place.ON_HOST].values(), key=lambda c: c.number):
                 if not copy.is_stuck and self._start_write(copy):

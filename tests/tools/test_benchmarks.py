@@ -17,6 +17,10 @@ from tools import dev
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tools" / "bench"
 ARGUMENTS = {
+    "activations": [
+        *("--layers=1", "--hidden=64", "--batch=1", "--tokens=16", "--steps=2"),
+        *("--minimum=1", "--room=1"),
+    ],
     "guard": ["--rounds=1", "--tokens=8", "--hidden=64", "--layers=1"],
     "io": ["--rounds=1", "--mib=16", "--request-mib=4", "--only=threads|pool, 4 MiB"],
     "kernels": ["--rounds=1", "--numel=200000", "--json"],
@@ -93,6 +97,13 @@ def test_guard() -> None:
     found = last_line(run("guard"))
     assert set(found) == {"passes", "update", "step"}
     assert_positive(*found.values())
+
+
+@pytest.mark.slow
+def test_activations(tmp_path: Path) -> None:
+    found = last_line(run("activations", f"--path={tmp_path}"))
+    assert_positive(found["growth_ratio"], found["seconds_ratio"], found["moved_bytes"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
