@@ -322,6 +322,37 @@ def test_frozen_after_the_start(engine: Any) -> None:
     assert gradient_of(engine, "embed.weight") is not None
 
 
+@pytest.mark.parametrize("tier", ["host", "nvme"])
+def test_unfrozen_after_the_start(tier: str, tmp_path: Path) -> None:
+    runs = []
+    for tiling in ({}, tiled(3)):
+        model = make_model()
+        model.head.weight.requires_grad_(False)
+        with make_engine(model, settings(tier, tmp_path, tiling=tiling)) as engine:
+            continue_engine(engine, loss_of, steps=1)
+            model.head.weight.requires_grad_(True)
+            runs.append(continue_engine(engine, loss_of, steps=2))
+            assert engine.report().tiers["device"].peak_bytes <= engine.plan.peak_bytes["device"]
+            assert [each.num_tiles for each in engine.plan.tiled] == ([3, 3] if tiling else [])
+    assert_close(runs[1], runs[0], tolerance=1e-6)
+    assert not torch.equal(runs[1].state["head.weight"]["master"], make_model().head.weight)
+
+
+def test_any_torch_optimizer(tmp_path: Path) -> None:
+    runs = [
+        train_engine(
+            make_model(),
+            settings("nvme", tmp_path, tiling=tiling),
+            loss_of,
+            steps=2,
+            optimizer=lambda parameters: torch.optim.Adamax(parameters, lr=1e-3, eps=1e-5),
+        )
+        for tiling in ({}, tiled(3))
+    ]
+    assert runs[1].plan.tiled
+    assert_close(runs[1], runs[0], tolerance=1e-6)
+
+
 def test_a_hook_that_could_change_a_tiled_gradient_is_refused(engine: Any) -> None:
     handle = engine.module.head.weight.register_hook(lambda gradient: 2 * gradient)
     with pytest.raises(GuardError, match=r"hook on the gradient of parameter head\.weight"):

@@ -27,6 +27,7 @@ ARGUMENTS = {
     "loading": ["--rounds=1", "--hidden=64", "--layers=1"],
     "memory": ["--hidden=64", "--layers=1", "--factor=2", "--tokens=16"],
     "nvme_step": ["--rounds=1", "--parameters=1"],
+    "tiling": ["--rounds=1", "--vocabulary=512", "--width=128", "--tokens=64"],
 }
 
 
@@ -118,4 +119,13 @@ def test_memory(tmp_path: Path) -> None:
 def test_loading(tmp_path: Path) -> None:
     found = last_line(run("loading", f"--path={tmp_path}"))
     assert_positive(found["model_bytes"], found["ratios"]["seconds"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_tiling(tmp_path: Path) -> None:
+    found = last_line(run("tiling", f"--folder={tmp_path}"))
+    shares = [row["share"] for row in found["tiles"]]
+    assert shares == sorted(shares, reverse=True)
+    assert_positive(*(row["time"] for row in (*found["tiles"], *found["chunks"])))
     assert list(tmp_path.iterdir()) == []
