@@ -19,6 +19,7 @@ from offload.errors import (
     EngineStateError,
     OffloadError,
 )
+from offload.partition.blocks import BlockStore
 from tests.oracle import (
     ADAMW,
     Run,
@@ -394,6 +395,78 @@ def test_nothing_is_done_where_no_gradient_is_recorded(tmp_path: Path) -> None:
         freeze("4")(engine.module)
         continue_engine(engine, small_loss, steps=1)
         assert engine.plan is plan
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "nvme"])
+def test_moments_start_at_zero_whatever_the_memory_held(
+    placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = BlockStore.add
+
+    def add_dirty(store: BlockStore, bucket: Any, name: str, layout: Any, home: str) -> None:
+        add(store, bucket, name, layout, home)
+        block = store.block(bucket.index, name)
+        for lease in (block.host_lease, block.device_lease):
+            if lease is not None:
+                lease.tensor.fill_(0x5A)
+
+    monkeypatch.setattr(BlockStore, "add", add_dirty)
+    schedule = {1: unfreeze("4")}
+    run = run_engine(partly_frozen(), placed(placement, tmp_path), schedule, steps=3)
+    assert_as_plain(run, run_plain(partly_frozen(), schedule, steps=3))
+
+
+def test_homes_that_come_to_a_full_device_send_pages_away(tmp_path: Path) -> None:
+    """The budget is what the plan needs in the end; until then pages fill it."""
+    sections: dict[str, Any] = {"bucket_elements": 1024}
+    sections["placement"] = {"weights": "nvme", "gradients": "device", "optimizer": "host"}
+    with make_engine(partly_frozen(), settings("auto", tmp_path, **sections)) as roomy:
+        follow(roomy, {0: unfreeze("")}, steps=1)
+        need = roomy.plan.need_bytes["device"]
+    config = settings("auto", tmp_path, device=need, **sections)
+    schedule = {2: unfreeze("")}
+    with make_engine(partly_frozen(), config) as engine:
+        follow(engine, {}, steps=2)
+        device = engine._parts.device
+        with torch.no_grad():
+            small_loss(engine, 0)
+        before, room = engine.plan.bytes["device"], device.budget_bytes - device.used_bytes
+        run = follow(engine, schedule, steps=2)
+        assert engine.plan.bytes["device"]["gradients"] - before["gradients"] > room
+        assert engine.plan.need_bytes["device"] == need
+        assert device.peak_bytes <= need
+        engine._parts.pager.make_way(engine.plan.working_bytes)
+        held = sum(engine.plan.bytes["device"].values()) + engine.plan.gradient_bytes
+        assert device.used_bytes == held
+    plain = run_plain(partly_frozen(), schedule, steps=4)
+    assert_as_plain(run, rest_of(plain, 2))
+
+
+def test_old_staging_stays_within_the_budget_of_the_host(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(64, 512), nn.Linear(512, 64))
+        freeze("0", "1.weight")(model)
+        return model
+
+    schedule = {1: unfreeze("0")}
+    options: dict[str, Any] = {"bucket_elements": 512}
+    with make_engine(make(), settings("nvme", tmp_path, **options)) as engine:
+        before = engine.plan.staging_bytes
+        follow(engine, schedule, steps=2)
+        after = engine.plan.staging_bytes
+        assert 0 < before < after
+    with make_engine(make(), settings("nvme", tmp_path, host=after, **options)) as engine:
+        follow(engine, {}, steps=1)
+        unfreeze("0")(engine.module)
+        with pytest.raises(DoesNotFitError, match=r"parameter 0\.weight: unfrozen"):
+            small_loss(engine, 1)
+    enough = settings("nvme", tmp_path, host=before + after, **options)
+    with make_engine(make(), enough) as engine:
+        run = follow(engine, schedule, steps=3)
+        assert engine._parts.host.budget_bytes <= before + after
+        assert engine.plan.fits
+    assert_as_plain(run, run_plain(make(), schedule, steps=3))
 
 
 # -- groups ----------------------------------------------------------------------------------------
