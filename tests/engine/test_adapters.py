@@ -18,6 +18,7 @@ from torch import nn
 from offload.errors import GuardError
 from offload.state import adapters
 from tests.oracle import (
+    ADAMW,
     Run,
     assert_close,
     assert_identical,
@@ -357,6 +358,60 @@ def test_the_base_alone_between_steps(tmp_path: Path) -> None:
             rule.zero_grad()
             engine.backward(loss)
             assert engine.step()
+
+
+@pytest.mark.parametrize("placement", ["device", "nvme"])
+def test_another_adapter_may_be_trained_in_turn(placement: str, tmp_path: Path) -> None:
+    """`set_adapter` freezes one and unfreezes the other, which had no optimizer state so far."""
+    plain, model = make_adapted(), make_adapted()
+    for each in (plain, model):
+        torch.manual_seed(2)
+        each.add_adapter("other", peft.LoraConfig(r=4, target_modules=["o_proj"]))
+    rule = torch.optim.AdamW(plain.parameters(), foreach=False, **ADAMW)
+    with make_engine(model, placed(placement, tmp_path)) as engine:
+        for index in range(4):
+            if index in (1, 3):
+                for each in (plain, model):
+                    each.set_adapter("other" if index == 1 else "default")
+            expected = language_loss(plain, index)
+            expected.backward()
+            rule.step()
+            rule.zero_grad()
+            loss = language_loss(engine, index)
+            assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE)
+            engine.backward(loss)
+            assert engine.step()
+        found = Run(state=dict(engine.named_state()))
+        moved = {name for name, state in found.state.items() if "exp_avg" in state}
+        assert all("lora_" in name for name in moved)
+        assert any(".other." in name for name in moved)
+        engine.save_pretrained(tmp_path / "saved")
+    expected_state = {
+        name: {"weight": p.detach(), "exp_avg": rule.state[p]["exp_avg"]}
+        for name, p in plain.named_parameters()
+        if name in moved
+    }
+    assert_close(found, Run(state=expected_state), tolerance=TOLERANCE)
+    assert_close(found, Run(state=expected_state), tolerance=TOLERANCE, key="exp_avg")
+    assert (tmp_path / "saved" / "other" / "adapter_model.safetensors").exists()
+
+
+def test_a_merged_base_is_unfrozen_as_it_is(tmp_path: Path) -> None:
+    """From adapters to full training, in bf16: the masters are what was merged."""
+    model = make_adapted()
+    weight = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    with make_engine(model, placed("nvme", tmp_path, compute="bf16")) as engine:
+        continue_engine(engine, language_loss, steps=1)
+        model.merge_adapter()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" not in name)
+        language_loss(engine, 0)
+        merged = dict(engine.named_state())[weight]
+        assert torch.equal(merged["master"], merged["weight"].float())
+        assert not merged["exp_avg"].any()
+        run = continue_engine(engine, language_loss, steps=1)
+        assert not torch.equal(run.state[weight]["master"], merged["master"])
+        assert engine.plan.fits
 
 
 @pytest.mark.parametrize("placement", ["device", "tight"])

@@ -164,6 +164,32 @@ def test_what_is_frozen_between_steps_stands_still(placement: str, tmp_path: Pat
     assert_as_plain(run, run_plain(small_model(), schedule, steps=5))
 
 
+@pytest.mark.parametrize("placement", ["device", "nvme"])
+def test_a_gradient_that_has_arrived_counts_though_its_parameter_is_frozen(
+    placement: str, tmp_path: Path
+) -> None:
+    plain, model = small_model(), small_model()
+    rule = torch.optim.AdamW(plain.parameters(), foreach=False, **ADAMW)
+    training = {"gradient_accumulation_steps": 2}
+    with make_engine(model, placed(placement, tmp_path, training=training)) as engine:
+        for micro in range(4):
+            if micro in (1, 2):
+                for each in (plain, model):
+                    freeze("4", "0", frozen=micro == 1)(each)
+            (small_loss(plain, micro) / 2).backward()
+            engine.backward(small_loss(engine, micro))
+            if engine.step():
+                rule.step()
+                rule.zero_grad()
+        found = dict(engine.named_state())
+    expected = {
+        name: {"weight": p.detach(), "exp_avg": rule.state[p]["exp_avg"]}
+        for name, p in plain.named_parameters()
+    }
+    for key in ("weight", "exp_avg"):
+        assert_close(Run(state=found), Run(state=expected), tolerance=TOLERANCE, key=key)
+
+
 def test_freezing_everything_is_a_step_without_gradients(tmp_path: Path) -> None:
     with make_engine(small_model(), placed("host", tmp_path)) as engine:
         continue_engine(engine, small_loss, steps=1)
