@@ -24,7 +24,8 @@ from offload.config import OffloadConfig, available_host_bytes
 from offload.engine.activation_plan import open_activations
 from offload.engine.activations import ActivationStore
 from offload.engine.chunked_head import find_head
-from offload.engine.collect import Collection, collect, convert_buffers
+from offload.engine.collect import Collected, Collection, collect, convert_buffers
+from offload.engine.composite import settle_composites
 from offload.engine.gradients import GradientHome
 from offload.engine.guard import GuardedTensor, guard_class_of
 from offload.engine.initial import InitialWeights, OwnMemory
@@ -268,6 +269,8 @@ def _reserve_and_move(
         collection, plan, parameters, store, config, machine, source
     )
     closing.callback(pager.close)
+    settle_composites(collection.composites, module, device.device)
+    trim_heap()
     gradients = GradientHome(
         parameters, plan.buckets, store, pool, max_open_chunks=machine.staging.gradients
     )
@@ -358,9 +361,7 @@ def _move_weights(
         _store_bucket(bucket, parameters, store, source)
         page = WeightPage(store.block(bucket.index, "weights"), pager)
         page.parameters = tuple(
-            _page_parameter(
-                parameters[slot.param], collection.paged[slot.param].dtype, page, config
-            )
+            _page_parameter(parameters[slot.param], collection.paged[slot.param], page, config)
             for slot in bucket.slots
         )
         paged.extend(page.parameters)
@@ -368,15 +369,15 @@ def _move_weights(
         if not page.is_paged:
             page.point_parameters_at_lease()
     store.drain()
-    trim_heap()
     return pages, paged, pager
 
 
 def _page_parameter(
-    state: ParameterState, dtype: torch.dtype, page: WeightPage, config: OffloadConfig
+    state: ParameterState, collected: Collected, page: WeightPage, config: OffloadConfig
 ) -> PagedParameter:
     """Replace a parameter's own memory, which is home by now, by poison, and guard it."""
     parameter = state.parameter
+    dtype = collected.dtype
     bytes_ = state.numel * page.block.bucket.itemsize
     device = page.holder.device
     memory = poison_storage(bytes_, device, enabled=config.guard.poison)
@@ -390,7 +391,11 @@ def _page_parameter(
         parameter.grad = None
         parameter.data = away
     paged = PagedParameter(
-        state, page, guard_class=guard_class_of(type(parameter)), view_class=GuardedTensor
+        state,
+        page,
+        guard_class=guard_class_of(type(parameter)),
+        view_class=GuardedTensor,
+        composite=collected.composite,
     )
     register(paged)
     paged.wear(paged.guard_class)

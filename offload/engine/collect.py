@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from offload.engine.composite import (
+    Composite,
+    NotPageableError,
+    find_composites,
+    is_wrapper,
+    stored_bytes,
+)
 from offload.engine.guard import guard_class_of
 from offload.engine.poison import is_poison
 from offload.engine.tiling import tileable_parameters
@@ -25,13 +32,17 @@ _OPAQUE = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Collected:
-    """One parameter that will be paged: every name it has, and its spec in the compute dtype."""
+    """One parameter that will be paged: every name it has, and its spec in the compute dtype.
+
+    A part of a composite is an entry of its own, with its bytes as elements.
+    """
 
     names: tuple[str, ...]
-    parameter: nn.Parameter
+    parameter: torch.Tensor
     spec: ParamSpec
     dtype: torch.dtype
     stride: tuple[int, ...]
+    composite: Composite | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +51,9 @@ class Collection:
 
     Attributes:
         paged: those that the engine moves, in registration order.
-        resident: those that it cannot move (tensor subclasses, classes that cannot be guarded):
-            they stay where the user put them, and count against the device budget.
+        resident: those that it cannot move (classes that cannot be guarded, tensors whose bytes
+            cannot be found): they stay where the user put them, and count against the device
+            budget.
         tileable: those of `paged` that linear and embedding modules alone use.
         kept: the names of parameters and buffers that stay in fp32.
     """
@@ -52,9 +64,15 @@ class Collection:
     kept: frozenset[str] = frozenset()
 
     @property
+    def composites(self) -> tuple[Composite, ...]:
+        """The paged parameters that consist of several tensors."""
+        every = (c.composite for c in self.paged if c.composite is not None)
+        return tuple(dict.fromkeys(every))
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the parameters that stay."""
-        return sum(parameter.numel() * parameter.element_size() for _, parameter in self.resident)
+        return sum(stored_bytes(parameter) for _, parameter in self.resident)
 
 
 def collect(
@@ -81,21 +99,34 @@ def collect(
         raise ConfigError(problems=["the model has no parameters: there is nothing to place"])
     for parameter, known_as in names.items():
         _check(known_as[0], parameter, allow_meta=allow_meta)
-    _refuse_overlaps({known_as[0]: parameter for parameter, known_as in names.items()})
-    paged, resident = [], []
+    by_name = {known_as[0]: parameter for parameter, known_as in names.items()}
+    _refuse_overlaps(by_name)
+    composites, reasons = find_composites(by_name, module)
+    paged: list[Collected] = []
+    resident: list[tuple[str, nn.Parameter]] = []
     for parameter, known_as in names.items():
-        if _can_be_paged(parameter):
+        composite = composites.get(id(parameter))
+        try:
+            _check_pageable(parameter, composite, reasons.get(id(parameter)))
+        except NotPageableError as reason:
+            reasons[id(parameter)] = str(reason)
+            resident.append((known_as[0], parameter))
+            continue
+        if composite is None:
             kind = "fp32" if any(name in kept for name in known_as) else compute
             paged.append(_collected(tuple(known_as), parameter, kind))
         else:
-            resident.append((known_as[0], parameter))
+            paged.extend(_collected_parts(tuple(known_as), composite))
     if resident:
+        name, parameter = resident[0]
         warnings.warn(
-            f"{len(resident)} parameters stay on their device, because their classes cannot be "
-            f"paged: {_listed([name for name, _ in resident])}",
+            f"{len(resident)} parameters stay on their device, because they cannot be paged: "
+            f"{_listed([name for name, _ in resident])} (the first, a {type(parameter).__name__}: "
+            f"{reasons[id(parameter)]})",
             stacklevel=3,
         )
-    return Collection(tuple(paged), tuple(resident), tileable_parameters(module), kept)
+    tileable = frozenset(p for p in tileable_parameters(module) if id(p) not in composites)
+    return Collection(tuple(paged), tuple(resident), tileable, kept)
 
 
 def _refuse_overlaps(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -142,18 +173,35 @@ def _check(name: str, parameter: nn.Parameter, *, allow_meta: bool) -> None:
             remedy="build it under `with offload.deferred_init():`, which takes no memory either, "
             "or load it with offload.from_pretrained",
         )
+    if is_wrapper(parameter) and parameter.requires_grad:
+        raise OffloadError(
+            f"parameter {name} is a {type(parameter).__name__} that requires gradients",
+            expected="trained parameters that are plain tensors",
+            remedy="freeze it with requires_grad_(False) and train adapters on top",
+        )
 
 
-def _can_be_paged(parameter: nn.Parameter) -> bool:
-    if type(parameter.data) is not torch.Tensor or parameter.layout is not torch.strided:
-        return False  # a wrapper subclass: its bytes are elsewhere
-    plain = type(parameter)
-    try:
-        parameter.__class__ = guard_class_of(plain)  # type: ignore[assignment]
-        parameter.__class__ = plain
-    except TypeError:
-        return False
-    return True
+def _check_pageable(
+    parameter: nn.Parameter, composite: Composite | None, reason: str | None
+) -> None:
+    """Refuse what has to stay where it is.
+
+    Raises:
+        NotPageableError: with the reason.
+    """
+    if reason is not None:
+        raise NotPageableError(reason)
+    if composite is None and (
+        type(parameter.data) is not torch.Tensor or parameter.layout is not torch.strided
+    ):
+        raise NotPageableError("it does not say which tensors hold its bytes")
+    for tensor in (parameter,) if composite is None else (*composite.wrappers, parameter):
+        plain = type(tensor)
+        try:
+            tensor.__class__ = guard_class_of(plain)
+            tensor.__class__ = plain
+        except TypeError as error:
+            raise NotPageableError(f"its class cannot be guarded, {error}") from error
 
 
 def _collected(names: tuple[str, ...], parameter: nn.Parameter, compute: str) -> Collected:
@@ -185,7 +233,16 @@ def _collected(names: tuple[str, ...], parameter: nn.Parameter, compute: str) ->
     return Collected(names, parameter, spec, dtype, _dense_stride(parameter))
 
 
-def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
+def _collected_parts(names: Sequence[str], composite: Composite) -> Iterator[Collected]:
+    """The parts of a composite, as frozen bytes: no precision is another one of a code."""
+    for path, tensor in composite.parts:
+        known_as = tuple(f"{name}.{path}" if path else name for name in names)
+        nbytes = tensor.numel() * tensor.element_size()
+        spec = ParamSpec(known_as[0], tuple(tensor.shape), nbytes, "uint8", 1, trainable=False)
+        yield Collected(known_as, tensor, spec, tensor.dtype, _dense_stride(tensor), composite)
+
+
+def _dense_stride(parameter: torch.Tensor) -> tuple[int, ...]:
     """The parameter's stride if its elements fill their memory, else the contiguous one."""
     order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
     expected = 1

@@ -32,7 +32,7 @@ from offload.engine.chunked_head import Handle, chunk_head
 from offload.engine.departed import GradientSlots
 from offload.engine.forward_only import ForwardOnlyEngine
 from offload.engine.optimizer import Closure, OffloadOptimizer
-from offload.engine.pages import PagedParameter, forget
+from offload.engine.pages import PagedParameter, forget, paged_by_owner
 from offload.engine.promotion import Promotion
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess
@@ -306,22 +306,22 @@ class Engine(ForwardOnlyEngine):
         return make_lr_scheduler(self.config.lr_scheduler, self.optimizer)
 
     def _open_windows(self) -> tuple[list[Window], RootWindow]:
-        by_parameter = {id(p.state.parameter): p for p in self._parts.paged}
+        by_owner = paged_by_owner(self._parts.paged)
         gathered = gathered_modules(self.module, self.config.guard.gather)
         below = {id(m) for outer in gathered.values() for m in outer.modules()}
         windows: list[Window] = []
         for name, module in self.module.named_modules():
             if id(module) in below:
                 continue
-            own = self._paged_of(module.parameters(recurse=False), by_parameter)
+            own = self._paged_of(module.parameters(recurse=False), by_owner)
             if own:
                 windows.append(Window(module, name, own, self._parts.pager))
         for name, module in gathered.items():
-            every = self._paged_of(module.parameters(), by_parameter)
+            every = self._paged_of(module.parameters(), by_owner)
             windows.append(GatheredWindow(module, name, every, self._parts.pager))
         for name, module in fused_modules(self.module).items():
             # Also those whose home is the device: called by itself, the module finds them guarded.
-            every = [by_parameter[id(p)] for p in module.parameters() if id(p) in by_parameter]
+            every = [p for each in module.parameters() for p in by_owner.get(id(each), ())]
             if every and id(module) not in below:
                 windows.append(FusedWindow(module, name, every, self._parts.pager))
         resident = [p for p in self._parts.paged if not (p.page.is_paged or p.tiles)]
@@ -331,10 +331,10 @@ class Engine(ForwardOnlyEngine):
 
     @staticmethod
     def _paged_of(
-        parameters: Iterator[nn.Parameter], by_parameter: Mapping[int, PagedParameter]
+        parameters: Iterator[nn.Parameter], by_owner: Mapping[int, Sequence[PagedParameter]]
     ) -> list[PagedParameter]:
-        found = (by_parameter.get(id(parameter)) for parameter in parameters)
-        return [p for p in found if p is not None and p.page.is_paged and not p.tiles]
+        found = (paged for parameter in parameters for paged in by_owner.get(id(parameter), ()))
+        return [paged for paged in found if paged.page.is_paged and not paged.tiles]
 
     def _admit_unfrozen(self) -> None:
         """What was frozen and is not any more gets a place; see [Note: Promotion]."""
@@ -517,9 +517,7 @@ class Engine(ForwardOnlyEngine):
                 self._parts.pager.drop_stale(page)
         with _NO_GUARD():
             for state in updated:
-                torch.autograd.graph.increment_version(state.parameter)
-                paged = self._paged_of_index[state.index]
-                paged.version = state.parameter._version
+                self._paged_of_index[state.index].void_saved()
 
     def _release_gathered(self) -> None:
         for window in self._windows:

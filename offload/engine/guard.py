@@ -19,6 +19,8 @@ memory that may be absent, so under them a guarded op is refused; inside `gather
 from __future__ import annotations
 
 import contextlib
+import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,15 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
+from offload.engine.composite import (
+    guard_classes,
+    has_dispatch,
+    is_wrapper,
+    leaves,
+    plain_class_of,
+    plain_classes,
+    run_plain,
+)
 from offload.engine.pages import PagedParameter, WeightPage, find_paged
 from offload.engine.saved import hooks_are_ours, page_hooks
 from offload.engine.tile_ops import TILED_OPS, is_tiled_weight
@@ -131,7 +142,9 @@ REFUSED = frozenset(_members(_REFUSED_METHODS))
 _FOREACH = frozenset(getattr(torch, name) for name in dir(torch) if name.startswith("_foreach_"))
 _DATA: Any = torch.Tensor.data
 _SET_DATA = _DATA.__set__
-_ALIASES = frozenset({torch.Tensor.detach, torch.detach, _DATA.__get__})
+_ALIASES = frozenset(
+    {torch.Tensor.detach, torch.detach, _DATA.__get__, torch.ops.aten.detach.default}
+)
 # These run a whole backward, in which guards must be on: guarded inputs become gradient edges.
 _BACKWARDS = frozenset({torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward})
 
@@ -162,7 +175,7 @@ class Guarded:
         assert isinstance(self, torch.Tensor)
         known = memo.get(id(self))
         if known is None:
-            known = memo[id(self)] = plain_copy(self)
+            known = memo[id(self)] = plain_copy(self, memo)
         return known
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -182,7 +195,8 @@ class GuardedTensor(Guarded, torch.Tensor):
     __repr__ = _plain_repr  # type: ignore[assignment]
 
 
-_guard_classes: dict[type, type[torch.Tensor]] = {}
+guard_classes[torch.Tensor] = GuardedTensor
+plain_classes[GuardedTensor] = torch.Tensor
 
 
 def guard_class_of(plain: type[torch.Tensor]) -> type[torch.Tensor]:
@@ -191,29 +205,69 @@ def guard_class_of(plain: type[torch.Tensor]) -> type[torch.Tensor]:
     Raises:
         TypeError: the class cannot be subclassed.
     """
-    known = _guard_classes.get(plain)
+    known = guard_classes.get(plain)
     if known is None:
-        body = {
+        body: dict[str, object] = {
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__repr__": _plain_repr,
         }
+        if has_dispatch(plain):
+            body["__torch_dispatch__"] = classmethod(_dispatch_guarded)
         make: Callable[..., type[torch.Tensor]] = type(plain)
-        known = _guard_classes[plain] = make(plain.__name__, (Guarded, plain), body)
+        known = guard_classes[plain] = make(plain.__name__, (Guarded, plain), body)
+        plain_classes[known] = plain
     return known
 
 
-def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
+def _dispatch_guarded(
+    cls: type[torch.Tensor],
+    func: _Call,
+    types: Sequence[type],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """`__torch_dispatch__` of a guarded wrapper: ops that no `__torch_function__` has seen."""
+    plain = plain_class_of(cls)
+    plain_types = tuple(plain_class_of(kind) for kind in types)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if func is not torch.ops.aten.copy_.default:
+            return plain.__torch_dispatch__(func, plain_types, args, kwargs)
+        args[0].__class__ = plain  # copies are between equal classes; the page stays meanwhile
+        try:
+            return plain.__torch_dispatch__(func, plain_types, args, kwargs)
+        finally:
+            args[0].__class__ = cls
+
+    with _NO_GUARD():
+        touched = _paged_arguments(args, kwargs or {})
+        if not touched or func in _ALIASES:
+            return _guard_views(run(*args, **(kwargs or {})), touched)
+        return _run_pinned(func, args, kwargs or {}, touched, run)
+
+
+def _copied_attributes(tensor: torch.Tensor, memo: dict[int, Any]) -> dict[str, Any]:
+    """What a parameter class of the user's keeps on its objects; a module stays the same one."""
+    return {
+        name: memo.get(id(value), value)
+        if isinstance(value, nn.Module)
+        else copy.deepcopy(value, memo)
+        for name, value in vars(tensor).items()
+    }
+
+
+def plain_copy(tensor: torch.Tensor, memo: dict[int, Any] | None = None) -> torch.Tensor:
     """A copy of a guarded tensor or parameter with memory of its own and the user's class."""
     with torch.no_grad():
         values = tensor.clone(memory_format=torch.preserve_format)
     if isinstance(tensor, nn.Parameter):
-        copy: torch.Tensor = nn.Parameter(values, requires_grad=tensor.requires_grad)
-        with _NO_GUARD():
-            paged = find_paged(tensor)
-        if paged is not None and paged.plain_class is not nn.Parameter:
-            copy.__class__ = paged.plain_class
-        return copy
+        copied: torch.Tensor = nn.Parameter(values, requires_grad=tensor.requires_grad)
+        plain = plain_class_of(type(tensor))
+        if plain is not nn.Parameter and not is_wrapper(copied):
+            copied.__class__ = plain
+            copied.__dict__.update(_copied_attributes(tensor, {} if memo is None else memo))
+        return copied
     return values.requires_grad_(tensor.requires_grad)
 
 
@@ -244,9 +298,12 @@ def _paged_arguments(
 ) -> list[tuple[torch.Tensor, PagedParameter]]:
     found = []
     for tensor in _tensors((*args, *kwargs.values())):
-        paged = find_paged(tensor)
-        if paged is not None:
-            found.append((tensor, paged))
+        for leaf in leaves(tensor):
+            paged = find_paged(leaf)
+            if paged is not None:
+                found.append((tensor, paged))
+                if leaf is not tensor:
+                    found.append((leaf, paged))
     return found
 
 
@@ -268,9 +325,9 @@ def refuse_transforms(what: str) -> None:
 def _run_guarded(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     touched = _paged_arguments(args, kwargs)
     if not touched:
-        return func(*args, **kwargs)
+        return _run(func, args, kwargs)
     if func in _ALIASES:
-        return _guard_views(func(*args, **kwargs), touched)
+        return _guard_views(_run(func, args, kwargs), touched)
     if func in REFUSED:
         raise GuardError(
             f"{getattr(func, '__name__', func)} of parameter {touched[0][1].state.name}: its "
@@ -309,6 +366,7 @@ def _run_pinned(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     touched: Sequence[tuple[torch.Tensor, PagedParameter]],
+    run: _Call | None = None,
 ) -> Any:
     pages = list(dict.fromkeys(paged.page for _, paged in touched))
     holders = _by_holder(pages)
@@ -322,7 +380,8 @@ def _run_pinned(
             for _, paged in touched:
                 _disprove(paged)
         versions = [_version_of(tensor) for tensor, _ in touched]
-        result = func(*args, **kwargs)
+        with _running:
+            result = _run(func, args, kwargs) if run is None else run(*args, **kwargs)
         for (tensor, paged), version in zip(touched, versions, strict=True):
             if _version_of(tensor) != version:
                 paged.mark_edited()
@@ -333,6 +392,10 @@ def _run_pinned(
         return _guard_views(result, touched)
 
 
+def _run(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return run_plain(func, _tensors((*args, *kwargs.values())), args, kwargs)
+
+
 def _by_holder(pages: Sequence[WeightPage]) -> list[tuple[Any, list[WeightPage]]]:
     holders: dict[int, tuple[Any, list[WeightPage]]] = {}
     for page in pages:
@@ -340,9 +403,27 @@ def _by_holder(pages: Sequence[WeightPage]) -> list[tuple[Any, list[WeightPage]]
     return list(holders.values())
 
 
+class _Running(threading.local):
+    """How many guarded ops this thread is inside of: those of a user's class run others."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.depth -= 1
+
+
+_running = _Running()
+
+
 def _disprove(paged: PagedParameter) -> None:
-    """The plain class would hide this use in its module's next forward: keep the guard there."""
-    if paged.page.windows:
+    """The plain class would hide this use in its module's next forward: keep the guard there.
+
+    What an op makes inside itself does not matter: the op is guarded, and its result is looked at.
+    """
+    if paged.page.windows and not _running.depth:
         paged.needs_guard = True
 
 
@@ -353,25 +434,46 @@ def _version_of(tensor: torch.Tensor) -> int:
 def _guard_views(result: Any, touched: Sequence[tuple[torch.Tensor, PagedParameter]]) -> Any:
     arguments = [tensor for tensor, _ in touched]
     for tensor in _tensors((result,)):
-        if any(tensor is argument for argument in arguments) or isinstance(tensor, Guarded):
+        if any(tensor is argument for argument in arguments):
             continue
-        paged = find_paged(tensor)
-        if paged is not None:
-            tensor.__class__ = GuardedTensor
-            _disprove(paged)
+        if is_wrapper(tensor):
+            _guard_wrapper(tensor)
+        elif not isinstance(tensor, Guarded):
+            paged = find_paged(tensor)
+            if paged is not None:
+                tensor.__class__ = GuardedTensor
+                _disprove(paged)
     return result
+
+
+def _guard_wrapper(wrapper: torch.Tensor) -> None:
+    """Guard the result of an op if it has memory of a page inside, else let it be plain."""
+    shares = False
+    for leaf in leaves(wrapper):
+        paged = find_paged(leaf)
+        if paged is None:
+            continue
+        if paged.composite is not None and wrapper in paged.composite:
+            return  # an op in place, on the parameter itself
+        shares = True
+        if leaf is not paged.state.parameter:
+            leaf.__class__ = GuardedTensor
+        _disprove(paged)
+    plain = plain_class_of(type(wrapper))
+    wrapper.__class__ = guard_class_of(plain) if shares else plain
 
 
 def _replace_data(parameter: torch.Tensor, values: torch.Tensor, paged: PagedParameter) -> None:
     same_kind = (
-        values.shape == parameter.shape
+        not is_wrapper(parameter)
+        and values.shape == parameter.shape
         and values.dtype == parameter.dtype
         and values.device == parameter.device
     )
     if not same_kind:
         raise GuardError(
-            f"the data of parameter {paged.state.name} cannot become another shape, dtype or "
-            "device: the engine has laid out its memory",
+            f"the data of parameter {paged.state.name} cannot become another class, shape, dtype "
+            "or device: the engine has laid out its memory",
             remedy="convert the model before offload.initialize, or change precision.compute",
         )
     if find_paged(values) is paged:

@@ -395,7 +395,7 @@ class Pager:
     def note_edits(self, page: WeightPage) -> bool:
         """Mark the parameters that the user has changed; whether the home copy is older now."""
         for parameter in page.parameters:
-            version = parameter.state.parameter._version
+            version = parameter.current_version
             raw = parameter.raw_checksum
             if version != parameter.version or (raw is not None and raw != _checksum(parameter)):
                 parameter.mark_edited()

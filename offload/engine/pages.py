@@ -28,8 +28,9 @@ import torch
 from offload.partition.residency import Residency, check_transition
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from offload.engine.composite import Composite
     from offload.engine.tiles import TiledParameter
     from offload.partition.blocks import Block
     from offload.partition.parameters import ParameterState
@@ -77,6 +78,7 @@ class PagedParameter:
         state: what is true of the parameter wherever it is.
         page: the bucket it moves in.
         storage: the storage object that its tensor and all views of it share.
+        composite: what it is a part of; None for a parameter that is one tensor.
         plain_class, guard_class: see [Note: Parameter classes]; `view_class` is worn by guarded
             views.
         version: the tensor's version counter when the home copy was last known to be equal.
@@ -93,6 +95,7 @@ class PagedParameter:
         "_elsewhere",
         "_itemsize",
         "_plain_uses",
+        "composite",
         "guard_class",
         "home_is_stale",
         "needs_guard",
@@ -115,14 +118,16 @@ class PagedParameter:
         *,
         guard_class: type[torch.Tensor],
         view_class: type[torch.Tensor],
+        composite: Composite | None = None,
     ) -> None:
         self.state = state
         self.page = page
+        self.composite = composite
         self.storage = state.parameter.untyped_storage()
         self.plain_class = type(state.parameter)
         self.guard_class = guard_class
         self.view_class = view_class
-        self.version = state.parameter._version
+        self.version = self.current_version
         self.home_is_stale = False
         self.plain_depth = 0
         self.proven: set[bool] = set()
@@ -134,6 +139,11 @@ class PagedParameter:
         self._elsewhere: torch.UntypedStorage | None = None
 
     @property
+    def owner(self) -> torch.Tensor:
+        """The module's own parameter: itself, or the composite of which it is a part."""
+        return self.state.parameter if self.composite is None else self.composite.parameter
+
+    @property
     def offset_bytes(self) -> int:
         """Where the parameter's bytes start in the page."""
         return self.state.offset * self._itemsize
@@ -142,6 +152,24 @@ class PagedParameter:
     def nbytes(self) -> int:
         """Bytes of the parameter, without padding."""
         return self.state.numel * self._itemsize
+
+    def is_in_place(self) -> bool:
+        """Whether the module's parameter still has the memory that it had; with guards off."""
+        same = self.state.parameter.untyped_storage()._cdata == self.storage._cdata
+        return same and (self.composite is None or self.composite.is_whole())
+
+    @property
+    def current_version(self) -> int:
+        """What grows with every edit that autograd sees: of a wrapper, only itself sees some."""
+        own = self.state.parameter._version
+        return own if self.composite is None else own + self.composite.version
+
+    def void_saved(self) -> None:
+        """The values are others now, and that is no edit: what autograd has saved is void."""
+        wrappers = () if self.composite is None else self.composite.wrappers
+        for tensor in (self.state.parameter, *wrappers):
+            torch.autograd.graph.increment_version(tensor)
+        self.version = self.current_version
 
     def mark_edited(self) -> None:
         """The user has changed the values: home and master follow before it leaves."""
@@ -161,7 +189,9 @@ class PagedParameter:
 
     def wear(self, parameter_class: type[torch.Tensor]) -> None:
         """Change the parameter's class; its identity and everything else stay."""
-        self.state.parameter.__class__ = parameter_class  # type: ignore[assignment]
+        self.state.parameter.__class__ = parameter_class
+        if self.composite is not None:
+            self.composite.follow()
 
     def wear_plain(self) -> None:
         """One more holder vouches that the page stays: ops need no guard while it is there.
@@ -276,6 +306,14 @@ class WeightPage:
         for parameter in self.parameters:
             if parameter.nbytes:
                 parameter.point_away()
+
+
+def paged_by_owner(parameters: Sequence[PagedParameter]) -> Mapping[int, list[PagedParameter]]:
+    """What is paged of each parameter of the module, by its id: itself, or its parts."""
+    found: dict[int, list[PagedParameter]] = {}
+    for paged in parameters:
+        found.setdefault(id(paged.owner), []).append(paged)
+    return found
 
 
 # Every paged parameter of every engine of this process, by the address of its storage object. A

@@ -15,7 +15,7 @@ from torch import nn
 
 from offload.config import HOST_SHARE, OffloadConfig, available_host_bytes, load_config
 from offload.engine.activation_plan import reserved_host_bytes, with_activations
-from offload.engine.collect import Collection, collect
+from offload.engine.collect import Collected, Collection, collect
 from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.optimizer import configured_groups, configured_settings
 from offload.engine.tiling import known_tiles, plan_tiled
@@ -352,8 +352,8 @@ def choose_rule(
     Raises:
         OffloadError: the factory's optimizer cannot be applied to one bucket at a time.
     """
+    named = [(c.names, _trained(c)) for c in collection.paged]
     if optimizer is None:
-        named = [(c.names, c.parameter if c.spec.trainable else None) for c in collection.paged]
         groups = configured_groups(config.optimizer, named)
         rule: AnyRule = (
             _forward_only(config)
@@ -361,10 +361,18 @@ def choose_rule(
             else make_rule(config.optimizer.name, groups)
         )
         return ChosenRule(rule, groups, configured_settings(config.optimizer), True)
-    prototype = optimizer([c.parameter for c in collection.paged if c.spec.trainable])
+    prototype = optimizer([parameter for _, parameter in named if parameter is not None])
     groups = [dict(group) for group in prototype.param_groups]
     rule = from_torch(prototype) or GenericRule(prototype)
     return ChosenRule(rule, groups, dict(prototype.defaults), False)
+
+
+def _trained(collected: Collected) -> nn.Parameter | None:
+    """The parameter, if it is trained; a part of a composite never is."""
+    parameter = collected.parameter
+    if collected.spec.trainable and isinstance(parameter, nn.Parameter):
+        return parameter
+    return None
 
 
 def _forward_only(config: OffloadConfig) -> ZerothOrderRule:

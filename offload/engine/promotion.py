@@ -55,6 +55,7 @@ class Promotion:
         self._parts = parts
         self._optimizer = optimizer
         self._frozen = [state for state in parts.parameters if not state.trainable]
+        self._owners = {paged.state.index: paged.owner for paged in parts.paged}
         # What requires gradients from the start, and no group has: the user has left it out.
         self._not_to_warn_of = {state.index for state in self._unfrozen()}
         self._staging_room = parts.host.budget_bytes - self._home_bytes()
@@ -113,7 +114,7 @@ class Promotion:
 
     def _unfrozen(self) -> list[ParameterState]:
         with _NO_GUARD():
-            return [state for state in self._frozen if state.parameter.requires_grad]
+            return [s for s in self._frozen if self._owners[s.index].requires_grad]
 
     def _warn_of(self, states: Sequence[ParameterState]) -> None:
         fresh = [state for state in states if state.index not in self._not_to_warn_of]

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from offload.engine.activations import ActivationStore, SavedActivation, SavedOnDevice
+from offload.engine.composite import guard_classes, inner_tensors, is_wrapper, plain_class_of
 from offload.engine.pages import PagedParameter, find_paged
 from offload.engine.saved_version import version_error
 
@@ -46,6 +47,18 @@ class SavedPage(NamedTuple):
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
+    version: int | None
+
+
+class SavedWrapper(NamedTuple):
+    """A wrapper with a paged storage inside, without its memory; see composite.py."""
+
+    paged: PagedParameter
+    plain: Any
+    context: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    inner: dict[str, Any]
     version: int | None
 
 
@@ -75,8 +88,10 @@ class SavedElsewhere(NamedTuple):
     packed: Any
 
 
-def _pack_page(tensor: torch.Tensor) -> SavedPage | None:
+def _pack_page(tensor: torch.Tensor) -> SavedPage | SavedWrapper | None:
     with _NO_GUARD():
+        if is_wrapper(tensor):
+            return _pack_wrapper(tensor)
         paged = find_paged(tensor)
         if paged is None:
             return None
@@ -91,6 +106,23 @@ def _pack_page(tensor: torch.Tensor) -> SavedPage | None:
             tensor.dtype,
             version,
         )
+
+
+def _pack_wrapper(wrapper: Any) -> SavedWrapper | None:
+    packed = {name: (_pack_page(inner), inner) for name, inner in inner_tensors(wrapper)}
+    paged = next((page.paged for page, _ in packed.values() if page), None)
+    if paged is None:
+        return None
+    version = wrapper._version
+    return SavedWrapper(
+        paged,
+        plain_class_of(type(wrapper)),
+        wrapper.__tensor_flatten__()[1],
+        wrapper.size(),
+        wrapper.stride(),
+        {name: page or inner for name, (page, inner) in packed.items()},
+        version if version == paged.owner._version else None,
+    )
 
 
 def _pack(tensor: torch.Tensor) -> Any:
@@ -108,6 +140,8 @@ def _pack_here(tensor: torch.Tensor) -> Any:
 def _unpack(saved: Any) -> Any:
     if isinstance(saved, SavedPage):
         return _unpack_page(saved)
+    if isinstance(saved, SavedWrapper):
+        return _unpack_wrapper(saved)
     if isinstance(saved, SavedElsewhere):
         return saved.unpack(saved.packed)
     if isinstance(saved, (SavedHere, SavedActivation, SavedOnDevice)):
@@ -117,9 +151,7 @@ def _unpack(saved: Any) -> Any:
 
 def _unpack_page(saved: SavedPage) -> torch.Tensor:
     paged = saved.paged
-    now = paged.state.parameter._version
-    if saved.version is not None and saved.version != now:
-        raise version_error(f"parameter {paged.state.name}", now, saved.version)
+    _check_version(paged, saved.version, paged.state.parameter._version)
     in_backward = torch._C._current_graph_task_id() != -1
     with _NO_GUARD():
         if in_backward:
@@ -132,6 +164,23 @@ def _unpack_page(saved: SavedPage) -> torch.Tensor:
     elif torch.is_grad_enabled() and not hooks_are_ours():
         _push(_pack, _unpack)
     return view
+
+
+def _check_version(paged: PagedParameter, saved: int | None, now: int) -> None:
+    if saved is not None and saved != now:
+        raise version_error(f"parameter {paged.state.name}", now, saved)
+
+
+def _unpack_wrapper(saved: SavedWrapper) -> torch.Tensor:
+    _check_version(saved.paged, saved.version, saved.paged.owner._version)
+    inner = {name: _unpack(value) for name, value in saved.inner.items()}
+    with _NO_GUARD():
+        wrapper: torch.Tensor = saved.plain.__tensor_unflatten__(
+            inner, saved.context, saved.size, saved.stride
+        )
+    if torch._C._current_graph_task_id() == -1:
+        wrapper.__class__ = guard_classes[saved.plain]
+    return wrapper
 
 
 def hooks_are_ours() -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from offload.engine.build import Parts
 from offload.engine.departed import GradientSlots
 from offload.engine.optimizer import OffloadOptimizer
-from offload.engine.pages import PagedParameter
+from offload.engine.pages import PagedParameter, paged_by_owner
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
 from offload.errors import OffloadError
 from offload.optim.loss_scale import LossScale
@@ -71,12 +71,11 @@ class StatefulEngine(ABC):
         """
         self._check_ready("gathered()")
         chosen = [names] if isinstance(names, str) else names
-        states = (
-            self._parts.parameters
+        paged = (
+            self._parts.paged
             if chosen is None
-            else [self._state.parameter(name) for name in chosen]
+            else list(dict.fromkeys(p for name in chosen for p in self._paged_named(name)))
         )
-        paged = [self._paged_of_index[state.index] for state in states]
         pages = list(dict.fromkeys(parameter.page for parameter in paged))
         pager = self._parts.pager
         pager.pin(pages, "gathered()")
@@ -103,7 +102,8 @@ class StatefulEngine(ABC):
         """Each parameter's name and full state, one parameter at a time; copies on the CPU.
 
         Keys: "weight" (compute dtype), "master" (fp32) and the optimizer's tensors for trainable
-        parameters, "gradient" if one has arrived (unscaled by the loss scale).
+        parameters, "gradient" if one has arrived (unscaled by the loss scale). A quantized weight
+        comes as its parts, each under a name of its own and in its own dtype.
         """
         for state in self._parts.parameters:
             self._check_open()
@@ -135,8 +135,7 @@ class StatefulEngine(ABC):
         self._check_open()
         copies: dict[str, torch.Tensor] = {}
         known: dict[int, torch.Tensor] = {}
-        with _NO_GUARD():
-            entries = self.module.state_dict(keep_vars=True)
+        entries = self.module.state_dict(keep_vars=True)
         for name, value in entries.items():
             if isinstance(value, nn.Parameter) and name in self._parts.names:
                 state = self._state.parameter(name)
@@ -173,8 +172,7 @@ class StatefulEngine(ABC):
         self._parts.store.void()
         with _NO_GUARD():
             for paged in self._parts.paged:
-                torch.autograd.graph.increment_version(paged.state.parameter)
-                paged.version = paged.state.parameter._version
+                paged.void_saved()
         self._is_void = False  # for the block to write
         try:
             yield
@@ -189,6 +187,11 @@ class StatefulEngine(ABC):
     def aliases(self) -> dict[str, str]:
         """The other names of tied parameters, with the canonical name of each."""
         return {n: s.name for s in self._parts.parameters for n in s.names[1:]}
+
+    def composite_names(self) -> list[str]:
+        """The module's names of parameters that consist of several tensors: quantized weights."""
+        composites = {id(p.owner) for p in self._parts.paged if p.composite is not None}
+        return [n for n, p in self.module.named_parameters() if id(p) in composites]
 
     def state_fields(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every stored field of a parameter; see [Note: State fields]."""
@@ -233,6 +236,14 @@ class StatefulEngine(ABC):
     def load_scalar_state(self, state: Mapping[str, Any]) -> None:
         """Undo `scalar_state`."""
         load_scalar_state(self._parts.updater, self._parts.parameters, state)
+
+    def _paged_named(self, name: str) -> Sequence[PagedParameter]:
+        """What is paged of the parameter of that name."""
+        by_owner = paged_by_owner(self._parts.paged)
+        for known, parameter in self.module.named_parameters(remove_duplicate=False):
+            if known == name and id(parameter) in by_owner:
+                return by_owner[id(parameter)]
+        return [self._paged_of_index[self._state.parameter(name).index]]
 
     def _full_state(self, state: ParameterState) -> dict[str, torch.Tensor]:
         self._slots.adopt(state)

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.engine.activations import ActivationStore
 from offload.engine.guard import refuse_transforms
 from offload.engine.pager import Pager
-from offload.engine.pages import PagedParameter, WeightPage
+from offload.engine.pages import PagedParameter, WeightPage, paged_by_owner
 from offload.engine.saved import pop_page_hooks, push_page_hooks
 from offload.engine.transforms import active_transform
 from offload.errors import GuardError
@@ -364,12 +364,12 @@ class Places:
     """Where a module holds its parameters: conversions such as `.to("meta")` put others there."""
 
     def __init__(self, module: nn.Module, parameters: Sequence[PagedParameter]) -> None:
-        paged_of = {id(paged.state.parameter): paged for paged in parameters}
+        paged_of = paged_by_owner(parameters)
         self._places = [
-            (owner._parameters, name, paged_of[id(parameter)])
+            (owner._parameters, name, paged)
             for owner in module.modules()
             for name, parameter in owner._parameters.items()
-            if id(parameter) in paged_of
+            for paged in paged_of.get(id(parameter), ())
         ]
 
     def check(self) -> None:
@@ -383,8 +383,7 @@ class Places:
                 parameter = held.get(name)
                 if parameter is None:
                     continue  # moved, as parametrizations do: wherever it is, it is the same object
-                same = parameter is paged.state.parameter
-                if same and parameter.untyped_storage()._cdata == paged.storage._cdata:
+                if parameter is paged.owner and paged.is_in_place():
                     continue
                 raise GuardError(
                     f"parameter {paged.state.name} was replaced: the engine trains the one it was "

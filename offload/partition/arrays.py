@@ -63,7 +63,7 @@ def memory_order(tensor: torch.Tensor, state: ParameterState) -> torch.Tensor:
     """The elements, 1-D, of a tensor of the parameter's shape in the order of its memory.
 
     A view if the tensor lies in memory as the parameter does, else a copy. A sparse gradient
-    becomes dense, a complex one the pairs of its parts.
+    becomes dense, a complex one the pairs of its parts, a part of a composite its bytes.
     """
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
@@ -74,7 +74,9 @@ def memory_order(tensor: torch.Tensor, state: ParameterState) -> torch.Tensor:
         )
         tensor = ordered.copy_(tensor)
     flat = tensor.as_strided((tensor.numel(),), (1,))
-    return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    if flat.is_complex():
+        return torch.view_as_real(flat).flatten()
+    return flat if flat.numel() == state.numel else flat.view(torch.uint8)
 
 
 def module_order(flat: torch.Tensor, state: ParameterState) -> torch.Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 
 @dataclass(slots=True, eq=False)
@@ -17,9 +16,11 @@ class ParameterState:
     Attributes:
         index: place in registration order.
         names: every name it has in the module; the first is its canonical name.
-        parameter: the module's own object; its storage comes and goes.
+        parameter: the module's own object, or a tensor inside one that is a composite; its storage
+            comes and goes.
         shape, stride: as the module sees it, in elements; the stride is dense.
-        numel: elements in memory order (a complex parameter counts its real and imaginary parts).
+        numel: elements in memory order (a complex parameter counts its real and imaginary parts,
+            a part of a composite its bytes).
         bucket, offset: where its elements start, in elements of the bucket.
         trainable: it has a gradient and optimizer state; whether it gets a gradient at present is
             for its `requires_grad` to say.
@@ -33,7 +34,7 @@ class ParameterState:
 
     index: int
     names: tuple[str, ...]
-    parameter: nn.Parameter
+    parameter: torch.Tensor
     shape: torch.Size
     stride: tuple[int, ...]
     numel: int

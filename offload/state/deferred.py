@@ -320,7 +320,7 @@ class DeferredWeights:
     """
 
     def __init__(self) -> None:
-        self._parameter: nn.Parameter | None = None
+        self._parameter: torch.Tensor | None = None
         self._values = torch.empty(0)
 
     def read(self, state: ParameterState, start: int, numel: int) -> torch.Tensor:

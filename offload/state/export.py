@@ -9,6 +9,7 @@ A checkpoint holds what an export needs of the model beside its tensors, so that
 code nor an engine is needed to export it:
     names     canonical parameter name -> name in the export, where they differ (tied weights)
     configs   file name -> text of the model's configuration files; {} if it has none
+    quantized names of parameters that are several tensors: such a model has no export
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import copy
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,8 +73,9 @@ def save_pretrained(
     Raises:
         DiskFullError, StorageError: the file system; nothing of an earlier export has been
             replaced, unless it was a rename or a sync that failed.
-        CheckpointError: a dtype that safetensors does not have.
+        CheckpointError: a dtype that safetensors does not have, or a quantized weight.
     """
+    _refuse_quantized(engine.composite_names())
     root = Path(directory)
     durable.make_folder(root, mode=_EXPORT_FOLDER_MODE)
     _save_configs(engine.module, root, _compute_dtype(engine))
@@ -133,6 +135,21 @@ def export_checkpoint(
     return root
 
 
+def _refuse_quantized(names: Sequence[str]) -> None:
+    """Refuse to write what loads under the names of an export as something else.
+
+    Raises:
+        CheckpointError: there are quantized weights; names one.
+    """
+    if names:
+        raise CheckpointError(
+            f"parameter {names[0]} and {len(names) - 1} more are quantized: an export holds plain "
+            "weights",
+            remedy="keep the adapters, e.g. peft's, beside the base that you quantized; or save "
+            "engine.state_dict() with torch.save; checkpoints hold everything",
+        )
+
+
 def description(engine: StateSource) -> dict[str, Any]:
     """What a checkpoint holds for its export; see [Note: export of a checkpoint]."""
     configs = {}
@@ -151,7 +168,7 @@ def description(engine: StateSource) -> dict[str, Any]:
                 configs[name] = (Path(folder) / name).read_text(encoding="utf-8")
     parameters = (item for item in _exported(engine) if item.parameter is not None)
     names = {item.parameter: item.name for item in parameters if item.parameter != item.name}
-    return {"names": names, "configs": configs}
+    return {"names": names, "configs": configs, "quantized": engine.composite_names()}
 
 
 def _description_of(found: stored.StoredCheckpoint) -> tuple[dict[str, str], dict[str, str]]:
@@ -163,11 +180,13 @@ def _description_of(found: stored.StoredCheckpoint) -> tuple[dict[str, str], dic
     described: Any = found.content.values.get("export")
     try:
         names, configs = dict(described["names"]), dict(described["configs"])
+        quantized = list(described.get("quantized", ()))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{found.folder} does not describe its export",
             remedy="load it, and call save_pretrained",
         ) from error
+    _refuse_quantized(quantized)
     texts = [*names.values(), *configs.values()]
     unknown = configs.keys() - {CONFIG_NAME, GENERATION_CONFIG_NAME}
     if unknown or not all(isinstance(text, str) for text in texts):

@@ -51,6 +51,9 @@ class StateSource(Protocol):
     def aliases(self) -> dict[str, str]:
         """Tied name -> canonical name."""
 
+    def composite_names(self) -> list[str]:
+        """Parameters of the module that are several of `parameter_names`: quantized weights."""
+
     def state_fields(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every field of one parameter."""
 

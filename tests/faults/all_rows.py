@@ -9,6 +9,7 @@ from tests.faults import (  # noqa: F401
     rows_failures,
     rows_modules,
     rows_ops,
+    rows_quantized,
     rows_refused,
 )
 from tests.faults.lab import ROWS

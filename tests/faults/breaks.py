@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from offload.engine import build, collect, departed, guard, node_pins, saved, windows
+from offload.engine import build, collect, composite, departed, guard, node_pins, saved, windows
 from offload.engine import engine as engine_module
 from offload.engine.engine import Engine
 from offload.engine.pager import Pager
@@ -235,7 +235,25 @@ def collect_check() -> None:
 @_break
 def resident() -> None:
     """Parameters that cannot be paged are paged."""
-    collect._can_be_paged = lambda parameter: True
+    collect._check_pageable = _nothing  # type: ignore[assignment]
+
+
+@_break
+def composites() -> None:
+    """What lies in several tensors wears its own class: only its inner tensors are guarded."""
+    composite.Composite.follow = _nothing  # type: ignore[method-assign]
+
+
+@_break
+def companions() -> None:
+    """Tensors that belong to a parameter are not guarded while they are away."""
+    real = PagedParameter.wear
+
+    def wear(self: PagedParameter, parameter_class: type[torch.Tensor]) -> None:
+        is_companion = not isinstance(self.state.parameter, torch.nn.Parameter)
+        real(self, self.plain_class if is_companion else parameter_class)
+
+    PagedParameter.wear = wear  # type: ignore[method-assign]
 
 
 @_break

@@ -139,13 +139,16 @@ class Run:
         return {name: state["gradient"] for name, state in states if "gradient" in state}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Copies of all weights as the optimizer sees them."""
+        """Copies of all weights as the optimizer sees them, but those that are quantized."""
+        plain = {
+            name: p
+            for name, p in self.module.named_parameters()
+            if p.is_floating_point() and not hasattr(type(p), "__tensor_flatten__")
+        }
         if self.engine is None:
-            return {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        found = {}
-        for name, state in self.engine.named_state():
-            found[name] = state.get("master", state["weight"])
-        return found
+            return {name: p.detach().clone() for name, p in plain.items()}
+        states = self.engine.named_state()
+        return {n: s.get("master", s["weight"]) for n, s in states if n in plain}
 
     def check_at_rest(self) -> None:
         """Between steps: nothing is pinned, no window is open, the budget was never exceeded."""

@@ -58,6 +58,9 @@ class InMemoryEngine:
     def parameter_names(self) -> list[str]:
         return list(self._parameters)
 
+    def composite_names(self) -> list[str]:
+        return []
+
     def aliases(self) -> dict[str, str]:
         return dict(self._aliases)
 
