@@ -44,12 +44,13 @@ equal to the bit: such a module has a gradient that is rounding noise (of the bi
 keys, of a bias before a normalization), and Adam divides noise by its own size. *Faults* are the
 fetches of the last step, in the harshest placement, that had not been started ahead; where modules
 that run inside one another need more than the budget together there is no plan, and every fetch is
-a fault. *Device* is the budget there as a share of the weights. Measured with torch {torch} and
-transformers {transformers}, on one thread of a CPU ({machine}).
+a fault. *Budget* is that of the device there as a share of the weights, and *peak* the most that
+was held of it. Measured with torch {torch} and transformers {transformers}, on one thread of a CPU
+({machine}).
 
-| module | family | class | parameters | equal placements | loss | weights | faults | device |\
- notes |
-|---|---|---|---|---|---|---|---|---|---|
+| module | family | class | parameters | equal placements | loss | weights | faults | budget |\
+ peak | notes |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -79,6 +80,7 @@ def _line(row: Row, found: Measured) -> str:
         weights,
         f"{found.faults}",
         f"{found.device_bytes / found.weight_bytes:.0%}",
+        f"{found.peak_bytes / found.device_bytes:.0%}",
         row.notes,
     ]
     return f"| {' | '.join(cells)} |\n"

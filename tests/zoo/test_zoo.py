@@ -34,7 +34,7 @@ def test_every_placement_gives_the_same_bits_and_plain_pytorchs_numbers(
 ) -> None:
     measured = measure(row, tmp_path)
     assert measured.placements == PLACEMENTS
-    assert measured.device_bytes < measured.weight_bytes
+    assert measured.peak_bytes <= measured.device_bytes < measured.weight_bytes
 
 
 @pytest.mark.slow
