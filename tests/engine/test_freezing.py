@@ -777,6 +777,17 @@ def test_a_tiled_weight_is_promoted(placement: str, tmp_path: Path) -> None:
         assert_same_state({name: tensors}, {name: known})
 
 
+@pytest.mark.parametrize("activations", ["host", "nvme"])
+def test_activations_keep_their_room(activations: str, tmp_path: Path) -> None:
+    config = placed("nvme", tmp_path, activations={"host_memory": "256KiB", "min_bytes": 1})
+    config["placement"] = {**config["placement"], "activations": activations}
+    with make_engine(partly_frozen(), config) as engine:
+        run = follow(engine, UNFREEZING, steps=5)
+        assert engine.plan.bytes["host"]["activations"] == 256 << 10
+        assert engine._parts.host.budget_bytes <= engine.plan.peak_bytes["host"]
+    assert_as_plain(run, run_plain(partly_frozen(), UNFREEZING, steps=5))
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
