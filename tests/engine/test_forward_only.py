@@ -482,7 +482,7 @@ def test_an_interrupt_in_the_middle_of_an_update(
     tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C comes when some elements of a home have been updated: none is updated twice."""
-    records, state, _ = run(mezo("host"))
+    records, state, _ = run(mezo("host"), make=Zoo)
     update_weights, calls = zeroth_order.update_weights, []
 
     def interrupted(*arguments: Any, **options: Any) -> bool:
@@ -494,13 +494,19 @@ def test_an_interrupt_in_the_middle_of_an_update(
 
     monkeypatch.setattr(zeroth_order, "update_weights", interrupted)
     interrupts = 0
-    with make_engine(small_model(), mezo(tier, tmp_path)) as engine:
+    buffers: dict[str, torch.Tensor] = {}
+    with make_engine(Zoo(), mezo(tier, tmp_path)) as engine:
         found: list[tuple[float, float]] = []
         while len(found) < STEPS:
+            random_state = torch.get_rng_state()
             try:
                 found += train(engine, steps=1)
             except KeyboardInterrupt:
                 interrupts += 1
+                assert torch.equal(torch.get_rng_state(), random_state)
+                engine.module.load_state_dict(buffers, strict=False)
+            else:
+                buffers = {name: b.clone() for name, b in engine.module.named_buffers()}
         assert found == records
         while True:
             try:
@@ -508,6 +514,8 @@ def test_an_interrupt_in_the_middle_of_an_update(
                 break
             except KeyboardInterrupt:
                 interrupts += 1
+        held = engine.report().tiers["host"].used_bytes
+        assert held == engine.plan.bytes["host"]["weights"], "staging has been given back"
     assert interrupts > 3
 
 
