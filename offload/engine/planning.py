@@ -188,7 +188,11 @@ def plan_module(
     machine = replace(machine, device_bytes=left, host_bytes=machine.host_bytes - reserved_bytes)
 
     def plan_specs(specs: Sequence[ParamSpec], slot_bytes: int) -> Plan:
-        beside = replace(machine, device_bytes=machine.device_bytes - slot_bytes)
+        beside = replace(
+            machine,
+            device_bytes=machine.device_bytes - slot_bytes,
+            device_held_bytes=collection.resident_bytes + slot_bytes,
+        )
         if isinstance(rule, ZerothOrderRule):
             planned = _plan_forward_only(specs, config, beside)
         elif isinstance(rule, GenericRule):

@@ -62,6 +62,7 @@ class Machine:
         host_addressable: the cores can update state on the device where it is.
         nvme_mode: how new state replaces old on nvme.
         staging: buffer counts.
+        device_held_bytes: what others hold of the device beside `device_bytes`; messages count it.
     """
 
     device_bytes: int
@@ -70,11 +71,16 @@ class Machine:
     host_addressable: bool = True
     nvme_mode: Literal["roll_forward", "atomic"] = "roll_forward"
     staging: Staging = Staging()
+    device_held_bytes: int = 0
 
     def budget_bytes(self, tier: str) -> int:
         """The budget of a tier; 0 for nvme that is not used."""
         budgets = {"device": self.device_bytes, "host": self.host_bytes, "nvme": self.nvme_bytes}
         return budgets[tier] or 0
+
+    def held_bytes(self, tier: str) -> int:
+        """What others hold of a tier beside its budget here."""
+        return self.device_held_bytes if tier == "device" else 0
 
     def is_staged(self, tier: str) -> bool:
         """Whether state that lives in `tier` comes to host memory for its update."""

@@ -148,8 +148,8 @@ def assign(
     shortfalls = tuple(
         Shortfall(
             tier,
-            taken.need_bytes(tier),
-            machine.budget_bytes(tier),
+            taken.need_bytes(tier) + machine.held_bytes(tier),
+            machine.budget_bytes(tier) + machine.held_bytes(tier),
             _remedy(tier, taken, choice, machine)
             + _disk_remedy(tier, blocks, machine, choice, gradient_bytes, settled),
         )
@@ -266,7 +266,7 @@ class _Assignment:
 
 def _remedy(tier: str, taken: Footprint, choice: PlacementChoice, machine: Machine) -> str:
     """What would make a tier's share fit, in the config's own keys."""
-    need = taken.need_bytes(tier)
+    need = taken.need_bytes(tier) + machine.held_bytes(tier)
     asked = {name: getattr(choice, name) for name in STATE_CLASSES}
     named = [f"placement.{name}" for name, at in asked.items() if at == tier]
     release = f", or set {' and '.join(named)} to auto" if named else ""

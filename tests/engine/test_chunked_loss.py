@@ -368,6 +368,22 @@ def test_placement_changes_no_bit_of_chunks_over_a_tiled_head(
     assert_close(host, plain, tolerance=1e-6)
 
 
+def test_activations_elsewhere_change_no_bit(tmp_path: Path) -> None:
+    runs = []
+    for tier in ("device", "host", "nvme"):
+        config = settings(
+            "nvme",
+            tmp_path,
+            training=chunked("llama"),
+            tiling={"modules": ["lm_head", "*.gate_proj"], "tiles": 3},
+            placement={"activations": tier},
+            **({} if tier == "device" else {"activations": {"min_bytes": 1024}}),
+        )
+        runs.append(train_engine(MODELS["llama"](), config, loss_of, steps=2))
+    assert_identical(runs[1], runs[0])
+    assert_identical(runs[2], runs[0])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_beside_and_around_chunks(reentrant: bool, tmp_path: Path) -> None:
     plain = train_plain(MODELS["llama"](), loss_of, steps=2)

@@ -234,6 +234,17 @@ def test_auto_tiles_keep_room_for_pages() -> None:
     assert [each.num_tiles for each in offload.plan(model, roomy).tiled] == [2, 2]
 
 
+def test_a_shortfall_counts_the_slots() -> None:
+    model = make_model()
+    short = offload.plan(model, settings("host", device=HEAD_BYTES // 2, tiling=tiled(2)))
+    assert not short.fits
+    (shortfall,) = short.shortfalls
+    assert shortfall.have_bytes == HEAD_BYTES // 2
+    assert f"at least {shortfall.need_bytes} bytes" in shortfall.remedy
+    enough = settings("host", device=shortfall.need_bytes, tiling=tiled(2))
+    assert offload.plan(model, enough).fits
+
+
 def test_lora_on_a_frozen_tiled_base(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -1,6 +1,6 @@
 """What tiled weights and a chunked loss save in memory, and what they cost in time.
 
-    python tools/bench/tiling.py [--rounds 7] [--vocabulary 32768] [--width 512] [--tokens 1024]
+    python tools/bench/tiling.py [--part tiles|chunks] [--rounds 7] [--tokens 1024]
 
 Tiles: a table and a head by each tile factor, under the smallest device budget of that factor; the
 peak is what the engine has held of it. Chunks: the loss of a Llama by chunks of tokens; the
@@ -216,13 +216,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1_024)
     parser.add_argument("--home", choices=("host", "nvme"), default="nvme")
+    parser.add_argument("--part", choices=("tiles", "chunks", "both"), default="both")
     parser.add_argument("--folder", default=None, help="where state on nvme goes")
     options = parser.parse_args()
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(0, options.vocabulary, (1, options.tokens), generator=drawn)
     print(f"vocabulary {options.vocabulary}, {options.tokens} tokens, state on {options.home}")
-    tiles = measure_tiles(options, ids)
-    print(json.dumps({"tiles": tiles, "chunks": measure_chunks(options, ids)}))
+    parts = {"tiles": measure_tiles, "chunks": measure_chunks}
+    chosen = parts if options.part == "both" else (options.part,)
+    print(json.dumps({part: parts[part](options, ids) for part in chosen}))
 
 
 if __name__ == "__main__":
