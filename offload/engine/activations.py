@@ -497,10 +497,9 @@ class ActivationStore:
                 del self._numbers[bisect_left(self._numbers, copy.number)]
                 copy.leave()
                 self._draining.append(copy)
-        ended = [copy for copy in self._draining if not copy.is_busy]
-        if ended:
-            self._draining = [copy for copy in self._draining if copy.is_busy]
-            for copy in ended:
+        for copy in tuple(self._draining):
+            if not copy.is_busy:  # asked once: the answer may change at any time
+                self._draining.remove(copy)
                 copy.release()
 
     # -- what the user is told ---------------------------------------------------------------------

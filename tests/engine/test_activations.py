@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import offload
 from offload.config import OffloadConfig
+from offload.engine import activations as activations_module
 from offload.engine import build
-from offload.engine.activation_copy import Place
-from offload.engine.activation_view import view_of
+from offload.engine.activation_copy import ActivationCopy, Place
+from offload.engine.activation_view import View, view_of
+from offload.engine.activations import ActivationStore
 from offload.errors import (
     ChecksumError,
     ConfigError,
@@ -224,6 +227,31 @@ def test_a_tensor_saved_by_several_ops_moves_once(tmp_path: Path) -> None:
             assert torch.equal(state["gradient"], gradients[name]), name
 
 
+def test_a_tensor_that_has_changed_is_another_one(tmp_path: Path) -> None:
+    """The first save of it is never used in backward, so the change in between is no error."""
+
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = x * 1.0
+            unused = self.linear(y)
+            y.add_(1.0)
+            return unused, self.linear(y).sum()
+
+    def gradient(activations: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        with make_engine(Changed(), with_activations("host", tmp_path, activations)) as engine:
+            unused, loss = engine(base(32, 32))
+            engine.backward(loss)
+            del unused
+            return dict(engine.named_state())["linear.weight"]["gradient"]
+
+    assert torch.equal(gradient("nvme"), gradient("device"))
+
+
 def test_what_the_module_owns_stays(tmp_path: Path) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -299,6 +327,26 @@ def test_backward_reads_ahead_in_the_opposite_order(tmp_path: Path) -> None:
         number, reading = seen[0]
         assert number == numbers[-1]
         assert reading == numbers[-3:-1]
+
+
+def test_the_device_waits_before_it_holds_too_much_for_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "open_io", lambda config: SimulatedIo(seed=5))
+    monkeypatch.setattr(activations_module, "_MOST_LEAVING_BYTES", 8192)
+    most = 0
+    move_out = ActivationStore._move_out
+
+    def watched(store: ActivationStore, tensor: torch.Tensor, view: View) -> Any:
+        nonlocal most
+        shared = move_out(store, tensor, view)
+        most = max(most, sum(copy.nbytes for copy in store._at[Place.LEAVING].values()))
+        return shared
+
+    monkeypatch.setattr(ActivationStore, "_move_out", watched)
+    with any_engine(tmp_path, "host") as engine:
+        engine.backward(small_loss(engine, 0))
+    assert 0 < most <= 8192
 
 
 # -- what PyTorch promises -------------------------------------------------------------------------
@@ -467,6 +515,39 @@ def test_every_way_a_graph_ends_gives_everything_back(activations: str, tmp_path
         engine.backward(small_loss(engine, 4))  # torch keeps what a failed one had ready till then
         assert engine.step()
         assert_nothing_held(engine)
+
+
+def test_transfers_may_end_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a transfer has ended is another answer each time it is asked for."""
+    drawn = random.Random(0)
+    is_busy = ActivationCopy.is_busy.fget
+    assert is_busy is not None
+    unsure = property(lambda copy: is_busy(copy) or drawn.random() < 0.5)
+    with any_engine(tmp_path) as engine:
+        for index in range(3):
+            engine.backward(small_loss(engine, index))
+            engine._parts.activations.settle()
+            loss = small_loss(engine, index)
+            engine._parts.activations.settle()
+            with monkeypatch.context() as patch:
+                patch.setattr(ActivationCopy, "is_busy", unsure)
+                patch.setattr(ActivationCopy, "release", release_surely(is_busy))
+                del loss
+                for _ in range(20):
+                    engine._parts.activations.collect()
+        assert_nothing_held(engine)
+
+
+def release_surely(is_busy: Callable[[ActivationCopy], bool]) -> Callable[[ActivationCopy], None]:
+    """`release` as it is, which asserts that no transfer is in flight."""
+    release = ActivationCopy.release
+
+    def released(copy: ActivationCopy) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ActivationCopy, "is_busy", property(is_busy))
+            release(copy)
+
+    return released
 
 
 def test_ops_that_save_their_own_result_are_freed_without_a_backward(tmp_path: Path) -> None:
