@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -164,7 +165,7 @@ class Guarded:
     ) -> Any:
         """Run `func` with every paged argument on the device."""
         if func in _BACKWARDS:
-            return func(*_as_edges(args), **_as_edges(kwargs or {}))
+            return _run_backward(func, args, kwargs or {})
         with _NO_GUARD():
             if func in METADATA:
                 return func(*args, **(kwargs or {}))
@@ -269,6 +270,22 @@ def plain_copy(tensor: torch.Tensor, memo: dict[int, Any] | None = None) -> torc
             copied.__dict__.update(_copied_attributes(tensor, {} if memo is None else memo))
         return copied
     return values.requires_grad_(tensor.requires_grad)
+
+
+def _run_backward(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if not kwargs.get("materialize_grads"):
+        return func(*_as_edges(args), **_as_edges(kwargs))
+    # torch refuses it for gradient edges.
+    given = inspect.signature(func).bind(*args, **kwargs).arguments
+    wanted = given["inputs"] if isinstance(given["inputs"], (tuple, list)) else (given["inputs"],)
+    found = func(**_as_edges({**given, "materialize_grads": False, "allow_unused": True}))
+    with _NO_GUARD():
+        return tuple(
+            torch.zeros_like(tensor, requires_grad=given.get("create_graph", False))
+            if gradient is None
+            else gradient
+            for tensor, gradient in zip(wanted, found, strict=True)
+        )
 
 
 def _as_edges(value: Any) -> Any:

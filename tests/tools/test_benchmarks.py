@@ -98,6 +98,7 @@ def test_guard() -> None:
     found = last_line(run("guard"))
     assert set(found) == {"passes", "update", "step"}
     assert_positive(*found.values())
+    assert set(last_line(run("guard", "--against=unguarded"))) == {"device", "host"}
 
 
 @pytest.mark.slow
