@@ -12,6 +12,9 @@ device without memory, that knows the head's input and what was done to its outp
   metadata     answered at once
   anything     the logits are computed as a whole, and the op runs on them: correct, only larger
 
+An in-place op computes them too, and they stay; on logits that have views, or on a view, it is an
+error while they are not computed.
+
 What runs past `__torch_function__` (a custom autograd function, a reentrant checkpoint around the
 head) is an error, never a wrong number: there is no memory to read, and the autograd node of a
 `LazyLogits` has no backward.
@@ -60,9 +63,9 @@ _ELEMENTWISE = _members(
     *("clamp", "clip"),
 )
 _RESHAPES = _members("view", "reshape", "flatten", "unflatten", "contiguous", "unsqueeze")
-_IN_PLACE = _members(
-    *("div_", "mul_", "add_", "sub_", "tanh_", "neg_", "clamp_", "clip_", "masked_fill_", "copy_"),
-    *("__itruediv__", "__imul__", "__iadd__", "__isub__", "__setitem__", "fill_", "zero_"),
+_IN_PLACE_OPERATORS = frozenset(
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or")
 )
 _INDEX = torch.Tensor.__getitem__
 
@@ -150,13 +153,11 @@ class LazyLogits(torch.Tensor):
                 return func(*args, **kwargs)
         lazy = args[0] if args else None
         if isinstance(lazy, LazyLogits) and lazy._real is None:
-            if func in _IN_PLACE and lazy._is_aliased:
-                raise GuardError(
-                    f"{getattr(func, '__name__', func)} on logits that views were made of before "
-                    "they were computed",
-                    remedy=_REMEDY,
-                )
-            answer = _answer(func, lazy, args[1:], kwargs)
+            answer = None
+            if _writes(func):
+                lazy.compute_for_edit()
+            else:
+                answer = _answer(func, lazy, args[1:], kwargs)
             if answer is not None:
                 return answer
         return func(*_computed(args), **_computed(dict(kwargs)))
@@ -182,6 +183,21 @@ class LazyLogits(torch.Tensor):
             self._real = real
         return real
 
+    def compute_for_edit(self) -> None:
+        """Compute the logits, to be kept in any case: their values are about to be changed.
+
+        Raises:
+            GuardError: there are views of them, which would not see the change.
+        """
+        if self._is_aliased:
+            raise GuardError(
+                "an in-place op on logits that share their values with views, and that have not "
+                "been computed",
+                remedy=_REMEDY,
+            )
+        with torch.enable_grad():
+            self.compute()
+
     def logits_of(self, rows: torch.Tensor) -> torch.Tensor:
         """The logits of some rows of the head's input, after all steps."""
         logits = self._head.forward(rows)
@@ -190,9 +206,10 @@ class LazyLogits(torch.Tensor):
         return logits
 
     def with_rows(self, rows: torch.Tensor) -> LazyLogits:
-        """The same of other rows of the head's input."""
-        self._is_aliased = True
-        return LazyLogits.make(self._head, rows, self.dtype, self._steps)
+        """The same of other rows of the head's input; it counts as a view."""
+        view = LazyLogits.make(self._head, rows, self.dtype, self._steps)
+        self._is_aliased = view._is_aliased = True
+        return view
 
     def with_step(self, step: Step, dtype: torch.dtype) -> LazyLogits:
         """The same after one more elementwise step, whose result has `dtype`."""
@@ -211,6 +228,14 @@ class _NoBackward(Function):
     def backward(ctx: Any, *_: Any) -> Any:
         del ctx
         raise GuardError("a backward through logits that have not been computed", remedy=_REMEDY)
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether an op changes its first argument: by its name, as torch names them."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or name in _IN_PLACE_OPERATORS
+    return name.endswith("_")
 
 
 def _computed(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,34 @@ def test_a_graph_kept_across_a_step_is_void(engine: Any) -> None:
     engine.step()
     with pytest.raises(RuntimeError, match=r"head\.weight is at version"):
         engine.backward(total)
+
+
+def test_threads_in_backward_at_once(engine: Any) -> None:
+    with make_engine(make_model(), settings("host")) as whole:
+        found = []
+        for each in (engine, whole):
+            losses = [loss_of(each, index) for index in range(4)]
+            threads = [threading.Thread(target=loss.backward) for loss in losses]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert not any(thread.is_alive() for thread in threads)
+            found.append(dict(each.named_state()))
+    for name in ("embed.weight", "head.weight", "mix.0.weight"):
+        difference = relative_difference(found[0][name]["gradient"], found[1][name]["gradient"])
+        assert difference <= 1e-6, name
+
+
+def test_transforms_and_inference_mode(engine: Any) -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = engine(tokens)
+    with torch.inference_mode():
+        assert torch.equal(engine(tokens), expected)
+    table = engine.module.embed
+    with pytest.raises(GuardError, match=r"torch\.func transform"):
+        torch.func.vmap(table)(tokens)
 
 
 def test_frozen_after_the_start(engine: Any) -> None:
