@@ -15,14 +15,16 @@
 Parts are guarded like parameters, and that is all that companions need. A wrapper wears a guard
 class as well, because its own `__torch_function__` and `__torch_dispatch__` run their ops on the
 inner tensors where torch calls no guard. Its guard pins every part first, and then runs what the
-user's class would run; see `run_plain`. A wrapper wears its plain class exactly while all its parts
-do.
+user's class would run; see `run_plain`. A wrapper wears its plain class while all its parts do, and
+while an op on it runs.
 
 What several composites share (a lookup table for all layers) stays where it is, as buffers do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -162,6 +164,40 @@ def run_plain(
         if result is not NotImplemented:
             return result
     return func(*args, **kwargs)
+
+
+_in_use: Counter[int] = Counter()  # guarded ops that run on a wrapper, by its id
+_use_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def plain_wrappers(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Guarded wrappers wear their plain classes in the block: an op that compares classes runs.
+
+    Their parts are pinned, or not looked at, and are guarded on their own meanwhile.
+    """
+    guarded = [
+        tensor
+        for tensor in tensors
+        if is_wrapper(tensor) and (type(tensor) in plain_classes or id(tensor) in _in_use)
+    ]
+    if not guarded:
+        yield
+        return
+    with _use_lock:
+        worn = [(wrapper, plain_class_of(type(wrapper))) for wrapper in guarded]
+        for wrapper, plain in worn:
+            _in_use[id(wrapper)] += 1
+            wrapper.__class__ = plain
+    try:
+        yield
+    finally:
+        with _use_lock:
+            for wrapper, plain in worn:
+                _in_use[id(wrapper)] -= 1
+                if not _in_use[id(wrapper)]:
+                    del _in_use[id(wrapper)]
+                    wrapper.__class__ = guard_classes[plain]
 
 
 def has_dispatch(kind: type[torch.Tensor]) -> bool:
@@ -328,5 +364,5 @@ def _rebuild(wrapper: Any) -> None:
     plain: Any = plain_class_of(type(wrapper))
     rebuilt = plain.__tensor_unflatten__(inner, context, wrapper.size(), wrapper.stride())
     if isinstance(wrapper, nn.Parameter):
-        rebuilt = nn.Parameter(rebuilt, requires_grad=False)
+        rebuilt._is_param = True  # as nn.Parameter does, which would detach the inner tensors
     torch.utils.swap_tensors(wrapper, rebuilt)

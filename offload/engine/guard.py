@@ -36,6 +36,7 @@ from offload.engine.composite import (
     leaves,
     plain_class_of,
     plain_classes,
+    plain_wrappers,
     run_plain,
 )
 from offload.engine.pages import PagedParameter, WeightPage, find_paged
@@ -233,13 +234,8 @@ def _dispatch_guarded(
     plain_types = tuple(plain_class_of(kind) for kind in types)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if func is not torch.ops.aten.copy_.default:
+        with plain_wrappers(_tensors((*args, *kwargs.values()))):
             return plain.__torch_dispatch__(func, plain_types, args, kwargs)
-        args[0].__class__ = plain  # copies are between equal classes; the page stays meanwhile
-        try:
-            return plain.__torch_dispatch__(func, plain_types, args, kwargs)
-        finally:
-            args[0].__class__ = cls
 
     with _NO_GUARD():
         touched = _paged_arguments(args, kwargs or {})
@@ -410,7 +406,9 @@ def _run_pinned(
 
 
 def _run(func: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return run_plain(func, _tensors((*args, *kwargs.values())), args, kwargs)
+    tensors = tuple(_tensors((*args, *kwargs.values())))
+    with plain_wrappers(tensors):
+        return run_plain(func, tensors, args, kwargs)
 
 
 def _by_holder(pages: Sequence[WeightPage]) -> list[tuple[Any, list[WeightPage]]]:

@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 with warnings.catch_warnings():
@@ -31,6 +32,7 @@ with warnings.catch_warnings():
     )
 
 import offload
+from offload.engine.composite import find_composites, settle_composites
 from offload.errors import CheckpointError, GuardError, OffloadError
 from offload.state import export
 from tests.oracle import (
@@ -453,6 +455,8 @@ def test_what_is_read_and_copied_is_true(kind: str, tmp_path: Path) -> None:
             assert torch.equal(nn.functional.linear(x, weight), nn.functional.linear(x, expected))
         if "wrapper" in kind:
             assert torch.equal(x @ weight.t(), x @ expected.t())
+            with torch._C.DisableTorchFunctionSubclass():  # then only dispatch sees the guard
+                assert torch.equal(torch.mm(x, weight.t()), torch.mm(x, expected.t()))
         copied = copy.deepcopy(model)
         assert type(weight_of(copied)[1]) is type(expected)
         with io.BytesIO() as file:
@@ -648,3 +652,84 @@ def test_unfreezing_a_quantized_weight_is_an_error(kind: str, tmp_path: Path) ->
             language_loss(engine, 1)
         weight.requires_grad_(False)
         continue_engine(engine, language_loss, steps=1)
+
+
+def test_one_quantized_weight_in_two_layers_is_stored_once(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)]
+        quantize_(layers[0], Int8WeightOnlyConfig())
+        layers[2].weight = layers[0].weight
+        return nn.Sequential(*layers)
+
+    def loss_of(model: Any, index: int) -> torch.Tensor:
+        drawn = torch.Generator().manual_seed(index)
+        return model(torch.randn(4, WIDTH, generator=drawn)).square().mean()
+
+    runs = []
+    for tier in ("device", "host", "nvme"):
+        cfg = settings(tier, tmp_path if tier == "nvme" else None, bucket_elements=1024)
+        cfg["tiers"]["device"]["memory"] = 64 << 20 if tier == "device" else 48 << 10
+        with make_engine(make(), cfg) as engine:
+            names = [n for n in engine.parameter_names() if n != "1.weight"]
+            assert names == ["0.weight.qdata", "0.weight.scale", "0.weight.zero_point"]
+            assert engine.aliases()["2.weight.qdata"] == "0.weight.qdata"
+            runs.append(continue_engine(engine, loss_of, steps=3))
+    for run in runs[1:]:
+        assert_identical(run, runs[0])
+
+
+def test_tables_that_weights_share_stay(tmp_path: Path) -> None:
+    """What two wrappers have in common is no part of either, and nothing warns."""
+    torch.manual_seed(0)
+    layers = [_codes_of_linear(nn.Linear(WIDTH, WIDTH, bias=False)) for _ in range(2)]
+    shared = layers[0].weight.scale
+    layers[1].weight.scale = shared
+    model = nn.Sequential(*layers, nn.Linear(WIDTH, WIDTH))
+    x = torch.randn(2, WIDTH)
+    expected = model(x)
+    with make_engine(model, config("nvme", tmp_path)) as engine:
+        assert torch.equal(engine(x), expected)
+        assert [n for n in engine.parameter_names() if n.endswith("scale")] == []
+        assert type(shared) is torch.Tensor
+
+
+def test_a_subclass_of_torchs_own_tests(tmp_path: Path) -> None:
+    """It compares the classes of arguments and results, as `return_and_correct_aliasing` does."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False) for _ in range(2)]
+    for layer in layers:
+        pair = TwoTensor(layer.weight.detach(), layer.weight.detach() * 2)
+        layer.weight = nn.Parameter(pair, requires_grad=False)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *layers)
+    x = torch.randn(2, WIDTH)
+    with torch.no_grad():
+        expected = model(x)
+    with make_engine(model, config("nvme", tmp_path, device=60 << 10)) as engine:
+        for _ in range(3):
+            with torch.no_grad():
+                found = engine(x)
+            assert torch.equal(found.a, expected.a)
+            assert torch.equal(found.b, expected.b)
+        turned = layers[1].weight.t()
+        assert type(turned) is not TwoTensor, "a view of what may leave is guarded"
+        assert type(turned.clone()) is TwoTensor
+        with torch.no_grad():
+            assert torch.equal((x @ turned).b, (x @ layers[1].weight.clone().t()).b)
+
+
+@pytest.mark.parametrize("make", [_codes_of_linear, _nested_of_linear])
+def test_wrappers_follow_their_parts_to_another_device(make: Any) -> None:
+    torch.manual_seed(0)
+    layer = make(nn.Linear(WIDTH, WIDTH))
+    weight = layer.weight
+    composites, _ = find_composites({"weight": weight}, layer)
+    (found,) = composites.values()
+    for part in found.parts:
+        torch.utils.swap_tensors(part.tensor, part.tensor.to("meta"))
+    settle_composites([found], layer, torch.device("meta"))
+    assert layer.weight is weight
+    assert weight.device.type == "meta"
+    assert isinstance(weight, nn.Parameter)
+    assert not weight.requires_grad
+    assert found.is_whole()
