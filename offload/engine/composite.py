@@ -119,9 +119,18 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 
 def inner_tensors(wrapper: Any) -> list[tuple[str, torch.Tensor]]:
-    """The tensors directly inside a wrapper, by attribute."""
-    names, _ = wrapper.__tensor_flatten__()
-    return [(name, getattr(wrapper, name)) for name in names]
+    """The tensors directly inside a wrapper, by attribute; it may name what is no tensor, too."""
+    return [
+        (name, inner)
+        for name, inner in unwrapped(wrapper)[0].items()
+        if isinstance(inner, torch.Tensor)
+    ]
+
+
+def unwrapped(wrapper: Any) -> tuple[dict[str, Any], Any]:
+    """What a wrapper's `__tensor_unflatten__` takes: what is inside it, and the context."""
+    names, context = wrapper.__tensor_flatten__()
+    return {name: getattr(wrapper, name) for name in names}, context
 
 
 def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -359,8 +368,7 @@ def _leave_tables(composites: Iterable[Composite], parameters: Iterable[nn.Param
 
 def _rebuild(wrapper: Any) -> None:
     """Let a wrapper say that it is where its inner tensors are; the object stays."""
-    names, context = wrapper.__tensor_flatten__()
-    inner = {name: getattr(wrapper, name) for name in names}
+    inner, context = unwrapped(wrapper)
     plain: Any = plain_class_of(type(wrapper))
     rebuilt = plain.__tensor_unflatten__(inner, context, wrapper.size(), wrapper.stride())
     if isinstance(wrapper, nn.Parameter):

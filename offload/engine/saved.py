@@ -25,7 +25,13 @@ from typing import Any, NamedTuple
 import torch
 
 from offload.engine.activations import ActivationStore, SavedActivation, SavedOnDevice
-from offload.engine.composite import guard_classes, inner_tensors, is_wrapper, plain_class_of
+from offload.engine.composite import (
+    guard_classes,
+    inner_tensors,
+    is_wrapper,
+    plain_class_of,
+    unwrapped,
+)
 from offload.engine.pages import PagedParameter, find_paged
 from offload.engine.saved_version import version_error
 
@@ -109,18 +115,19 @@ def _pack_page(tensor: torch.Tensor) -> SavedPage | SavedWrapper | None:
 
 
 def _pack_wrapper(wrapper: Any) -> SavedWrapper | None:
-    packed = {name: (_pack_page(inner), inner) for name, inner in inner_tensors(wrapper)}
-    paged = next((page.paged for page, _ in packed.values() if page), None)
+    pages = {name: _pack_page(inner) for name, inner in inner_tensors(wrapper)}
+    paged = next((page.paged for page in pages.values() if page is not None), None)
     if paged is None:
         return None
+    inner, context = unwrapped(wrapper)
     version = wrapper._version
     return SavedWrapper(
         paged,
         plain_class_of(type(wrapper)),
-        wrapper.__tensor_flatten__()[1],
+        context,
         wrapper.size(),
         wrapper.stride(),
-        {name: page or inner for name, (page, inner) in packed.items()},
+        {name: pages.get(name) or value for name, value in inner.items()},
         version if version == paged.owner._version else None,
     )
 

@@ -737,3 +737,46 @@ def test_wrappers_follow_their_parts_to_another_device(make: Any) -> None:
     assert isinstance(weight, nn.Parameter)
     assert not weight.requires_grad
     assert found.is_whole()
+
+
+def test_a_frozen_dtensor_pages_its_local_tensor(tmp_path: Path) -> None:
+    """A wrapper that names more than tensors: its mesh."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    class OnMesh(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            for name, parameter in list(self.second.named_parameters()):
+                spread = distribute_tensor(parameter.detach(), mesh, [Replicate()])
+                setattr(self.second, name, nn.Parameter(spread, requires_grad=False))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = DTensor.from_local(self.first(x), mesh, [Replicate()])
+            return self.second(hidden).to_local()
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        torch.manual_seed(0)
+        model = OnMesh()
+        plain = copy.deepcopy(model)
+        rule = torch.optim.SGD(plain.first.parameters(), lr=0.1)
+        cfg = config("nvme", tmp_path, device=48 << 10, optimizer={"name": "sgd", "lr": 0.1})
+        with make_engine(model, cfg) as engine:
+            assert "second.weight._local_tensor" in engine.parameter_names()
+            for _ in range(3):
+                x = torch.randn(4, WIDTH)
+                expected, found = plain(x).square().mean(), engine(x).square().mean()
+                assert abs(found.item() - expected.item()) <= TOLERANCE * abs(expected.item())
+                rule.zero_grad()
+                expected.backward()
+                rule.step()
+                send_home(engine)
+                engine.backward(found)
+                engine.step()
+    finally:
+        distributed.destroy_process_group()
