@@ -33,13 +33,13 @@ from offload.engine.departed import GradientSlots
 from offload.engine.forward_only import ForwardOnlyEngine
 from offload.engine.optimizer import Closure, OffloadOptimizer
 from offload.engine.pages import PagedParameter, forget, paged_by_owner
+from offload.engine.places import Places
 from offload.engine.promotion import Promotion
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess
 from offload.engine.windows import (
     FusedWindow,
     GatheredWindow,
-    Places,
     RootWindow,
     Window,
     encoder_windows,
@@ -119,7 +119,7 @@ class Engine(ForwardOnlyEngine):
             raise
         self._windows, self._root = self._open_windows()
         self._places = Places(self.module, parts.paged)
-        self._handles: list[Handle] = []
+        self._handles: list[Handle] = [self._places]
         self._handles += [handle for w in self._windows for handle in install(w)]
         fused = [w for w in self._windows if isinstance(w, FusedWindow)]
         self._handles += [h for w in encoder_windows(self.module, fused) for h in install(w)]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from offload.engine.optimizer import Closure
+from offload.engine.places import Places
 from offload.engine.report import StepMeter
 from offload.engine.stateful import StatefulEngine
-from offload.engine.windows import Places
 from offload.engine.zeroth_order import Reduce, ZerothOrder
 from offload.errors import EngineStateError
 from offload.optim.chunk_update import StepSettings

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.engine.activations import ActivationStore
 from offload.engine.guard import refuse_transforms
 from offload.engine.pager import Pager
-from offload.engine.pages import PagedParameter, WeightPage, paged_by_owner
+from offload.engine.pages import PagedParameter, WeightPage
 from offload.engine.saved import pop_page_hooks, push_page_hooks
 from offload.engine.transforms import active_transform
 from offload.errors import GuardError
@@ -358,39 +358,6 @@ def install(window: Window | EncoderWindow | RootWindow) -> list[RemovableHandle
         module.register_forward_pre_hook(_Hook(module, window.enter), prepend=True),
         module.register_forward_hook(_Hook(module, window.leave), always_call=True),
     ]
-
-
-class Places:
-    """Where a module holds its parameters: conversions such as `.to("meta")` put others there."""
-
-    def __init__(self, module: nn.Module, parameters: Sequence[PagedParameter]) -> None:
-        paged_of = paged_by_owner(parameters)
-        self._places = [
-            (owner._parameters, name, paged)
-            for owner in module.modules()
-            for name, parameter in owner._parameters.items()
-            for paged in paged_of.get(id(parameter), ())
-        ]
-
-    def check(self) -> None:
-        """Every place holds the parameter that it held, over the memory that it had.
-
-        Raises:
-            GuardError: one does not; names the parameter.
-        """
-        with torch._C.DisableTorchFunctionSubclass():
-            for held, name, paged in self._places:
-                parameter = held.get(name)
-                if parameter is None:
-                    continue  # moved, as parametrizations do: wherever it is, it is the same object
-                if parameter is paged.owner and paged.is_in_place():
-                    continue
-                raise GuardError(
-                    f"parameter {paged.state.name} was replaced: the engine trains the one it was "
-                    "given",
-                    remedy="convert or exchange parameters before offload.initialize; change "
-                    "values in place",
-                )
 
 
 def fused_modules(module: nn.Module) -> dict[str, nn.Module]:

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from offload.engine import build, collect, composite, departed, guard, node_pins, saved, windows
+from offload.engine import (
+    build,
+    collect,
+    composite,
+    departed,
+    guard,
+    node_pins,
+    places as module_places,
+    saved,
+    windows,
+)
 from offload.engine import engine as engine_module
 from offload.engine.engine import Engine
 from offload.engine.pager import Pager
@@ -267,7 +277,7 @@ def guard_per_class() -> None:
 @_break
 def places() -> None:
     """The engine trains parameters that are no longer the module's."""
-    windows.Places.check = _nothing  # type: ignore[method-assign]
+    module_places.Places.check = _nothing  # type: ignore[method-assign]
 
 
 @_break
