@@ -14,11 +14,13 @@ from offload.engine import (
     departed,
     guard,
     node_pins,
-    places as module_places,
     saved,
     windows,
 )
 from offload.engine import engine as engine_module
+from offload.engine import (
+    places as module_places,
+)
 from offload.engine.engine import Engine
 from offload.engine.pager import Pager
 from offload.engine.pages import PagedParameter, WeightPage
