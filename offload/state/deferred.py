@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from offload.engine.guard import METADATA, RAW, REFUSED
-from offload.errors import CheckpointError, OffloadError
+from offload.errors import CheckpointError, OffloadError, StorageError
 from offload.partition.arrays import memory_order
 from offload.partition.parameters import ParameterState
 from offload.state.ranges import read_range
@@ -42,8 +42,9 @@ from offload.state.tape import materialize, passed_memory
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data
 _SET_DATA = _DATA.__set__
-# These show values to Python without any op; the layout calls are what `RAW` has beside pointers.
-_SHOWN = frozenset({torch.Tensor.tolist, torch.Tensor.__repr__, torch.Tensor.__reduce_ex__})
+# These show values to Python without any op.
+_SHOWN = frozenset({torch.Tensor.tolist, torch.Tensor.__repr__})
+# Of what `RAW` has, these give out no pointer by themselves; a storage that is asked for one raises.
 _STORAGES = frozenset(
     {torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage}
 )
@@ -344,7 +345,7 @@ class DeferredWeights:
                 self._values = torch.empty(0)
                 self._values = memory_order(materialize([view])[0], state)
                 self._parameter = parameter
-        except CheckpointError:
+        except (CheckpointError, StorageError):
             raise
         except OffloadError as error:
             raise OffloadError(f"parameter {state.name}: {error}") from error

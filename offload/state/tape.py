@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from offload.errors import OffloadError
+from offload.errors import CheckpointError, OffloadError, StorageError
 from offload.tiers.memory import HeapTrimmer
 
 _moments = itertools.count()
@@ -185,6 +185,11 @@ class Operation:
 
 def _as_laid_out(tensor: torch.Tensor, layout: View, known: set[int]) -> torch.UntypedStorage:
     """The storage of `tensor` if it lies as was promised, else a copy that does."""
+    if tuple(tensor.shape) != layout.size or tensor.dtype is not layout.dtype:
+        raise OffloadError(
+            f"it gives {tensor.dtype} {tuple(tensor.shape)}, and {layout.dtype} {layout.size} was "
+            "promised"
+        )
     storage = tensor.untyped_storage()
     lies_so = (
         storage.nbytes() == layout.version.nbytes
@@ -253,7 +258,7 @@ def _run(
             del memory[version]
     try:
         results = operation.run(given)
-    except OffloadError:
+    except (StorageError, CheckpointError):
         raise
     except Exception as error:
         raise OffloadError(
