@@ -44,7 +44,7 @@ _DATA: Any = torch.Tensor.data
 _SET_DATA = _DATA.__set__
 # These show values to Python without any op.
 _SHOWN = frozenset({torch.Tensor.tolist, torch.Tensor.__repr__})
-# Of what `RAW` has, these give out no pointer by themselves; a storage that is asked for one raises.
+# Of what `RAW` has, these give out no pointer by themselves; a storage asked for one raises.
 _STORAGES = frozenset(
     {torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage}
 )
