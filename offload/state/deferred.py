@@ -357,6 +357,9 @@ class DeferredWeights:
 
 def _finite(values: torch.Tensor, state: ParameterState, start: int) -> torch.Tensor:
     if state.parameter.requires_grad and values.is_floating_point():
+        # One value that is not finite makes the sum so; of finite ones it may overflow.
+        if torch.isfinite(values.sum(dtype=torch.float32)):
+            return values
         wrong = ~torch.isfinite(values)
         if wrong.any():
             index = start + int(wrong.nonzero()[0])

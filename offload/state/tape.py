@@ -11,7 +11,8 @@ An in-place op makes a new version of the same storage from the old one, so vers
 and each holds exactly the operations that it needs: what is overwritten as a whole is forgotten.
 
 `evaluate` runs those operations in the order in which they were recorded, each once, and frees a
-version after its last use. An in-place op runs in place where nobody needs the old version.
+version after its last use. In-place ops run in place: whatever needs the old version was recorded,
+and so runs, before them.
 """
 
 from __future__ import annotations
@@ -216,15 +217,13 @@ def blank_storage(nbytes: int) -> torch.UntypedStorage:
 
 
 def evaluate(targets: Sequence[Version]) -> list[torch.UntypedStorage]:
-    """The bytes of versions, in memory of their own.
+    """The bytes of distinct versions, each what its storage has come to, in memory of their own.
 
     Raises:
         OffloadError: an op fails now although it was recorded; names the op.
     """
     operations = _needed_operations(targets)
-    uses: dict[Version, int] = dict.fromkeys(targets, 0)
-    for target in targets:
-        uses[target] += 1
+    uses: dict[Version, int] = dict.fromkeys(targets, 1)
     made: dict[int, list[Version]] = {}
     for operation in operations:
         for version in (*operation.writes, *operation.reads):
@@ -235,11 +234,7 @@ def evaluate(targets: Sequence[Version]) -> list[torch.UntypedStorage]:
     memory: dict[Version, torch.UntypedStorage] = {}
     for operation in operations:
         _run(operation, memory, uses, made[operation.moment])
-    found = []
-    for target in targets:
-        storage = _take(target, memory, uses)
-        found.append(storage)
-    return found
+    return [_take(target, memory, uses) for target in targets]
 
 
 def _run(
@@ -273,13 +268,13 @@ def _run(
 def _take(
     version: Version, memory: dict[Version, torch.UntypedStorage], uses: dict[Version, int]
 ) -> torch.UntypedStorage:
-    """Memory that may be written to: the version's own if this is its last use, else a copy."""
+    """The memory of a version at its last use, which may write to it.
+
+    Whatever reads a version was recorded before the op that writes over it, and has run.
+    """
     uses[version] -= 1
-    if version not in memory:
-        if not uses[version]:
-            return _source(version)
-        memory[version] = _source(version)
-    return memory[version].clone() if uses[version] else memory.pop(version)
+    assert not uses[version], "an old version is read after it was written over"
+    return memory.pop(version) if version in memory else _source(version)
 
 
 def _source(version: Version) -> torch.UntypedStorage:
