@@ -423,6 +423,9 @@ def _store_bucket(
                 target.copy_(values.view(target.dtype) if _is_opaque(values, target) else values)
                 continue
             place, completing = completion
+            if completing.name == "remainder" and values.dtype is target.dtype:
+                target.copy_(values)  # nothing remains, and the staged remainder is zero
+                continue
             rest = field_tensor(place.tensor, completing, segment.start_in_chunk, segment.numel)
             exact = values.to(device="cpu", dtype=torch.float32)
             if completing.name == "remainder":

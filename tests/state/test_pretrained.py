@@ -136,8 +136,9 @@ def test_an_engines_own_export_loads(name: str, tmp_path: Path) -> None:
     assert_loads_as_transformers_does(tmp_path, type(model))
 
 
-def test_masters_are_those_of_the_file(tmp_path: Path) -> None:
-    model = model_of("LlamaForCausalLM")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masters_are_those_of_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM").to(dtype)
     model.save_pretrained(tmp_path / "model")
     config = {
         "precision": {"compute": "bf16"},
@@ -146,7 +147,7 @@ def test_masters_are_those_of_the_file(tmp_path: Path) -> None:
     }
     with offload.from_pretrained(tmp_path / "model", config) as engine:
         for name, state in engine.named_state():
-            expected = model.get_parameter(name).detach()
+            expected = model.get_parameter(name).detach().float()
             assert torch.equal(state["master"], expected)
             assert torch.equal(state["weight"], split_tensor(expected)[0])
 
