@@ -45,11 +45,13 @@ from offload.errors import DeadlineError, EngineStateError, OffloadError, format
 from offload.telemetry import ActivationReport
 from offload.tiers.extents import round_up_to_page
 from offload.tiers.host_share import HostPiece, HostShare
+from offload.tiers.memory import HeapTrimmer
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _MOST_RECENT = 4
 # Device memory that is held only because its copy to the host has not ended: more is waited for.
 _MOST_LEAVING_BYTES = 128 << 20
+_TRIM_BYTES = 32 << 20  # where the device is host memory, whose heap would keep what has left it
 
 
 class SharedCopy:
@@ -153,6 +155,7 @@ class ActivationStore:
         self._closed = False
         self._num_copies = 0
         self._counts: Counter[str] = Counter()
+        self._trimmer = HeapTrimmer(_TRIM_BYTES) if lanes.device.host_addressable else None
         self._own_storages: frozenset[int] = frozenset()
         self._known: weakref.WeakValueDictionary[tuple[object, ...], SharedCopy | Kept]
         self._known = weakref.WeakValueDictionary()
@@ -365,9 +368,11 @@ class ActivationStore:
 
     def _settle(self, copy: ActivationCopy) -> None:
         """End what is in flight of a copy. One that could not be written stays on the host."""
-        is_read = copy.place is Place.READING
+        is_read, is_leaving = copy.place is Place.READING, copy.place is Place.LEAVING
         try:
             copy.settle()
+            if is_leaving:
+                self._count_heap(copy.nbytes)
         except DeadlineError:
             raise
         except OffloadError as error:
@@ -449,7 +454,12 @@ class ActivationStore:
                 copy.start_read(self._must_have_room(copy))
             if copy.place is Place.READING:
                 copy.settle()
+            self._count_heap(copy.nbytes)
         return copy.make_arrived()
+
+    def _count_heap(self, nbytes: int) -> None:
+        if self._trimmer is not None:
+            self._trimmer.count(nbytes)
 
     def _prefetch(self, number: int) -> None:
         """Start to bring back what was saved before copy `number`, the latest first."""
