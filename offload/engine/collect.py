@@ -20,6 +20,7 @@ from offload.engine.composite import (
     stored_bytes,
 )
 from offload.engine.guard import guard_class_of
+from offload.engine.pages import find_paged
 from offload.engine.poison import is_poison
 from offload.engine.tiling import tileable_parameters
 from offload.errors import ConfigError, OffloadError
@@ -89,7 +90,7 @@ def collect(
 
     Raises:
         OffloadError: a parameter is lazy, or (unless `allow_meta`) on the meta device, or of a
-            dtype that cannot be trained; names it.
+            dtype that cannot be trained, or an engine has it already; names it.
         ConfigError: the module has no parameters.
     """
     names: dict[nn.Parameter, list[str]] = {}
@@ -106,6 +107,7 @@ def collect(
     resident: list[tuple[str, nn.Parameter]] = []
     for parameter, known_as in names.items():
         composite = composites.get(id(parameter))
+        _refuse_paged(known_as[0], parameter, composite)
         try:
             _check_pageable(parameter, composite, reasons.get(id(parameter)))
         except NotPageableError as reason:
@@ -178,6 +180,24 @@ def _check(name: str, parameter: nn.Parameter, *, allow_meta: bool) -> None:
             f"parameter {name} is a {type(parameter).__name__} that requires gradients",
             expected="trained parameters that are plain tensors",
             remedy="freeze it with requires_grad_(False) and train adapters on top",
+        )
+
+
+def _refuse_paged(name: str, parameter: nn.Parameter, composite: Composite | None) -> None:
+    """Refuse a parameter whose values are with another engine, open or closed.
+
+    Raises:
+        OffloadError: names it.
+    """
+    tensors = [parameter] if composite is None else [tensor for _, tensor in composite.parts]
+    with torch._C.DisableTorchFunctionSubclass():
+        is_paged = any(find_paged(tensor) is not None for tensor in tensors)
+    if is_paged:
+        raise OffloadError(
+            f"parameter {name} belongs to an engine already, which has its values",
+            expected="a module that no engine was made of",
+            remedy="go on with that engine, or give this one a module of its own: a new one, or a "
+            "copy.deepcopy that was made before the engine was closed",
         )
 
 

@@ -145,8 +145,6 @@ class Engine(ForwardOnlyEngine):
         """
         self._check_ready("forward")
         self._places.check()
-        if torch.is_grad_enabled():
-            self._admit_unfrozen()
         with self._meter.computing():
             try:
                 return self.module(*args, **kwargs)
@@ -326,7 +324,11 @@ class Engine(ForwardOnlyEngine):
                 windows.append(FusedWindow(module, name, every, self._parts.pager))
         resident = [p for p in self._parts.paged if not (p.page.is_paged or p.tiles)]
         return windows, RootWindow(
-            self.module, resident, self._parts.pager, self._parts.activations
+            self.module,
+            resident,
+            self._parts.pager,
+            self._parts.activations,
+            before_run=self._before_run,
         )
 
     @staticmethod
@@ -335,6 +337,11 @@ class Engine(ForwardOnlyEngine):
     ) -> list[PagedParameter]:
         found = (paged for parameter in parameters for paged in by_owner.get(id(parameter), ()))
         return [paged for paged in found if paged.page.is_paged and not paged.tiles]
+
+    def _before_run(self) -> None:
+        """A forward of the whole module begins, of `module` itself or through the engine."""
+        if torch.is_grad_enabled() and self._pending is None and not self._is_void:
+            self._admit_unfrozen()
 
     def _admit_unfrozen(self) -> None:
         """What was frozen and is not any more gets a place; see [Note: Promotion]."""

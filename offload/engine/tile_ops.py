@@ -336,7 +336,8 @@ def _check_trained(tiled: TiledParameter) -> None:
     if not tiled.state.trainable:
         raise GuardError(
             f"a gradient of parameter {tiled.state.name}, which is tiled and not trained",
-            remedy="set requires_grad to False, or train it from offload.initialize on",
+            remedy="set requires_grad to False; or unfreeze it, and with an optimizer of your own "
+            "call add_param_group, before a forward of the whole model",
         )
 
 

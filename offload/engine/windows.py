@@ -245,10 +245,13 @@ class RootWindow:
         resident: Sequence[PagedParameter],
         pager: Pager,
         activations: ActivationStore | None,
+        *,
+        before_run: Callable[[], None],
     ) -> None:
         self.module = module
         self.pager = pager
         self._activations = activations
+        self._before_run = before_run
         self._resident = tuple(resident)
         self._awake = False
         self._wakes_until_leave = False
@@ -261,6 +264,7 @@ class RootWindow:
             stack.append(False)
             return
         if not stack:
+            self._before_run()
             _stop_autocast_cache()
             self.pager.begin((self.module.training, torch.is_grad_enabled()))
             if not self._awake:
