@@ -213,7 +213,7 @@ def top_level(tree: ast.Module) -> ast.Module:
         ("tiers/a.py", "from offload.tiers import b", False),
         ("tiers/a.py", "from . import b", False),
         ("tiers/a.py", "from offload import __version__", False),
-        ("tiers/a.py", "import offload.engine.guard", True),
+        ("tiers/a.py", "import offload.engine.guards.guard", True),
         ("tiers/a.py", "from offload.schedule.plan import Plan", True),
         ("tiers/a.py", "from offload import engine", True),
         ("tiers/a.py", "from offload import OffloadConfig", True),

@@ -21,17 +21,18 @@ import torch
 from torch import nn
 
 from offload.config import OffloadConfig, available_host_bytes
-from offload.engine.activation_plan import open_activations
-from offload.engine.activations import ActivationStore
-from offload.engine.chunked_head import find_head
+from offload.engine.activations.room import open_activations
+from offload.engine.activations.store import ActivationStore
 from offload.engine.collect import Collected, Collection, collect, convert_buffers
-from offload.engine.composite import settle_composites
 from offload.engine.gradients import GradientHome
-from offload.engine.guard import GuardedTensor, guard_class_of
+from offload.engine.guards.composite import settle_composites
+from offload.engine.guards.guard import GuardedTensor, guard_class_of
 from offload.engine.initial import InitialWeights, OwnMemory
 from offload.engine.keep_fp32 import kept_in_fp32
-from offload.engine.pager import Pager
-from offload.engine.pages import PagedParameter, WeightPage, register
+from offload.engine.loss.chunked_head import find_head
+from offload.engine.paging.pager import Pager
+from offload.engine.paging.pages import PagedParameter, WeightPage, register
+from offload.engine.paging.poison import poison_storage
 from offload.engine.planning import (
     AnyRule,
     ChosenRule,
@@ -42,8 +43,7 @@ from offload.engine.planning import (
     scratch_bytes,
     without_untrained,
 )
-from offload.engine.poison import poison_storage
-from offload.engine.tiles import TileSlots, open_tiles
+from offload.engine.tiling.tiles import TileSlots, open_tiles
 from offload.errors import ConfigError, DoesNotFitError, UnsupportedPlatformError, format_bytes
 from offload.native import IoEngine
 from offload.optim.chunk_update import ChunkUpdate, KernelUpdate, OptimizerUpdate

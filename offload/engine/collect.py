@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from offload.engine.composite import (
+from offload.engine.guards.composite import (
     Composite,
     NotPageableError,
     find_composites,
     is_wrapper,
     stored_bytes,
 )
-from offload.engine.guard import guard_class_of
-from offload.engine.pages import find_paged
-from offload.engine.poison import is_poison
-from offload.engine.tiling import tileable_parameters
+from offload.engine.guards.guard import guard_class_of
+from offload.engine.paging.pages import find_paged
+from offload.engine.paging.poison import is_poison
+from offload.engine.tiling.selection import tileable_parameters
 from offload.errors import ConfigError, OffloadError
 from offload.partition.arrays import DTYPE_NAMES, TORCH_DTYPES
 from offload.partition.layout import ParamSpec

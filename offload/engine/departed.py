@@ -30,7 +30,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from offload.engine.gradients import GradientHome
-from offload.engine.guard import METADATA
+from offload.engine.guards.guard import METADATA
 from offload.errors import EngineStateError, GuardError
 from offload.partition.parameters import ParameterState
 

@@ -28,16 +28,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from offload.config import OffloadConfig
 from offload.engine.build import Parts
-from offload.engine.chunked_head import Handle, chunk_head
 from offload.engine.departed import GradientSlots
 from offload.engine.forward_only import ForwardOnlyEngine
-from offload.engine.optimizer import Closure, OffloadOptimizer
-from offload.engine.pages import PagedParameter, forget, paged_by_owner
-from offload.engine.places import Places
-from offload.engine.promotion import Promotion
-from offload.engine.report import StepMeter
-from offload.engine.state_access import StateAccess
-from offload.engine.windows import (
+from offload.engine.guards.places import Places
+from offload.engine.guards.windows import (
     FusedWindow,
     GatheredWindow,
     RootWindow,
@@ -47,6 +41,12 @@ from offload.engine.windows import (
     gathered_modules,
     install,
 )
+from offload.engine.loss.chunked_head import Handle, chunk_head
+from offload.engine.optimizer import Closure, OffloadOptimizer
+from offload.engine.paging.pages import PagedParameter, forget, paged_by_owner
+from offload.engine.promotion import Promotion
+from offload.engine.report import StepMeter
+from offload.engine.state_access import StateAccess
 from offload.engine.zeroth_order import Reduce
 from offload.errors import (
     BudgetError,

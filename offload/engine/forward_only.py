@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from offload.engine.guards.places import Places
 from offload.engine.optimizer import Closure
-from offload.engine.places import Places
 from offload.engine.report import StepMeter
 from offload.engine.stateful import StatefulEngine
 from offload.engine.zeroth_order import Reduce, ZerothOrder

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from offload.config import HOST_SHARE, OffloadConfig, available_host_bytes, load_config
-from offload.engine.activation_plan import reserved_host_bytes, with_activations
+from offload.engine.activations.room import reserved_host_bytes, with_activations
 from offload.engine.collect import Collected, Collection, collect
 from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.optimizer import configured_groups, configured_settings
-from offload.engine.tiling import known_tiles, plan_tiled
+from offload.engine.tiling.selection import known_tiles, plan_tiled
 from offload.errors import ConfigError, DoesNotFitError, format_bytes
 from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.generic import GenericRule

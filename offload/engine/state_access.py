@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from offload.engine.pager import Pager
-from offload.engine.pages import WeightPage
+from offload.engine.paging.pager import Pager
+from offload.engine.paging.pages import WeightPage
 from offload.errors import OffloadError
 from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.split import merge_tensor, split_tensor

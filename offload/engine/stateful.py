@@ -13,7 +13,7 @@ from torch import nn
 from offload.engine.build import Parts
 from offload.engine.departed import GradientSlots
 from offload.engine.optimizer import OffloadOptimizer
-from offload.engine.pages import PagedParameter, paged_by_owner
+from offload.engine.paging.pages import PagedParameter, paged_by_owner
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
 from offload.errors import OffloadError
 from offload.optim.loss_scale import LossScale

@@ -41,7 +41,7 @@ from offload.tiers.transfer import CompletedTransfer, Transfer
 
 if TYPE_CHECKING:
     from offload.engine.build import Parts
-    from offload.engine.pages import WeightPage
+    from offload.engine.paging.pages import WeightPage
 
 Reduce = Callable[[float], float]
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from offload.engine.guard import METADATA, RAW, REFUSED
+from offload.engine.guards.guard import METADATA, RAW, REFUSED
 from offload.errors import CheckpointError, OffloadError, StorageError
 from offload.partition.arrays import memory_order
 from offload.partition.parameters import ParameterState

@@ -2,10 +2,11 @@
 
 [Note: Deferred tensor]
 A deferred tensor is a CPU tensor of true dtype, shape and strides whose storage is poison (see
-engine/poison.py). The table of this module knows the version (see tape.py) that every deferred
-storage has come to. An op that would write to one advances its version; an op that would compute
-from one gives a deferred tensor; a view shares the storage, as views do; an op that needs numbers
-(`item()`, a comparison in Python) gets them: the values are computed for it and thrown away.
+engine/paging/poison.py). The table of this module knows the version (see tape.py) that every
+deferred storage has come to. An op that would write to one advances its version; an op that would
+compute from one gives a deferred tensor; a view shares the storage, as views do; an op that needs
+numbers (`item()`, a comparison in Python) gets them: the values are computed for it and thrown
+away.
 
 A random op on a deferred tensor runs at once on scratch memory of the same shape, because nothing
 else advances the generator as it would; the values are thrown away, and the state before the op is
@@ -31,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from offload.engine.poison import poison_storage
+from offload.engine.paging.poison import poison_storage
 from offload.errors import OffloadError
 from offload.state.tape import (
     Operation,

@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import offload
 from offload.config import OffloadConfig
-from offload.engine import activations as activations_module
 from offload.engine import build
-from offload.engine.activation_copy import ActivationCopy, Place
-from offload.engine.activation_view import View, view_of
-from offload.engine.activations import ActivationStore
+from offload.engine.activations import store as activations_module
+from offload.engine.activations.copies import ActivationCopy, Place
+from offload.engine.activations.store import ActivationStore
+from offload.engine.activations.views import View, view_of
 from offload.errors import (
     ChecksumError,
     ConfigError,

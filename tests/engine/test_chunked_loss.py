@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import offload
-from offload.engine.lazy_logits import LazyHead, LazyLogits
+from offload.engine.loss.lazy_logits import LazyHead, LazyLogits
 from offload.errors import ConfigError, GuardError
 from tests.oracle import (
     Run,

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from offload.engine.engine import Engine
-from offload.engine.page_in import PageIn
-from offload.engine.pager import Pager
+from offload.engine.paging.page_in import PageIn
+from offload.engine.paging.pager import Pager
 from offload.errors import BudgetError, EngineStateError, OffloadError
 from offload.partition.residency import Residency
 from tests.faults.lab import make_engine

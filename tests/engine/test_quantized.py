@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     )
 
 import offload
-from offload.engine.composite import find_composites, settle_composites
+from offload.engine.guards.composite import find_composites, settle_composites
 from offload.errors import CheckpointError, GuardError, OffloadError
 from offload.state import export
 from tests.oracle import (

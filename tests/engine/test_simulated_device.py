@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import offload
 from offload.engine import build, gradients, planning
-from offload.engine.activation_copy import ActivationCopy
+from offload.engine.activations.copies import ActivationCopy
 from offload.tiers.host import HostArena
 from offload.tiers.simulated import LaneModel, SimulatedDeviceTier, SimulatedIo, VirtualClock
 

@@ -7,23 +7,14 @@ from typing import Any
 
 import torch
 
-from offload.engine import (
-    build,
-    collect,
-    composite,
-    departed,
-    guard,
-    node_pins,
-    saved,
-    windows,
-)
+from offload.engine import build, collect, departed
 from offload.engine import engine as engine_module
-from offload.engine import (
-    places as module_places,
-)
 from offload.engine.engine import Engine
-from offload.engine.pager import Pager
-from offload.engine.pages import PagedParameter, WeightPage
+from offload.engine.guards import composite, guard, saved, windows
+from offload.engine.guards import places as module_places
+from offload.engine.paging import node_pins
+from offload.engine.paging.pager import Pager
+from offload.engine.paging.pages import PagedParameter, WeightPage
 
 BREAKS: dict[str, Callable[[], None]] = {}
 

@@ -11,7 +11,7 @@ from offload.tiers.transfer import Transfer
 if TYPE_CHECKING:
     import torch
 
-    from offload.engine.pages import WeightPage
+    from offload.engine.paging.pages import WeightPage
     from offload.partition.blocks import Block, BlockStore, Staged
     from offload.tiers.device import DeviceLease
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from offload.engine.pages import PagedParameter, find_paged
-from offload.engine.tiles import Rows, TiledParameter
+from offload.engine.paging.pages import PagedParameter, find_paged
+from offload.engine.tiling.tiles import Rows, TiledParameter
 from offload.errors import GuardError
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from offload.config import OffloadConfig
-from offload.engine.lazy_logits import LazyHead, LazyLogits
-from offload.engine.transforms import active_transform
+from offload.engine.guards.transforms import active_transform
+from offload.engine.loss.lazy_logits import LazyHead, LazyLogits
 from offload.errors import ConfigError
 
 _chunk_tokens: dict[int, int] = {}  # by the id of a head that wears the class

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 
 import torch
 
-from offload.engine.node_pins import NodePins
-from offload.engine.page_in import Arrivals, PageIn
-from offload.engine.pages import PagedParameter, WeightPage
-from offload.engine.runs import RunKey, Runs
+from offload.engine.paging.node_pins import NodePins
+from offload.engine.paging.page_in import Arrivals, PageIn
+from offload.engine.paging.pages import PagedParameter, WeightPage
+from offload.engine.paging.runs import RunKey, Runs
 from offload.errors import BudgetError, EngineStateError, OffloadError
 from offload.native import crc32c
 from offload.partition.blocks import BlockStore

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 
 from offload.config import HOST_SHARE, OffloadConfig, available_host_bytes
-from offload.engine.activation_copy import Lanes
-from offload.engine.activations import ActivationStore
+from offload.engine.activations.copies import Lanes
+from offload.engine.activations.store import ActivationStore
 from offload.partition.layout import BLOCK_ALIGNMENT_BYTES, round_up
 from offload.schedule.footprint import Machine
 from offload.schedule.plan import Plan

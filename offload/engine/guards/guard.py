@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from offload.engine.composite import (
+from offload.engine.guards.composite import (
     guard_classes,
     has_dispatch,
     is_wrapper,
@@ -39,10 +39,10 @@ from offload.engine.composite import (
     plain_wrappers,
     run_plain,
 )
-from offload.engine.pages import PagedParameter, WeightPage, find_paged
-from offload.engine.saved import hooks_are_ours, page_hooks
-from offload.engine.tile_ops import TILED_OPS, is_tiled_weight
-from offload.engine.transforms import active_transform
+from offload.engine.guards.saved import hooks_are_ours, page_hooks
+from offload.engine.guards.transforms import active_transform
+from offload.engine.paging.pages import PagedParameter, WeightPage, find_paged
+from offload.engine.tiling.ops import TILED_OPS, is_tiled_weight
 from offload.errors import GuardError
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass

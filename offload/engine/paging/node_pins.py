@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from offload.engine.pages import WeightPage
+from offload.engine.paging.pages import WeightPage
 
 
 class _Held(NamedTuple):

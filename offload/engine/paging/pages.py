@@ -30,8 +30,8 @@ from offload.partition.residency import Residency, check_transition
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from offload.engine.composite import Composite
-    from offload.engine.tiles import TiledParameter
+    from offload.engine.guards.composite import Composite
+    from offload.engine.tiling.tiles import TiledParameter
     from offload.partition.blocks import Block
     from offload.partition.parameters import ParameterState
     from offload.tiers.device import DeviceLease

@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from offload.engine.pages import PagedParameter, paged_by_owner
+from offload.engine.paging.pages import PagedParameter, paged_by_owner
 from offload.errors import GuardError
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass

@@ -27,12 +27,12 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from offload.engine.activations import ActivationStore
-from offload.engine.guard import refuse_transforms
-from offload.engine.pager import Pager
-from offload.engine.pages import PagedParameter, WeightPage
-from offload.engine.saved import pop_page_hooks, push_page_hooks
-from offload.engine.transforms import active_transform
+from offload.engine.activations.store import ActivationStore
+from offload.engine.guards.guard import refuse_transforms
+from offload.engine.guards.saved import pop_page_hooks, push_page_hooks
+from offload.engine.guards.transforms import active_transform
+from offload.engine.paging.pager import Pager
+from offload.engine.paging.pages import PagedParameter, WeightPage
 from offload.errors import GuardError
 
 # The parameters that went plain, whether hooks were pushed, the grad mode. None: under a transform.

@@ -4,8 +4,8 @@
 Autograd saves weights, and views of them, for the backward pass. The hooks replace what shares a
 paged storage by `SavedPage` (which page, and how the view lies in it) and bring the page back when
 the node runs, pinned until the node has ended. Of the rest, what is large leaves the device where
-activations have their home below it; see activations.py. The hooks repeat the version check that
-torch leaves out when hooks are set.
+activations have their home below it; see activations/store.py. The hooks repeat the version check
+that torch leaves out when hooks are set.
 
 torch asks only the innermost pair of hooks. The engine's pair is outermost around the module; where
 somebody else's (activation checkpointing, save_on_cpu) lies on top, windows and guarded ops put a
@@ -24,16 +24,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from offload.engine.activations import ActivationStore, SavedActivation, SavedOnDevice
-from offload.engine.composite import (
+from offload.engine.activations.store import ActivationStore, SavedActivation, SavedOnDevice
+from offload.engine.guards.composite import (
     guard_classes,
     inner_tensors,
     is_wrapper,
     plain_class_of,
     unwrapped,
 )
-from offload.engine.pages import PagedParameter, find_paged
-from offload.engine.saved_version import version_error
+from offload.engine.guards.saved_version import version_error
+from offload.engine.paging.pages import PagedParameter, find_paged
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _push = torch._C._autograd._push_saved_tensors_default_hooks

@@ -37,10 +37,10 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offload.engine.activation_copy import ActivationCopy, CopiesAt, Lanes, Place
-from offload.engine.activation_view import View, view_of
-from offload.engine.saved_version import SavedVersion, version_of
-from offload.engine.transforms import active_transform
+from offload.engine.activations.copies import ActivationCopy, CopiesAt, Lanes, Place
+from offload.engine.activations.views import View, view_of
+from offload.engine.guards.saved_version import SavedVersion, version_of
+from offload.engine.guards.transforms import active_transform
 from offload.errors import DeadlineError, EngineStateError, OffloadError, format_bytes
 from offload.telemetry import ActivationReport
 from offload.tiers.extents import round_up_to_page

@@ -24,7 +24,7 @@ from enum import Enum
 
 import torch
 
-from offload.engine.activation_view import View
+from offload.engine.activations.views import View
 from offload.errors import DeadlineError, OffloadError
 from offload.tiers.device import DeviceTier
 from offload.tiers.host_share import HostPiece

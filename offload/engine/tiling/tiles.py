@@ -4,7 +4,7 @@
 A *tile* is a range of rows of a parameter with two dimensions: [out, in] of a linear layer,
 [vocabulary, width] of an embedding. The parameter stays one parameter in a bucket of its own, with
 one home, one optimizer state, one name; only linear and embedding ops see it by tiles, see
-tile_ops.py:
+tiling/ops.py:
 
     home --(chunks that the tile overlaps)--> slot --> op on the slot    the next tile behind it
     tile of the gradient --> its range of the home (gradients.py)         never the whole gradient
@@ -36,8 +36,8 @@ from offload.tiers.transfer import Transfer
 
 if TYPE_CHECKING:
     from offload.engine.gradients import GradientHome
-    from offload.engine.pager import Pager
-    from offload.engine.pages import PagedParameter
+    from offload.engine.paging.pager import Pager
+    from offload.engine.paging.pages import PagedParameter
     from offload.partition.parameters import ParameterState
     from offload.schedule.plan import TiledWeight
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from offload.engine.windows import fused_modules, gathered_modules
+from offload.engine.guards.windows import fused_modules, gathered_modules
 from offload.errors import ConfigError
 from offload.partition.layout import MIN_BUCKET_ELEMENTS
 from offload.tiers.extents import round_up_to_page

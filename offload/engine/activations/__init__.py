@@ -1,0 +1,1 @@
+"""Activations that live on the host or on NVMe between forward and backward."""

@@ -1,0 +1,1 @@
+"""Everything that sees a parameter being used: ops, autograd, modules, exchanges."""

@@ -1,0 +1,1 @@
+"""The loss of language models, without the logits of all tokens at once."""

@@ -1,0 +1,1 @@
+"""Pages of weights: which are on the device, how they come, and which goes next."""

@@ -1,0 +1,1 @@
+"""Parameters larger than the device budget, by tiles."""
