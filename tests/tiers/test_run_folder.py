@@ -322,7 +322,7 @@ except Exception as error:
     print(type(error).__name__, error)
 """
     tmp_path.chmod(0o555)
-    for parent in tmp_path.parents[:2]:
+    for parent in tmp_path.parents[:3]:
         parent.chmod(0o755)
     printed = run_script(body, str(tmp_path)).communicate(timeout=60)[0]
     assert printed.startswith("StorageError create of ")
