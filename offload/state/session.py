@@ -28,8 +28,12 @@ class OffloadEngine(Engine):
         tag: str | None = None,
         client_state: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Save everything that resuming needs, durably; see `checkpoint.save_checkpoint`."""
+        """Save everything that resuming needs, durably; see `checkpoint.save_checkpoint`.
+
+        Parameters that were unfrozen get their place first, as in `load_checkpoint`.
+        """
         self._check_ready("save_checkpoint")
+        self._admit_unfrozen()
         return checkpoint.save_checkpoint(self, Path(directory), tag, client_state)
 
     def load_checkpoint(

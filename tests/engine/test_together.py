@@ -18,6 +18,7 @@ from offload.errors import OffloadError
 from tests.oracle import (
     Run,
     assert_identical,
+    continue_engine,
     language_loss,
     make_engine,
     settings,
@@ -170,3 +171,22 @@ def test_the_module_of_an_engine_gets_no_second_one(
         with pytest.raises(OffloadError, match=r"0\.weight belongs to an engine already"):
             offload.plan(module, config)
     engine.close()
+
+
+@pytest.mark.parametrize("placement", ["device", "tight"])
+def test_a_checkpoint_between_unfreezing_and_the_next_forward_loads(
+    placement: str, tmp_path: Path
+) -> None:
+    config = placed(placement, tmp_path, training=TRAINING, **TILES)
+    runs = []
+    for saves in (True, False):
+        model = with_adapters(llama())
+        with make_engine(model, config) as engine:
+            continue_engine(engine, language_loss, steps=1)
+            model.requires_grad_(True)
+            if saves:
+                engine.save_checkpoint(tmp_path / "saved")
+                continue_engine(engine, language_loss, steps=1)
+                engine.load_checkpoint(tmp_path / "saved")
+            runs.append(continue_engine(engine, language_loss, steps=2))
+    assert_identical(*runs)
