@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,6 @@ def assert_untouched(model: nn.Module) -> None:
         assert torch.equal(found, expected), name
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert small_loss(model, 0).item() == small_loss(fresh, 0).item()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 of 64 MiB on a loop device."""
-    if os.geteuid() != 0:
-        pytest.skip("loop devices need root")
-    image, mount = tmp_path / "image", tmp_path / "disk"
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(64 << 20)
-    try:
-        for command in (
-            ["mkfs.ext4", "-q", "-m", "0", image],
-            ["mount", "-o", "loop", image, mount],
-        ):
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no loop devices here: {error}")
-    yield mount
-    subprocess.run(["umount", mount], check=True, timeout=60)
 
 
 def _large_model() -> nn.Module:
