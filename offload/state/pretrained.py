@@ -259,10 +259,15 @@ def _attach_generation_config(module: Any, root: Path) -> None:
     can_generate = getattr(module, "can_generate", None)
     if not callable(can_generate) or not can_generate():
         return
-    if (root / GENERATION_CONFIG_NAME).is_file():
-        from transformers import GenerationConfig
+    from transformers import GenerationConfig
 
+    if (root / GENERATION_CONFIG_NAME).is_file():
         module.generation_config = GenerationConfig.from_pretrained(root)
+    elif (root / CONFIG_NAME).is_file():
+        # Older models keep what generates in the model's configuration, whose class drops it.
+        module.generation_config = GenerationConfig.from_pretrained(
+            root, config_file_name=CONFIG_NAME, _from_model_config=True
+        )
 
 
 # -- values ----------------------------------------------------------------------------------------
