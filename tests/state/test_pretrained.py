@@ -25,6 +25,7 @@ SMALL = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "intermediate_size": 96}
 MODELS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": SMALL,
+    "LlamaModel": SMALL,
     "GPT2LMHeadModel": {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4}
     | {"bos_token_id": 0, "eos_token_id": 1},
     "BertForMaskedLM": SMALL,
@@ -43,19 +44,29 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def model_of(name: str, **changes: Any) -> Any:
+def transformers_class(name: str) -> Any:
     import transformers
 
+    return getattr(transformers, name)
+
+
+def model_of(name: str, **changes: Any) -> Any:
     torch.manual_seed(5)
-    model_class = getattr(transformers, name)
+    model_class = transformers_class(name)
     return model_class(model_class.config_class(**{**MODELS[name], **changes}))
 
 
-def assert_loads_as_transformers_does(folder: Path, model_class: Any) -> None:
-    """Every tensor, buffer, tie and the mode are what transformers makes of the folder."""
+def assert_loads_as_transformers_does(
+    folder: Path, model_class: Any, *, is_named: bool = False
+) -> None:
+    """Every tensor, buffer, tie and the mode are what transformers makes of the folder.
+
+    `is_named`: the class is given, and not the one that the folder names.
+    """
     expected = model_class.from_pretrained(folder, dtype=torch.float32)
     generator = torch.get_rng_state()
-    with offload.from_pretrained(folder, FP32) as engine:
+    given = model_class if is_named else None
+    with offload.from_pretrained(folder, FP32, model_class=given) as engine:
         assert torch.equal(generator, torch.get_rng_state())
         assert type(engine.module) is model_class
         assert engine.module.training is expected.training
@@ -110,6 +121,41 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="one tied parameter of the module, and differ"):
         offload.from_pretrained(tmp_path, FP32)
+
+
+def test_tied_tensors_are_compared_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "_COMPARED_ELEMENTS", 1000)
+    model_of("LlamaForCausalLM", tie_word_embeddings=True).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    head = stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    assert head.numel() > 3 * pretrained._COMPARED_ELEMENTS
+    save_file(stored, tmp_path / "model.safetensors")
+    assert_loads_as_transformers_does(tmp_path, transformers_class("LlamaForCausalLM"))
+    head[-1, -1] += 1
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="one tied parameter of the module, and differ"):
+        offload.from_pretrained(tmp_path, FP32)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("LlamaModel", "LlamaForCausalLM"), ("LlamaForCausalLM", "LlamaModel")],
+    ids=["a prefix is added", "a prefix is taken away"],
+)
+def test_a_body_and_a_model_with_a_head(saved: str, loaded: str, tmp_path: Path) -> None:
+    """The head is tied, so that neither file lacks a tensor; the names differ by a prefix."""
+    model_of(saved, tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert_loads_as_transformers_does(tmp_path, transformers_class(loaded), is_named=True)
+
+
+def test_generation_settings_in_the_models_configuration(folder: Path) -> None:
+    """As models had them before there was a file for them."""
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_beams": 3}))
+    assert_loads_as_transformers_does(folder, transformers_class("LlamaForCausalLM"))
 
 
 def test_experts_are_read_in_ranges_and_not_put_together(tmp_path: Path) -> None:
@@ -214,6 +260,10 @@ def test_a_plain_module(tmp_path: Path) -> None:
         engine.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    for name in ("norm.running_var", "table"):
+        change(tmp_path, lambda tensors, name=name: tensors.pop(name))
+        with pytest.raises(CheckpointError, match=f"missing: {name}"):
+            offload.from_pretrained(tmp_path, FP32, model_class=Plain)
 
 
 def test_a_module_in_half_precision_gets_the_masters_of_the_file(tmp_path: Path) -> None:
@@ -252,13 +302,15 @@ def test_every_wrong_tensor_is_listed_at_once(folder: Path) -> None:
         )
         tensors["model.norm.weight"] = torch.ones(65)
         tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int32)
+        turned = tensors["model.layers.1.mlp.down_proj.weight"].t().contiguous()
+        tensors["model.layers.1.mlp.down_proj.weight"] = turned
         del tensors["model.layers.1.self_attn.q_proj.weight"]
 
     change(folder, edit)
     with pytest.raises(CheckpointError) as error:
         offload.from_pretrained(folder, FP32)
     text = str(error.value)
-    assert "5 problems" in text
+    assert "6 problems" in text
     assert (
         "missing: model.layers.0.mlp.up_proj.weight "
         "(nearest: model.layers.0.mlp.up_project.weight)" in text
@@ -269,7 +321,22 @@ def test_every_wrong_tensor_is_listed_at_once(folder: Path) -> None:
     )
     assert "missing: model.layers.1.self_attn.q_proj.weight" in text
     assert "float32 [65] in the files, expected float32 [64]: model.norm.weight" in text
+    assert "[96, 64] in the files, expected float32 [64, 96]: model.layers.1.mlp.down" in text
     assert "int32 [300, 64] in the files, expected float32 [300, 64]: lm_head.weight" in text
+
+
+def test_what_a_conversion_makes_in_excess_is_unexpected(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    match = pretrained.match
+
+    def match_more(*given: Any) -> Any:
+        found, unexpected = match(*given)
+        return {**found, "model.ghost": found["model.norm.weight"]}, unexpected
+
+    monkeypatch.setattr(pretrained, "match", match_more)
+    with pytest.raises(CheckpointError, match=r"unexpected: model\.ghost"):
+        offload.from_pretrained(folder, FP32)
 
 
 def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
@@ -374,6 +441,21 @@ def test_a_weight_that_is_not_finite_is_named(value: float, folder: Path) -> Non
     change(folder, edit)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight: element 293 "):
         offload.from_pretrained(folder, FP32)
+
+
+def test_what_is_finite_or_frozen_loads(tmp_path: Path) -> None:
+    """Large weights whose sum overflows are finite; a frozen one may hold anything (a mask)."""
+    tensors = {"0.weight": torch.full((200, 200), 3e38), "1.weight": torch.eye(200).log()}
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    def build() -> nn.Module:
+        module = nn.Sequential(*(nn.Linear(200, 200, bias=False) for _ in range(2)))
+        module[1].requires_grad_(False)
+        return module
+
+    with offload.from_pretrained(tmp_path, FP32, model_class=build) as engine:
+        for name, state in engine.named_state():
+            assert torch.equal(state["weight"], tensors[name])
 
 
 def test_a_full_disk_while_weights_move(
