@@ -185,13 +185,9 @@ class _Slot:
             parameter.grad = self._slots.bring_back(self.state)
 
     def send_back(self) -> None:
-        """The hooks of the user have run."""
+        """The hooks of the user, if any are left, have run: they may have taken it."""
         with _NO_GUARD(), torch.no_grad(), self._lock, self._slots.losing(self):
-            gradient = self.state.parameter.grad
-            if gradient is None:
-                self.adopt()  # they have taken it
-            else:
-                self.place(gradient)
+            self.adopt()
 
 
 class _AfterHooks:

@@ -33,13 +33,14 @@ class RecordPool:
     Attributes:
         used_bytes: extent bytes of the records that are out.
         peak_bytes: the most that was out at any time.
-        refusal: why the disks have taken no more, the last time; None while they do.
+        refusal: why the disks have taken no more, the last time, in words: the exception would keep
+            the frames of whoever asked alive, and all that these hold. None while they do.
     """
 
     def __init__(self, store: NvmeStore) -> None:
         self.used_bytes = 0
         self.peak_bytes = 0
-        self.refusal: BudgetError | StorageError | None = None
+        self.refusal: str | None = None
         self._store = store
         self._free: dict[int, list[Record]] = {}  # by extent bytes
         self._num_records: dict[int, int] = {}  # the same, those that are out included
@@ -76,7 +77,7 @@ class RecordPool:
             try:
                 records = self._store.reserve([("", size)] * count, spare=0)
             except (BudgetError, StorageError) as error:
-                self.refusal = error
+                self.refusal = str(error)
                 continue
             self._num_records[size] = known + count
             free = self._free.setdefault(size, [])

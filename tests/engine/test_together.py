@@ -190,3 +190,19 @@ def test_a_checkpoint_between_unfreezing_and_the_next_forward_loads(
                 engine.load_checkpoint(tmp_path / "saved")
             runs.append(continue_engine(engine, language_loss, steps=2))
     assert_identical(*runs)
+
+
+def test_training_goes_on_without_hooks_that_were_removed(tmp_path: Path) -> None:
+    runs = []
+    for has_hook in (True, False):
+        model = with_adapters(llama("reentrant"))
+        config = placed("host", tmp_path, training=TRAINING)
+        with make_engine(model, config) as engine:
+            watched = [p for p in model.parameters() if p.requires_grad] if has_hook else []
+            handles = [p.register_post_accumulate_grad_hook(lambda _: None) for p in watched]
+            first = continue_engine(engine, language_loss, steps=1)
+            for handle in handles:
+                handle.remove()
+            runs.append(continue_engine(engine, language_loss, steps=2))
+            runs[-1].losses += first.losses
+    assert_identical(*runs)
