@@ -1,17 +1,21 @@
 """Everything that only a GPU can show, in one call under 10 minutes.
 
-    python tools/gpu_check.py [--device cuda] [--out results.json] [--small]
+    python tools/gpu_check.py [--device cuda] [--out results.json] [--small] [--parts NAME ...]
 
-1. builds the native library if the package has none, and prints what machine this is;
-2. runs the tests that need a GPU (`pytest -m gpu`);
-3. parity: a tiny Llama in bf16 under every placement gives the bits of the all-on-device run, and
-   the losses of plain PyTorch on the same device within rounding;
-4. speed: tokens/s of a larger Llama with its state on host and on NVMe, as a share of
-   all-on-device, and the part of copy time that is not hidden;
-5. size: a model at least 4 times larger than the device budget, and the driver's count of what it
-   took.
+library    builds the native library if the package has none
+parity     a tiny Llama in bf16 under every placement gives the bits of the all-on-device run, and
+           the losses of plain PyTorch on the same device within rounding
+features   tiny models with activations off the device, tiling, chunked loss, adapters, quantized
+           bases and so on, each beside the run that it has to equal: see gpu_features.py
+tests      runs the tests that need a GPU (`pytest -m gpu`); not with `--device cpu`
+speed      tokens/s of a larger Llama with its state on host and on NVMe, as a share of
+           all-on-device, and the part of copy time that is not hidden
+size       a model at least 4 times larger than the device budget, and the driver's count of what it
+           took
 
-`--device cpu --small` runs parts 3 to 5 without a GPU, to try the script itself.
+Each part runs in a process of its own, so that one that fails, hangs or breaks the device's context
+does not stop the others. Results are written after every part: a run that is cut off leaves them.
+`--device cpu --small` tries the script itself without a GPU.
 """
 
 from __future__ import annotations
@@ -19,20 +23,27 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_features
 import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 MIB = 1 << 20
+PARTS = ("library", "parity", "features", "tests", "speed", "size")
+_PART_SECONDS = 240
 PLACEMENTS = {
     "device": {"weights": "device", "gradients": "device", "optimizer": "device"},
     "host": {"weights": "host", "gradients": "host", "optimizer": "host"},
@@ -40,13 +51,17 @@ PLACEMENTS = {
 }
 
 
-def build_library() -> str:
+class FailedError(Exception):
+    """A part has run and found a fault."""
+
+
+def build_library() -> dict[str, Any]:
     """Build the native library into the package where it is missing; says what was done."""
     target = Path(str(importlib.resources.files("offload.native"))) / "liboffload_native.so"
     if target.exists():
-        return "present"
+        return {"library": "present"}
     if not shutil.which("cmake"):
-        return "absent: no cmake; Python I/O is used"
+        return {"library": "absent: no cmake; Python I/O is used"}
     with tempfile.TemporaryDirectory() as build:
         for command in (
             ["cmake", "-S", str(ROOT), "-B", build, "-DCMAKE_BUILD_TYPE=Release"],
@@ -54,7 +69,16 @@ def build_library() -> str:
         ):
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         shutil.copy(next(Path(build).rglob(target.name)), target)
-    return "built"
+    return {"library": "built"}
+
+
+def run_tests() -> dict[str, Any]:
+    """The tests that need a GPU; pytest's status 5 says that there are none."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode not in (0, 5):
+        raise FailedError(f"pytest -m gpu: {done.stdout[-4000:]}{done.stderr[-1000:]}")
+    return {"exit_status": done.returncode, "summary": done.stdout.strip().splitlines()[-1:]}
 
 
 def make_llama(hidden: int, layers: int) -> nn.Module:
@@ -117,7 +141,7 @@ def run(model: nn.Module, config: dict[str, Any], ids: torch.Tensor, steps: int)
 def parity(device: str, path: str) -> dict[str, Any]:
     """Bits between placements; loss against plain PyTorch on the same device."""
     ids = torch.randint(0, 4096, (2, 128), generator=torch.Generator().manual_seed(1)).to(device)
-    results = {}
+    results: dict[str, Any] = {}
     reference = run(make_llama(256, 4), settings(device, "device", path, "2GiB", "1GiB"), ids, 6)
     for placement in ("host", "nvme"):
         other = run(make_llama(256, 4), settings(device, placement, path, "64MiB", "1GiB"), ids, 6)
@@ -129,6 +153,17 @@ def parity(device: str, path: str) -> dict[str, Any]:
     plain = make_llama(256, 4).to(device, torch.bfloat16)
     first_loss = plain(input_ids=ids, labels=ids).loss.item()
     results["first_loss_difference"] = abs(first_loss - reference["losses"][0]) / first_loss
+    if not (results["host"] and results["nvme"]):
+        raise FailedError(f"placements do not give the same bits: {results}")
+    return results
+
+
+def features(device: str, path: str) -> dict[str, Any]:
+    """Every check of gpu_features.py."""
+    results = gpu_features.run_checks(device, path)
+    failed = [name for name, result in results.items() if result["ok"] is False]
+    if failed:
+        raise FailedError(f"failed: {', '.join(failed)}", results)
     return results
 
 
@@ -173,8 +208,55 @@ def size(device: str, path: str, *, small: bool) -> dict[str, Any]:
     }
 
 
+def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a part: its results with "ok", or the text of its error."""
+    try:
+        return {"ok": True, **part()}
+    except FailedError as failure:
+        message, *found = failure.args
+        return {"ok": False, "error": message, **(found[0] if found else {})}
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
+        return {
+            "ok": False,
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc().splitlines()[-12:],
+        }
+
+
+def run_part(name: str, device: str, folder: str, *, small: bool) -> dict[str, Any]:
+    """Run one part in this process."""
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "library": build_library,
+        "parity": lambda: parity(device, folder),
+        "features": lambda: features(device, folder),
+        "tests": run_tests,
+        "speed": lambda: speed(device, folder, small=small),
+        "size": lambda: size(device, folder, small=small),
+    }
+    # Where a device has kernels that give other bits each time, bits cannot be compared.
+    torch.use_deterministic_algorithms(name in ("parity", "features"), warn_only=True)
+    return attempt(parts[name])
+
+
+def run_apart(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one part in a process of its own."""
+    found = folder / f"{name}.json"
+    command = [sys.executable, __file__, "--run-part", name, "--out", str(found)]
+    command += ["--device", options.device, "--path", str(folder)]
+    command += ["--small"] if options.small else []
+    started = time.perf_counter()
+    try:
+        status = subprocess.run(command, check=False, timeout=_PART_SECONDS).returncode
+        result = {"ok": False, "error": f"its process ended with status {status}"}
+    except subprocess.TimeoutExpired:
+        result = {"ok": False, "error": f"not done after {_PART_SECONDS} s"}
+    if found.exists():
+        result = json.loads(found.read_text())
+    return {**result, "seconds": round(time.perf_counter() - started, 1)}
+
+
 def main() -> int:
-    """Run all parts; exit status 1 if a test or a parity check fails."""
+    """Run the parts; exit status 1 if one fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -182,32 +264,35 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--path", default=tempfile.gettempdir(), help="directory for NVMe state")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
+    parser.add_argument("--run-part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # determinism of matmul
+    if options.run_part:
+        done = run_part(options.run_part, options.device, options.path, small=options.small)
+        options.out.write_text(json.dumps(done))
+        return 0 if done["ok"] else 1
     on_gpu = options.device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         print("no CUDA device here; try --device cpu --small")
         return 2
     results: dict[str, Any] = {
-        "library": build_library(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
-    if on_gpu:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")]
-        results["tests_exit_status"] = subprocess.run(command, cwd=ROOT, check=False).returncode
-    torch.use_deterministic_algorithms(on_gpu, warn_only=True)
-    with tempfile.TemporaryDirectory(dir=options.path) as path:
-        results["parity"] = parity(options.device, path)
-        torch.use_deterministic_algorithms(False)
-        results["speed"] = speed(options.device, path, small=options.small)
-        results["size"] = size(options.device, path, small=options.small)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text)
-    good = results["parity"]["host"] and results["parity"]["nvme"]
-    return 0 if good and results.get("tests_exit_status", 0) in (0, 5) else 1
+    failed = []
+    with tempfile.TemporaryDirectory(dir=options.path) as folder:
+        for name in options.parts:
+            if name == "tests" and not on_gpu:
+                continue
+            print(f"{name} ...", flush=True)
+            results[name] = run_apart(name, options, Path(folder))
+            failed += [] if results[name]["ok"] else [name]
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=1))
+    print(json.dumps(results, indent=1))
+    print(f"failed: {', '.join(failed)}" if failed else "all parts are ok")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
