@@ -32,7 +32,8 @@ with warnings.catch_warnings():
     )
 
 import offload
-from offload.engine.guards.composite import find_composites, settle_composites
+from offload.engine.guards import composite
+from offload.engine.guards.composite import Composite, find_composites, settle_composites
 from offload.errors import CheckpointError, GuardError, OffloadError
 from offload.state import export
 from tests.oracle import (
@@ -360,6 +361,26 @@ def writes_at_start(engine: Any) -> int:
         for bucket in engine.plan.buckets
         if not bucket.trainable
     )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if "torchao" in kind or "wrapper" in kind])
+def test_wrappers_that_follow_their_parts_to_another_device_train_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an accelerator each wrapper is made anew over its parts; here that is forced."""
+    settle = Composite.settle
+    rebuilt = []
+
+    def settle_elsewhere(each: Composite, device: torch.device) -> None:
+        for wrapper in each.wrappers:
+            rebuilt.append(wrapper)
+            composite._rebuild(wrapper)
+        settle(each, device)
+
+    monkeypatch.setattr(Composite, "settle", settle_elsewhere)
+    run = train_engine(make_model(kind), config("host", tmp_path), language_loss, steps=STEPS)
+    assert rebuilt
+    assert_identical(run, device_run(kind))
 
 
 @pytest.mark.parametrize("kind", EVERY)

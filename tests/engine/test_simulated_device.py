@@ -7,6 +7,7 @@ that is missing shows as a wrong number. What is checked here is what a GPU woul
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,50 @@ def test_an_activation_that_is_not_waited_for_shows(
     monkeypatch.setattr(ActivationCopy, "make_arrived", hasty)
     hasty_losses, _, _ = train(tmp_path, placement, "fp32", 1, activations={"min_bytes": 1024})
     assert hasty_losses != losses
+
+
+@pytest.mark.parametrize("home", ["host", "nvme"])
+def test_backward_may_run_in_a_thread_of_its_own(
+    home: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd runs the nodes of an accelerator in another thread than the one of the forward."""
+    sections: dict[str, Any] = {"tiling": {"modules": ["0", "13"], "tiles": 5}}
+    monkeypatch.setattr(nn.LayerNorm, "forward", _checkpointed_norm)
+    losses, state, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 2, **sections)
+    request.getfixturevalue("accelerator")
+    backward = torch.Tensor.backward
+    main_thread = threading.get_ident()
+
+    def elsewhere(loss: torch.Tensor, **kwargs: Any) -> None:
+        errors: list[Exception] = []
+
+        def run() -> None:
+            assert threading.get_ident() != main_thread
+            try:
+                backward(loss, **kwargs)
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    monkeypatch.setattr(torch.Tensor, "backward", elsewhere)
+    found_losses, found_state, report = train(
+        tmp_path,
+        {**PLACEMENTS["host"], "activations": home},
+        "fp32",
+        2,
+        activations={"min_bytes": 1024, "host_memory": "64KiB"},
+        **sections,
+    )
+    assert found_losses == losses
+    for name, tensors in state.items():
+        for field, tensor in tensors.items():
+            assert torch.equal(found_state[name][field], tensor), (name, field)
+    assert report.activations.moved_bytes > 0
 
 
 @pytest.mark.usefixtures("accelerator")
