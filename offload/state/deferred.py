@@ -37,7 +37,7 @@ from offload.state.recording import (
     recording_of,
     version_of,
 )
-from offload.state.tape import materialize, passed_memory
+from offload.state.tape import depends_on_leaf, materialize, passed_memory
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data
@@ -345,6 +345,8 @@ class DeferredWeights:
                 self._values = torch.empty(0)
                 self._values = memory_order(materialize([view])[0], state)
                 self._parameter = parameter
+                if depends_on_leaf(view):
+                    _finite(self._values, state, 0)
         except (CheckpointError, StorageError):
             raise
         except OffloadError as error:

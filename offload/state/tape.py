@@ -298,6 +298,14 @@ def _needed_operations(targets: Sequence[Version]) -> list[Operation]:
     return [found[moment] for moment in sorted(found)]
 
 
+def depends_on_leaf(view: View) -> bool:
+    """Whether any of the view's values is read, not computed."""
+    versions = [view.version]
+    for operation in _needed_operations(versions):
+        versions += (*operation.writes, *operation.reads)
+    return any(v.origin is not None and not isinstance(v.origin, Operation) for v in versions)
+
+
 def materialize(views: Sequence[View]) -> list[torch.Tensor]:
     """Real tensors with the values of `views`; views of one version share memory as they did."""
     versions = list(dict.fromkeys(view.version for view in views))
