@@ -175,7 +175,6 @@ class Engine(ForwardOnlyEngine):
             try:
                 (loss if scale == 1.0 else loss * scale).backward(**kwargs)
                 self._after_backward()
-                self._root.rest()  # from here on, guards see edits of what is at home on the device
                 self._parts.gradients.flush()
             except BaseException:
                 self._unwind()

@@ -627,22 +627,6 @@ def test_edits_of_data_after_an_evaluation_reach_the_master(
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("compute", ["bf16", "fp16"])
-def test_edits_of_data_between_backward_and_step_reach_the_master(
-    compute: str, tier: str, tmp_path: Path
-) -> None:
-    frozen = {"optimizer": {"name": "sgd", "lr": 0.0}}
-    with make_engine(small_model(), config(tier, tmp_path, compute=compute, **frozen)) as engine:
-        continue_engine(engine, small_loss, steps=2)
-        engine.backward(small_loss(engine, 2))
-        engine.module[1].weight.data.fill_(0.25)
-        engine.step()
-        state = dict(engine.named_state())["1.weight"]
-        assert torch.equal(state["master"], torch.full((32, 32), 0.25))
-        assert torch.equal(engine.state_dict()["1.weight"].float(), state["master"])
-
-
-@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_master_that_is_set_keeps_its_low_bits(raw: bool, tier: str, tmp_path: Path) -> None:
     with make_engine(small_model(), config(tier, tmp_path, compute="bf16")) as engine:
