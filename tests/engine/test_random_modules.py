@@ -36,6 +36,12 @@ def test_a_random_module_gives_the_bits_of_plain_pytorch(seed: int) -> None:
     check(seed, places=(PLACES[seed % 4],))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_backward_recomputes_with_the_weights_as_they_were() -> None:
+    """Plain where they were plain: else a checkpoint finds other tensors than it has saved."""
+    check(10_706, places=PLACES)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_thousand_random_modules_in_every_placement() -> None:
