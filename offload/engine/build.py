@@ -274,7 +274,7 @@ def _reserve_and_move(
     gradients = GradientHome(
         parameters, plan.buckets, store, pool, max_open_chunks=machine.staging.gradients
     )
-    tiles = open_tiles(plan.tiled, pager, store, gradients, prefetch=config.overlap.prefetch)
+    tiles = open_tiles(plan.tiled, pager, store, prefetch=config.overlap.prefetch)
     pager.seal()
     convert_buffers(module, config.precision.compute, device.device, kept=collection.kept)
     activations = open_activations(config, plan, host, device, nvme)

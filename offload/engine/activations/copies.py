@@ -74,7 +74,7 @@ class ActivationCopy:
         self,
         number: int,
         view: View,
-        source: torch.Tensor,
+        tensor: torch.Tensor,
         piece: HostPiece,
         lanes: Lanes,
         copies_at: CopiesAt,
@@ -88,12 +88,13 @@ class ActivationCopy:
         self._piece: HostPiece | None = piece
         self._record: Record | None = None
         self._arrivals: list[Transfer] = []  # copies from the piece that may be in flight
-        self._source: torch.Tensor | None = source
         try:
+            source = view.bytes_of(tensor)
             self._transfer: Transfer | None = lanes.device.start_copy_out(self._bytes(), source)
         except BaseException:
             piece.release()
             raise
+        self._source: torch.Tensor | None = source
         self.place = Place.LEAVING
         self._copies_at: CopiesAt | None = copies_at
         copies_at[self.place][number] = self

@@ -251,6 +251,7 @@ class ActivationStore:
             DeadlineError: a transfer did not end.
         """
         with self._lock:
+            self._collect()
             for copy in self._alive.values():
                 self._settle(copy)
             for copy in self._draining:
@@ -329,7 +330,7 @@ class ActivationStore:
             self._warn_of_room(view.nbytes)
             return None
         number, self._num_copies = self._num_copies, self._num_copies + 1
-        copy = ActivationCopy(number, view, view.bytes_of(tensor), piece, self._lanes, self._at)
+        copy = ActivationCopy(number, view, tensor, piece, self._lanes, self._at)
         self._alive[number] = copy
         self._numbers.append(number)
         self._counts["moved_bytes"] += view.nbytes
@@ -451,11 +452,19 @@ class ActivationStore:
             if copy.place in (Place.LEAVING, Place.WRITING):
                 self._counts["forwarded_bytes"] += copy.nbytes
             if copy.place is Place.ON_NVME:
-                copy.start_read(self._must_have_room(copy))
+                self._start_read(copy, self._must_have_room(copy))
             if copy.place is Place.READING:
                 copy.settle()
             self._count_heap(copy.nbytes)
         return copy.make_arrived()
+
+    @staticmethod
+    def _start_read(copy: ActivationCopy, piece: HostPiece) -> None:
+        try:
+            copy.start_read(piece)
+        except BaseException:
+            piece.release()
+            raise
 
     def _count_heap(self, nbytes: int) -> None:
         if self._trimmer is not None:
@@ -471,9 +480,8 @@ class ActivationStore:
                 if piece is None:
                     return
                 try:
-                    copy.start_read(piece)
+                    self._start_read(copy, piece)
                 except OffloadError:  # whoever wants it will see
-                    piece.release()
                     return
             self._prefetch_to_device(copy)
 

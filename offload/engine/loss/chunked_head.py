@@ -13,24 +13,23 @@ import torch
 from torch import nn
 
 from offload.config import OffloadConfig
+from offload.engine.guards.autocast import autocast_dtype
 from offload.engine.guards.transforms import active_transform
 from offload.engine.loss.lazy_logits import LazyHead, LazyLogits
 from offload.errors import ConfigError
 
-_chunk_tokens: dict[int, int] = {}  # by the id of a head that wears the class
-
 
 class _ChunkedHead:
-    """Mixin of the class of a head: in training it returns lazy logits."""
+    """Mixin of the class of one head: in training it returns lazy logits."""
+
+    _chunk_tokens: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The head's forward, or in training what will run it chunk by chunk."""
         assert isinstance(self, nn.Module)
         whole: Callable[..., Any] = super().forward  # type: ignore[misc]
-        chunk_tokens = _chunk_tokens.get(id(self))
         if (
-            chunk_tokens is None
-            or len(args) != 1
+            len(args) != 1
             or kwargs
             or not (self.training and torch.is_grad_enabled())
             or torch.compiler.is_compiling()
@@ -42,7 +41,7 @@ class _ChunkedHead:
             whole,
             list(self.parameters()),
             vocabulary=int(self.out_features),  # type: ignore[arg-type]
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=self._chunk_tokens,
         )
         return LazyLogits.make(head, given, _output_dtype(given))
 
@@ -71,19 +70,25 @@ class _ChunkedHeadHandle:
         """Give the head back its class; a second call does nothing."""
         module, self._module = self._module, None
         if module is not None:
-            del _chunk_tokens[id(module)]
             module.__class__ = type(module).__bases__[1]
 
 
 def chunk_head(module: nn.Module, config: OffloadConfig) -> list[Handle]:
-    """Let the model's head return lazy logits if the configuration says so; the handles end it."""
+    """Let the model's head return lazy logits if the configuration says so; the handles end it.
+
+    Raises:
+        ConfigError: see `find_head`.
+    """
     if not config.training.loss_chunk_tokens:
         return []
     head = find_head(module, config)
     plain = type(head)
-    body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    body = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "_chunk_tokens": config.training.loss_chunk_tokens,
+    }
     head.__class__ = type(plain.__name__, (_ChunkedHead, plain), body)
-    _chunk_tokens[id(head)] = config.training.loss_chunk_tokens
     return [_ChunkedHeadHandle(head)]
 
 
@@ -120,5 +125,5 @@ def find_head(module: nn.Module, config: OffloadConfig) -> nn.Module:
 
 
 def _output_dtype(given: torch.Tensor) -> torch.dtype:
-    kind = given.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype
+    dtype = autocast_dtype(given)
+    return given.dtype if dtype is None or given.dtype == torch.float64 else dtype

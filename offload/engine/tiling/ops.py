@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
+from offload.engine.guards.autocast import autocast_dtype, autocast_to
+from offload.engine.guards.saved_version import version_error
 from offload.engine.paging.pages import PagedParameter, find_paged
 from offload.engine.tiling.tiles import Rows, TiledParameter
 from offload.errors import GuardError
@@ -52,12 +54,12 @@ def tiled_linear(
 ) -> torch.Tensor:
     """`torch.nn.functional.linear` of a tiled weight: (..., in), (out, in), (out) -> (..., out)."""
     tiled = _tiles_of(weight)
-    dtype = _autocast_dtype(input)
+    dtype = autocast_dtype(input)
     if dtype is None:
         return _apply(_TiledLinear, input, weight, bias, tiled, None)
     # The casts are recorded outside of the node: autograd casts the gradients back.
-    bias = None if bias is None else _cast(bias, dtype)
-    return _apply(_TiledLinear, _cast(input, dtype), weight, bias, tiled, dtype)
+    bias = None if bias is None else autocast_to(bias, dtype)
+    return _apply(_TiledLinear, autocast_to(input, dtype), weight, bias, tiled, dtype)
 
 
 def tiled_embedding(
@@ -114,7 +116,7 @@ class _TiledLinear(Function):
         with _plainly(given), tiled.slots.lent(tiled, tiled.tiles, "linear") as tiles:
             for rows, tile in tiles:
                 part_bias = None if bias is None else bias[rows.start : rows.stop]
-                values = tile if dtype is None else _cast(tile, dtype)
+                values = tile if dtype is None else autocast_to(tile, dtype)
                 part = torch.nn.functional.linear(given, values, part_bias)
                 if output is None:
                     output = part.new_empty((*part.shape[:-1], tiled.num_rows))
@@ -138,7 +140,7 @@ class _TiledLinear(Function):
                 for rows, tile in _tiles_for(ctx, wanted=wants_input):
                     part = flat[:, rows.start : rows.stop]
                     if grad_input is not None and tile is not None:
-                        values = tile if ctx.dtype is None else _cast(tile, ctx.dtype)
+                        values = tile if ctx.dtype is None else autocast_to(tile, ctx.dtype)
                         grad_input.add(part, values)
                     if take is not None:
                         assert flat_input is not None
@@ -164,8 +166,10 @@ class _TiledEmbedding(Function):
         output = torch.empty(
             (tokens.numel(), tiled.row_numel), dtype=weight.dtype, device=weight.device
         )
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= tiled.num_rows):
-            raise IndexError("index out of range in self")
+        if tokens.numel():
+            low, high = torch.stack(torch.aminmax(tokens)).tolist()
+            if low < 0 or high >= tiled.num_rows:
+                raise IndexError("index out of range in self")
         hit = set((tokens // tiled.tile_rows).unique().tolist())
         order = [rows for number, rows in enumerate(tiled.tiles) if number in hit]
         with _plainly(weight), tiled.slots.lent(tiled, order, "embedding") as tiles:
@@ -256,17 +260,6 @@ def _plainly(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def _autocast_dtype(given: torch.Tensor) -> torch.dtype | None:
-    kind = given.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What autocast does to an argument: fp64 and integers stay."""
-    is_eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if is_eligible else tensor
-
-
 def _inside(tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
     return ((tokens >= rows.start) & (tokens < rows.stop)).nonzero().squeeze(1)
 
@@ -288,14 +281,10 @@ def _check_version(ctx: Any) -> None:
     Raises:
         RuntimeError: the weight has changed.
     """
-    state = ctx.tiled.state
+    state, saved = ctx.tiled.state, ctx.version
     now = state.parameter._version
-    if ctx.version is not None and ctx.version != now:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: parameter {state.name} is at version {now}; expected version "
-            f"{ctx.version} instead"
-        )
+    if saved is not None and saved != now:
+        raise version_error(f"parameter {state.name}", now, saved)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from offload.engine.guards.windows import fused_modules, gathered_modules
+from offload.engine.tiling.tiles import NUM_SLOTS
 from offload.errors import ConfigError
 from offload.partition.layout import MIN_BUCKET_ELEMENTS
 from offload.tiers.extents import round_up_to_page
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 PlanSpecs = Callable[[Sequence["ParamSpec"], int], "Plan"]
 
-NUM_SLOTS = 2  # of the largest tile: one in use, one arriving
 _MIN_TILES = 2
 
 

@@ -35,13 +35,12 @@ from offload.partition.blocks import Block, BlockStore, Staged
 from offload.tiers.transfer import Transfer
 
 if TYPE_CHECKING:
-    from offload.engine.gradients import GradientHome
     from offload.engine.paging.pager import Pager
     from offload.engine.paging.pages import PagedParameter
     from offload.partition.parameters import ParameterState
     from offload.schedule.plan import TiledWeight
 
-_NUM_SLOTS = 2
+NUM_SLOTS = 2  # of the largest tile: one in use, one arriving
 _STAGED_CHUNKS = 2  # at a time; the plan's ring of weight chunks has twice as many
 
 
@@ -60,23 +59,23 @@ class TileSlots:
     """The device memory of an engine's tiles, lent to one op at a time.
 
     Attributes:
-        arriving: where tiles of gradients go, see `GradientHome.arriving`.
+        arriving: where tiles of gradients go, see `GradientSlots.arriving`; the engine sets it.
     """
+
+    arriving: Arriving
 
     def __init__(
         self,
         slot_bytes: int,
         pager: Pager,
         store: BlockStore,
-        gradients: GradientHome,
         *,
         prefetch: bool,
     ) -> None:
-        self.arriving: Arriving = gradients.arriving
         self._pager = pager
         self._store = store
         self._prefetch = prefetch
-        self._leases = [store.device.lease(slot_bytes, "tiles") for _ in range(_NUM_SLOTS)]
+        self._leases = [store.device.lease(slot_bytes, "tiles") for _ in range(NUM_SLOTS)]
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -104,9 +103,9 @@ class TileSlots:
     ) -> Iterator[tuple[Rows, torch.Tensor]]:
         for number, rows in enumerate(order):
             started = time.perf_counter()
-            values = stream.finish(number, self._leases[number % _NUM_SLOTS].tensor)
+            values = stream.finish(number, self._leases[number % NUM_SLOTS].tensor)
             if self._prefetch and number + 1 < len(order):
-                stream.start(number + 1, self._leases[(number + 1) % _NUM_SLOTS].tensor)
+                stream.start(number + 1, self._leases[(number + 1) % NUM_SLOTS].tensor)
             self._pager.stall_seconds += time.perf_counter() - started
             yield rows, values
 
@@ -147,7 +146,6 @@ def open_tiles(
     planned: Sequence[TiledWeight],
     pager: Pager,
     store: BlockStore,
-    gradients: GradientHome,
     *,
     prefetch: bool,
 ) -> TileSlots | None:
@@ -158,9 +156,7 @@ def open_tiles(
     """
     if not planned:
         return None
-    slots = TileSlots(
-        max(each.tile_bytes for each in planned), pager, store, gradients, prefetch=prefetch
-    )
+    slots = TileSlots(max(each.tile_bytes for each in planned), pager, store, prefetch=prefetch)
     for each in planned:
         page = pager.pages[each.bucket]
         (paged,) = page.parameters
