@@ -11,6 +11,7 @@ from tests.faults import (  # noqa: F401
     rows_ops,
     rows_quantized,
     rows_refused,
+    rows_threads,
 )
 from tests.faults.lab import ROWS
 

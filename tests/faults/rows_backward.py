@@ -1,8 +1,7 @@
-"""Rows: double backward, partial backward, threads, checkpointing, graphs that outlive a step."""
+"""Rows: double backward, partial backward, checkpointing, graphs that outlive a step."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -103,60 +102,6 @@ def two_backwards_one_step(run: Run) -> None:
         run.backward(second)
         run.backward(first)
         run.step()
-
-
-def _in_threads(count: int, work: Any) -> None:
-    errors: list[BaseException] = []
-    ready = threading.Barrier(count)
-
-    def guarded(index: int) -> None:
-        try:
-            ready.wait()
-            work(index)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-@row("forward", "pack", "node_pin", make=Blocks, pages=4)
-def backward_in_four_threads(run: Run) -> None:
-    for step in range(5):
-        roots = [inputs(step * 10 + i).requires_grad_() for i in range(4)]
-        losses = [loss_of(run(x)) for x in roots]
-        slopes: list[Any] = [None] * 4
-
-        def work(
-            index: int,
-            losses: list[torch.Tensor] = losses,
-            roots: list[torch.Tensor] = roots,
-            slopes: list[Any] = slopes,
-        ) -> None:
-            (slopes[index],) = torch.autograd.grad(losses[index], roots[index], retain_graph=True)
-
-        _in_threads(4, work)
-        run.record("slopes", slopes)
-        run.train(sum(losses))  # type: ignore[arg-type]
-
-
-@row("forward", "pack", "pins", make=Blocks, pages=8)
-def forward_and_backward_in_four_threads(run: Run) -> None:
-    for step in range(5):
-        slopes: list[Any] = [None] * 4
-
-        def work(index: int, step: int = step, slopes: list[Any] = slopes) -> None:
-            x = inputs(step * 10 + index).requires_grad_()
-            (slopes[index],) = torch.autograd.grad(loss_of(run(x)), x)
-
-        _in_threads(4, work)
-        run.record("slopes", slopes)
-        run.train(loss_of(run(inputs(step))))
 
 
 class Checkpointed(nn.Module):
