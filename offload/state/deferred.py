@@ -32,6 +32,7 @@ from offload.state.recording import (
     Editor,
     Recorder,
     deferred_view,
+    forget_dead,
     has_survivors,
     materialized,
     recording_of,
@@ -289,8 +290,12 @@ def _settle(recording: object, *, failed: bool) -> None:
 
     After a failed block nothing is worth making: everything is dressed.
     """
-    if not has_survivors(recording):
-        return
+    if has_survivors(recording):
+        _settle_survivors(recording, failed=failed)
+    forget_dead()
+
+
+def _settle_survivors(recording: object, *, failed: bool) -> None:
     found: dict[int, list[torch.Tensor]] = {}
     with _NO_GUARD():
         for thing in gc.get_objects():
@@ -389,3 +394,4 @@ def placing(module: nn.Module) -> Iterator[DeferredWeights | None]:
         for parameter in deferred:
             if version_of(parameter) is not None:
                 dress(parameter)
+        forget_dead()

@@ -349,15 +349,21 @@ def _refuse_untied(given: Mapping[nn.Parameter, Sequence[tuple[str, torch.Tensor
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two deferred tensors are equal, range by range where they can be read so."""
+    """Whether two tensors have equal values, range by range where both can be read so."""
     first, second = deferred_view(a), deferred_view(b)
     if first is None or second is None or not (is_readable(first) and is_readable(second)):
-        return torch.equal(*materialized([a, b]))
+        return _equal_values(*materialized([a, b]))
     for start in range(0, first.numel, _COMPARED_ELEMENTS):
         numel = min(_COMPARED_ELEMENTS, first.numel - start)
         left, right = read_range(first, start, numel), read_range(second, start, numel)
         assert left is not None
         assert right is not None
-        if not torch.equal(left, right):
+        if not _equal_values(left, right):
             return False
     return True
+
+
+def _equal_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """As `torch.equal`, also of different dtypes: compared in one that holds both exactly."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(dtype), b.to(dtype))

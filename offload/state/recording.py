@@ -97,13 +97,18 @@ def deferred_view(tensor: torch.Tensor) -> View | None:
 
 
 def materialized(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Real tensors with the values of deferred ones; those that share memory still do.
+    """Real tensors with the values of `tensors`; deferred ones that share memory still do.
+
+    A tensor that is not deferred is returned itself.
 
     Raises:
         OffloadError: an op on the tape fails.
     """
     views = [deferred_view(tensor) for tensor in tensors]
-    return materialize([view for view in views if view is not None])
+    made = iter(materialize([view for view in views if view is not None]))
+    return [
+        tensor if view is None else next(made) for tensor, view in zip(tensors, views, strict=True)
+    ]
 
 
 def new_deferred(layout: View, recording: object) -> torch.Tensor:
@@ -120,10 +125,19 @@ def _enter(tensor: torch.Tensor, version: Version, recording: object) -> None:
     storage = tensor.untyped_storage()
     with _table_lock:
         if len(_table) >= _next_sweep:
-            for address in [a for a, entry in _table.items() if entry.alive.expired()]:
-                del _table[address]
+            forget_dead()
             _next_sweep = 2 * len(_table) + 1024
         _table[storage._cdata] = _Entry(StorageWeakRef(storage), version, recording)
+
+
+def forget_dead() -> None:
+    """Drop what is known of storages that are gone, and with it what their ops have kept.
+
+    A version holds the arguments of its ops: copies of real tensors, readers of files.
+    """
+    with _table_lock:
+        for address in [a for a, entry in _table.items() if entry.alive.expired()]:
+            del _table[address]
 
 
 def _advance(tensor: torch.Tensor, version: Version) -> None:
@@ -377,7 +391,8 @@ class Recorder(TorchDispatchMode):
         state = RandomState.now(kwargs.get("generator"))
         if traits.overwrites:
             like = view_of(written[0], Version(0))
-            reach = sum((n - 1) * step for n, step in zip(like.size, like.stride, strict=True)) + 1
+            steps = zip(like.size, like.stride, strict=True)
+            reach = sum((n - 1) * step for n, step in steps) + 1 if like.numel else 0
             scratch = replace(like, offset=0).over(blank_storage(reach * like.dtype.itemsize))
             rest, named = _truly((args[1:], kwargs))
             func(scratch, *rest, **named)

@@ -480,6 +480,47 @@ def test_the_table_forgets_dead_tensors(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(recording._table) < 3000
 
 
+def test_nothing_is_kept_of_what_has_been_placed() -> None:
+    """Tapes hold copies of real tensors: a model that is placed needs none of them any more."""
+    _, module = both(network)
+    with torch.no_grad():
+        module[0].weight.copy_(torch.full((150, 200), 2.0))  # the tape keeps a copy of it
+    assert version_of(module[0].weight) is not None
+    with offload.initialize(module, FP32):
+        known = [entry for entry in recording._table.values() if entry.alive.expired()]
+        assert known == []
+
+
+def test_nothing_is_kept_of_what_a_block_has_thrown_away() -> None:
+    with offload.deferred_init():
+        torch.empty(20_000).copy_(torch.arange(20_000.0))
+        kept = nn.Parameter(torch.empty(20_000))
+    assert version_of(kept) is not None
+    assert not any(entry.alive.expired() for entry in recording._table.values())
+
+
+def test_real_tensors_among_deferred_ones_are_returned_themselves() -> None:
+    plain, deferred = both(network)
+    real = torch.ones(2)
+    found = materialized([deferred[0].weight, real, deferred[2].weight])
+    assert found[1] is real
+    assert torch.equal(found[0], plain[0].weight)
+    assert torch.equal(found[2], plain[2].weight)
+    assert materialized([real])[0] is real
+
+
+@pytest.mark.parametrize("empty", [(0, 1), (0, 0), (130, 0)], ids=str)
+def test_a_random_op_on_an_empty_view_draws_nothing(empty: tuple[int, int]) -> None:
+    def build() -> torch.Tensor:
+        weight = nn.Parameter(torch.zeros(130, 130))
+        with torch.no_grad():
+            weight[: empty[0], : empty[1]].normal_()
+        return weight
+
+    plain, deferred = both(build)
+    assert torch.equal(values(deferred), plain)
+
+
 def test_a_long_chain_of_ops_is_evaluated() -> None:
     def build() -> torch.Tensor:
         weight = nn.Parameter(torch.zeros(130, 130))

@@ -139,6 +139,30 @@ def test_tied_tensors_are_compared_to_the_end(
         offload.from_pretrained(tmp_path, FP32)
 
 
+def test_tied_tensors_of_different_dtypes_are_compared_by_value(tmp_path: Path) -> None:
+    model_of("LlamaForCausalLM", tie_word_embeddings=True).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    rounded = stored["model.embed_tokens.weight"].to(torch.bfloat16)
+    stored |= {"model.embed_tokens.weight": rounded.float(), "lm_head.weight": rounded}
+    save_file(stored, tmp_path / "model.safetensors")
+    assert_loads_as_transformers_does(tmp_path, transformers_class("LlamaForCausalLM"))
+    stored["model.embed_tokens.weight"][0, 0] *= 1.0001
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="one tied parameter of the module, and differ"):
+        offload.from_pretrained(tmp_path, FP32)
+
+
+def test_a_real_tensor_is_compared_with_a_deferred_one() -> None:
+    """A conversion of the model's library may have to compute what it makes."""
+    real = torch.full((200, 200), 0.5)
+    with offload.deferred_init():
+        deferred = nn.Parameter(torch.full((200, 200), 0.5))
+    assert version_of(deferred) is not None
+    assert pretrained._equal(deferred, real)
+    assert pretrained._equal(real, deferred)
+    assert not pretrained._equal(deferred, real + 1)
+
+
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [("LlamaModel", "LlamaForCausalLM"), ("LlamaForCausalLM", "LlamaModel")],
