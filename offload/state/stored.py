@@ -30,11 +30,14 @@ class StoredCheckpoint:
     def __init__(self, folder: Path, content: Manifest) -> None:
         self.folder = folder
         self.content = content
-        self._readers: OrderedDict[int, SafetensorsReader] = OrderedDict()
+        self._listed: list[dict[str, TensorRecord]] = [{} for _ in content.files]  # by key
+        for record in content.tensors:
+            self._listed[record.file][record.key] = record
+        self._readers: OrderedDict[int, SafetensorsReader] = OrderedDict()  # last used last
 
     def records(self) -> list[TensorRecord]:
         """What it holds, file by file."""
-        return sorted(self.content.tensors, key=lambda record: record.file)
+        return [record for listed in self._listed for record in listed.values()]
 
     def verify(self) -> None:
         """Read everything once, one tensor at a time.
@@ -43,10 +46,10 @@ class StoredCheckpoint:
             CheckpointError: a file or a tensor is damaged; it is named.
             StorageError: a file cannot be read.
         """
-        for record in self.records():
-            self.read(record)
-        for index in range(len(self.content.files)):  # also those without tensors
-            self._reader(index)
+        for index, listed in enumerate(self._listed):
+            self._reader(index)  # also of a file without tensors
+            for record in listed.values():
+                self.read(record)
 
     def read(self, record: TensorRecord) -> torch.Tensor:
         """One tensor, newly allocated, on the CPU.
@@ -69,13 +72,20 @@ class StoredCheckpoint:
         return self._reader(record.file).entries[record.key].dtype
 
     def _reader(self, index: int) -> SafetensorsReader:
-        if index not in self._readers:
-            if len(self._readers) == _MAX_OPEN_FILES:
-                self._readers.popitem(last=False)[1].close()
-            self._readers[index] = SafetensorsReader(self.folder / manifest.data_file_name(index))
-            listed = {r.key: r for r in self.content.tensors if r.file == index}
-            _check_header(self._readers[index], self.content.files[index], listed)
-        return self._readers[index]
+        reader = self._readers.get(index)
+        if reader is not None:
+            self._readers.move_to_end(index)
+            return reader
+        if len(self._readers) == _MAX_OPEN_FILES:
+            self._readers.popitem(last=False)[1].close()
+        reader = SafetensorsReader(self.folder / manifest.data_file_name(index))
+        try:
+            _check_header(reader, self.content.files[index], self._listed[index])
+        except CheckpointError:
+            reader.close()
+            raise
+        self._readers[index] = reader
+        return reader
 
     def close(self) -> None:
         """Close its files."""

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from offload.errors import CheckpointError, DiskFullError, StorageError
-from offload.state import checkpoint, durable, folders, manifest
+from offload.state import checkpoint, durable, folders, manifest, stored
 from offload.state.checkpoint import load_checkpoint, save_checkpoint
+from offload.state.safetensors_stream import SafetensorsReader
 
 
 def names_in(folder: Path) -> list[str]:
@@ -195,11 +196,49 @@ def test_every_flipped_bit_is_found_and_the_older_checkpoint_used(
         assert load_checkpoint(target, tmp_path) == {"n": 1}
 
 
+def shards_of(engine, root: Path, monkeypatch) -> stored.StoredCheckpoint:
+    """A checkpoint of more files than may be open at once."""
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 500)
+    monkeypatch.setattr(stored, "_MAX_OPEN_FILES", 2)
+    saved = save_checkpoint(engine, root)
+    found = stored.StoredCheckpoint(saved, manifest.read(saved))
+    assert len(found.content.files) > 3
+    return found
+
+
+def test_each_file_is_opened_once_to_verify_and_the_last_used_stay_open(
+    tmp_path, small_engine, monkeypatch
+):
+    with shards_of(small_engine(), tmp_path, monkeypatch) as found:
+        opened = []
+
+        def open_reader(path):
+            opened.append(path.name)
+            return SafetensorsReader(path)
+
+        monkeypatch.setattr(stored, "SafetensorsReader", open_reader)
+        found.verify()
+        assert opened == [manifest.data_file_name(i) for i in range(len(found.content.files))]
+        opened.clear()
+        of_file = {record.file: record for record in found.records()}
+        for index in (0, 1, 0, 2, 0):
+            found.read(of_file[index])
+        assert opened == [manifest.data_file_name(i) for i in (0, 1, 2)]
+
+
+def test_a_file_whose_header_is_damaged_stays_refused(tmp_path, small_engine, monkeypatch):
+    with shards_of(small_engine(), tmp_path, monkeypatch) as found:
+        record = found.records()[0]
+        path = found.folder / manifest.data_file_name(record.file)
+        shutil.copy(found.folder / manifest.data_file_name(record.file + 1), path)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=r"state-00000.*damaged"):
+                found.read(record)
+
+
 def test_a_damaged_tensor_is_named(tmp_path, small_engine):
     saved = save_checkpoint(small_engine(), tmp_path)
     path = saved / "state-00000.safetensors"
-    from offload.state.safetensors_stream import SafetensorsReader
-
     with SafetensorsReader(path) as reader:
         offset = reader.data_start_bytes + reader.entries["exp_avg|norm.weight"].begin
     flip(path, 8 * offset + 3)
