@@ -26,7 +26,7 @@ extern "C" {
 
 #define OFFLOAD_API __attribute__((visibility("default")))
 
-/* Raised by every change of a structure or a signature below. */
+/* Raised by every change of a structure or a signature below; not by a new function. */
 #define OFFLOAD_ABI_VERSION 1
 
 typedef struct offload_engine offload_engine;
@@ -37,13 +37,20 @@ typedef struct {
   uint32_t queue_depth;  /* blocks in flight at once */
   uint32_t threads;      /* of system calls ("threads") or of checksums (the others) */
   uint32_t copy_threads; /* of memory copies */
-  uint32_t reserved;     /* 0 */
+  uint32_t bulk_depth;   /* blocks of bulk in flight at once; 0 = chosen by the library */
   uint64_t block_bytes;  /* a multiple of 4096, at most 1 GiB */
   const char* fault;     /* NULL, or a fault specification (src/fault.hpp) */
 } offload_options;
 
 enum { OFFLOAD_READ = 0, OFFLOAD_WRITE = 1 };
 enum { OFFLOAD_H2D = 0, OFFLOAD_D2H = 1 };
+
+/* How urgent a request is: the lower, the sooner; of equals the first. The upper 8 bits are its
+ * class, the others its place in the class. Reads and writes of one class take turns, blocks of an
+ * earlier class pass those of a later one. From OFFLOAD_URGENCY_BULK on little is given to the disk
+ * at once, so that what is urgent does not wait there either. */
+#define OFFLOAD_URGENCY_CLASS_SHIFT 56
+#define OFFLOAD_URGENCY_BULK (UINT64_C(2) << OFFLOAD_URGENCY_CLASS_SHIFT)
 
 typedef struct {
   int32_t operation;         /* OFFLOAD_READ or OFFLOAD_WRITE */
@@ -99,12 +106,22 @@ OFFLOAD_API int offload_register(offload_engine* engine, void* address, uint64_t
                                  size_t text_bytes) OFFLOAD_NOEXCEPT;
 OFFLOAD_API int offload_unregister(offload_engine* engine, void* address) OFFLOAD_NOEXCEPT;
 
-/* EINVAL: the request makes no sense. ESHUTDOWN: the engine is closed. */
+/* EINVAL: the request makes no sense. ESHUTDOWN: the engine is closed. Without an urgency it is
+ * OFFLOAD_URGENCY_BULK. */
 OFFLOAD_API int offload_start(offload_engine* engine, const offload_request* request,
                               offload_ticket** ticket) OFFLOAD_NOEXCEPT;
 OFFLOAD_API int offload_start_copy(offload_engine* engine, int lane, void* destination,
                                    const void* source, uint64_t nbytes,
                                    offload_ticket** ticket) OFFLOAD_NOEXCEPT;
+
+OFFLOAD_API int offload_start_urgent(offload_engine* engine, const offload_request* request,
+                                     uint64_t urgency, offload_ticket** ticket) OFFLOAD_NOEXCEPT;
+OFFLOAD_API int offload_start_copy_urgent(offload_engine* engine, int lane, void* destination,
+                                          const void* source, uint64_t nbytes, uint64_t urgency,
+                                          offload_ticket** ticket) OFFLOAD_NOEXCEPT;
+
+/* Makes what has not been given to the disk yet at least so urgent. */
+OFFLOAD_API int offload_ticket_expedite(offload_ticket* ticket, uint64_t urgency) OFFLOAD_NOEXCEPT;
 
 /* 1 if the request has ended, well or not. */
 OFFLOAD_API int offload_ticket_done(const offload_ticket* ticket) OFFLOAD_NOEXCEPT;

@@ -100,10 +100,13 @@ int offload_probe(const char* backend, char* text, size_t text_bytes) noexcept {
 int offload_engine_create(const offload_options* options, offload_engine** engine, char* text,
                           size_t text_bytes) noexcept {
   return guarded(text, text_bytes, [&] {
-    const offload::EngineOptions chosen{
-        options->backend,     options->queue_depth,
-        options->threads,     options->copy_threads,
-        options->block_bytes, options->fault != nullptr ? options->fault : ""};
+    const offload::EngineOptions chosen{options->backend,
+                                        options->queue_depth,
+                                        options->threads,
+                                        options->copy_threads,
+                                        options->block_bytes,
+                                        options->bulk_depth,
+                                        options->fault != nullptr ? options->fault : ""};
     *engine = new offload_engine{std::make_shared<offload::Engine>(chosen)};
     return 0;
   });
@@ -142,6 +145,11 @@ int offload_unregister(offload_engine* engine, void* address) noexcept {
 
 int offload_start(offload_engine* engine, const offload_request* request,
                   offload_ticket** ticket) noexcept {
+  return offload_start_urgent(engine, request, OFFLOAD_URGENCY_BULK, ticket);
+}
+
+int offload_start_urgent(offload_engine* engine, const offload_request* request, uint64_t urgency,
+                         offload_ticket** ticket) noexcept {
   if (engine->engine->is_child()) return EPERM;
   if (!is_valid(*request)) return EINVAL;
   return guarded(nullptr, 0, [&] {
@@ -159,12 +167,19 @@ int offload_start(offload_engine* engine, const offload_request* request,
     spec.address = static_cast<unsigned char*>(request->address);
     spec.has_checksum = request->has_checksum != 0;
     spec.checksum_seed = request->checksum_seed;
-    return publish(*engine, engine->engine->start(spec), std::move(place), ticket);
+    return publish(*engine, engine->engine->start(spec, urgency), std::move(place), ticket);
   });
 }
 
 int offload_start_copy(offload_engine* engine, int lane, void* destination, const void* source,
                        uint64_t nbytes, offload_ticket** ticket) noexcept {
+  return offload_start_copy_urgent(engine, lane, destination, source, nbytes, OFFLOAD_URGENCY_BULK,
+                                   ticket);
+}
+
+int offload_start_copy_urgent(offload_engine* engine, int lane, void* destination,
+                              const void* source, uint64_t nbytes, uint64_t urgency,
+                              offload_ticket** ticket) noexcept {
   if (engine->engine->is_child()) return EPERM;
   if ((lane != OFFLOAD_H2D && lane != OFFLOAD_D2H) || destination == nullptr || source == nullptr ||
       nbytes > kMaxOffset) {
@@ -178,7 +193,16 @@ int offload_start_copy(offload_engine* engine, int lane, void* destination, cons
     spec.nbytes = nbytes;
     spec.address = static_cast<unsigned char*>(destination);
     spec.source = static_cast<const unsigned char*>(source);
-    return publish(*engine, engine->engine->start_copy(spec), std::move(place), ticket);
+    return publish(*engine, engine->engine->start_copy(spec, urgency), std::move(place), ticket);
+  });
+}
+
+int offload_ticket_expedite(offload_ticket* ticket, uint64_t urgency) noexcept {
+  offload::Engine& engine = *ticket->engine;
+  if (engine.is_child()) return EPERM;
+  return guarded(nullptr, 0, [&] {
+    engine.expedite(*ticket->request, urgency);
+    return 0;
   });
 }
 

@@ -1,5 +1,6 @@
 #include "checksum_pool.hpp"
 
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -47,8 +48,11 @@ void ChecksumPool::run() noexcept {
     changed_.wait(lock, [this] { return stopped_ || !waiting_.empty(); });
     if (waiting_.empty()) return;
     {
-      const Block block = std::move(waiting_.front());
-      waiting_.pop_front();
+      const auto next = std::min_element(
+          waiting_.begin(), waiting_.end(),
+          [](const Block& left, const Block& right) { return left.urgency < right.urgency; });
+      const Block block = std::move(*next);
+      waiting_.erase(next);
       lock.unlock();
       block.compute_checksum();
       queue_.end(block, {});

@@ -15,6 +15,9 @@ constexpr std::uint64_t kBlockAlignment = 4096;
 constexpr std::uint64_t kMaxBlockBytes = std::uint64_t{1} << 30;
 constexpr std::uint32_t kMaxCount = 4096;
 constexpr std::uint64_t kCopyAlignment = 4096;
+// Blocks of bulk that keep a disk busy: with 8 MiB each, tools/bench/io.py reaches the throughput
+// of 16, and tools/bench/urgent.py shows what an urgent read waits behind them.
+constexpr std::uint32_t kBulkDepth = 4;
 
 void check(const EngineOptions& options) {
   const auto in_range = [](std::uint32_t count) { return count >= 1 && count <= kMaxCount; };
@@ -62,6 +65,7 @@ void Engine::make_first_backend() {
 }
 
 void Engine::make_backend(const std::string& name) {
+  limit_bulk(name == "threads" ? options_.threads : options_.queue_depth);
   if (name == "threads") {
     workers_ = std::make_unique<WorkerPool>(files_, fault_, options_.threads);
   } else {
@@ -73,23 +77,37 @@ void Engine::make_backend(const std::string& name) {
 
 bool Engine::is_child() const { return ::getpid() != pid_; }
 
-std::shared_ptr<Request> Engine::start(RequestSpec spec) {
+// Of `num_slots` that can be in flight one is kept free of bulk, if bulk does not need them all.
+void Engine::limit_bulk(std::uint32_t num_slots) {
+  const std::uint32_t depth = options_.bulk_depth != 0 ? options_.bulk_depth : kBulkDepth;
+  const std::uint32_t num_blocks = depth < num_slots ? num_slots - 1 : num_slots;
+  files_.limit_bulk(num_blocks, depth * options_.block_bytes);
+}
+
+RequestQueue& Engine::queue_of(const Request& request) {
+  return request.spec.operation == Operation::kCopy ? copies_ : files_;
+}
+
+std::shared_ptr<Request> Engine::start(RequestSpec spec, std::uint64_t urgency) {
   spec.block_bytes = options_.block_bytes;
-  auto request = std::make_shared<Request>(spec);
+  auto request = std::make_shared<Request>(spec, urgency);
   return files_.push(request) ? request : nullptr;
 }
 
-std::shared_ptr<Request> Engine::start_copy(RequestSpec spec) {
-  // One part per thread.
+std::shared_ptr<Request> Engine::start_copy(RequestSpec spec, std::uint64_t urgency) {
+  // One part per thread, or more so that none is longer than a block.
   const std::uint64_t part = spec.nbytes / options_.copy_threads + kCopyAlignment;
-  spec.block_bytes = part - part % kCopyAlignment;
-  auto request = std::make_shared<Request>(spec);
+  spec.block_bytes = std::min(part - part % kCopyAlignment, options_.block_bytes);
+  auto request = std::make_shared<Request>(spec, urgency);
   return copies_.push(request) ? request : nullptr;
 }
 
+void Engine::expedite(Request& request, std::uint64_t urgency) {
+  queue_of(request).expedite(request, urgency);
+}
+
 bool Engine::wait(Request& request, std::optional<Clock::time_point> until) {
-  RequestQueue& queue = request.spec.operation == Operation::kCopy ? copies_ : files_;
-  return queue.wait(request, until);
+  return queue_of(request).wait(request, until);
 }
 
 int Engine::fsync(int fd) {

@@ -18,6 +18,7 @@ struct EngineOptions {
   std::uint32_t threads = 0;
   std::uint32_t copy_threads = 0;
   std::uint64_t block_bytes = 0;
+  std::uint32_t bulk_depth = 0;  // 0 = kBulkDepth
   std::string fault;
 };
 
@@ -31,8 +32,9 @@ class Engine {
   bool is_closed() const { return is_closed_; }
 
   // Fills block_bytes in; nothing after close(). Throws std::bad_alloc.
-  std::shared_ptr<Request> start(RequestSpec spec);
-  std::shared_ptr<Request> start_copy(RequestSpec spec);
+  std::shared_ptr<Request> start(RequestSpec spec, std::uint64_t urgency);
+  std::shared_ptr<Request> start_copy(RequestSpec spec, std::uint64_t urgency);
+  void expedite(Request& request, std::uint64_t urgency);
   bool wait(Request& request, std::optional<Clock::time_point> until);
   int fsync(int fd);
   std::array<LaneClock, 4> lanes();
@@ -45,6 +47,8 @@ class Engine {
  private:
   void make_first_backend();  // that works
   void make_backend(const std::string& name);
+  void limit_bulk(std::uint32_t num_slots);
+  RequestQueue& queue_of(const Request& request);
 
   const pid_t pid_;
   const EngineOptions options_;

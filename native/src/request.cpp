@@ -17,7 +17,8 @@ std::uint64_t ceil_div(std::uint64_t a, std::uint64_t b) { return (a + b - 1) / 
 
 }  // namespace
 
-Request::Request(const RequestSpec& request_spec) : spec(request_spec) {
+Request::Request(const RequestSpec& request_spec, std::uint64_t request_urgency)
+    : spec(request_spec), urgency(request_urgency) {
   const std::uint64_t end = spec.offset + spec.nbytes;
   const std::uint64_t middle = ceil_div(spec.offset, spec.alignment) * spec.alignment;
   const std::uint64_t middle_end = end / spec.alignment * spec.alignment;

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "fault.hpp"
+#include "offload_native.h"
 
 namespace offload {
 
@@ -55,7 +56,7 @@ struct Extent {
 
 class Request {
  public:
-  explicit Request(const RequestSpec& spec);
+  Request(const RequestSpec& spec, std::uint64_t urgency);
 
   const RequestSpec spec;
   std::uint64_t num_blocks() const { return checksums.size(); }
@@ -67,7 +68,12 @@ class Request {
   // One per block; each is written by the one thread that works on the block.
   std::vector<std::uint32_t> checksums;
 
+  std::uint64_t urgency_class() const { return urgency >> OFFLOAD_URGENCY_CLASS_SHIFT; }
+  bool is_bulk() const { return urgency >= OFFLOAD_URGENCY_BULK; }
+
   // Guarded by the queue's mutex.
+  std::uint64_t urgency;        // the lower, the sooner; only ever lowered
+  std::uint64_t sequence = 0;   // the order of the pushes
   std::uint64_t num_taken = 0;  // blocks
   std::uint64_t num_open = 0;   // pieces of work (I/O or checksum of a block) that have not ended
   Outcome outcome;
@@ -86,6 +92,7 @@ class Request {
 struct Block {
   std::shared_ptr<Request> request;
   std::uint64_t index = 0;
+  std::uint64_t urgency = 0;  // of the request when it was taken
   Extent extent;
   std::uint64_t num_done = 0;  // bytes
   unsigned num_retries = 0;    // since the last progress

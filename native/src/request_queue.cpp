@@ -4,7 +4,12 @@
 
 namespace offload {
 
-bool RequestQueue::push(std::shared_ptr<Request> request) {
+void RequestQueue::limit_bulk(std::uint64_t num_blocks, std::uint64_t nbytes) {
+  max_bulk_blocks_ = num_blocks;
+  max_bulk_bytes_ = nbytes;
+}
+
+bool RequestQueue::push(const std::shared_ptr<Request>& request) {
   const std::lock_guard lock(mutex_);
   if (stopped_) return false;
   if (request->num_blocks() == 0) {
@@ -12,9 +17,21 @@ bool RequestQueue::push(std::shared_ptr<Request> request) {
     request->ended.store(true, std::memory_order_release);
     return true;
   }
-  const bool several = request->num_blocks() > 1;
-  waiting_[request->spec.lane].push_back(std::move(request));
+  request->sequence = next_sequence_++;
+  waiting_[request->spec.lane].add(request);
   ++num_requests_;
+  tell(request->num_blocks() > 1);
+  return true;
+}
+
+void RequestQueue::expedite(Request& request, std::uint64_t urgency) {
+  const std::lock_guard lock(mutex_);
+  if (urgency >= request.urgency) return;
+  waiting_[request.spec.lane].set_urgency(request, urgency);
+  if (has_waiting()) tell(true);
+}
+
+void RequestQueue::tell(bool several) {
   if (listener_ != nullptr) {
     listener_->on_push();
   } else if (several) {
@@ -22,29 +39,59 @@ bool RequestQueue::push(std::shared_ptr<Request> request) {
   } else {
     pushed_.notify_one();
   }
-  return true;
 }
 
 bool RequestQueue::is_exhausted(const Request& request) {
   return request.num_taken == request.num_blocks() || request.outcome.error != 0;
 }
 
-std::optional<Block> RequestQueue::take_locked() {
-  for (int tries = 0; tries < 2; ++tries) {
-    auto& lane = waiting_[turn_];
-    turn_ ^= 1;
-    if (lane.empty()) continue;
-    Block block;
-    block.request = lane.front();
-    Request& request = *block.request;
-    block.index = request.num_taken++;
-    block.extent = request.extent(block.index);
-    ++request.num_open;
-    lanes_[request.spec.lane].begin();
-    if (is_exhausted(request)) lane.pop_front();
-    return block;
+const std::shared_ptr<Request>& RequestQueue::oldest() const {
+  if (waiting_[0].empty()) return waiting_[1].oldest();
+  if (waiting_[1].empty()) return waiting_[0].oldest();
+  const auto &first = waiting_[0].oldest(), &second = waiting_[1].oldest();
+  return first->sequence < second->sequence ? first : second;
+}
+
+// The request whose block is next; nothing if none may start now.
+std::shared_ptr<Request> RequestQueue::choose() const {
+  if (!has_waiting()) return nullptr;
+  if (num_passed_ >= kMaxPassed) return oldest();
+  const Request* chosen = nullptr;
+  for (const unsigned lane : {turn_, turn_ ^ 1}) {
+    if (waiting_[lane].empty()) continue;
+    const Request* first = waiting_[lane].most_urgent().get();
+    if (chosen == nullptr || first->urgency_class() < chosen->urgency_class()) chosen = first;
   }
-  return std::nullopt;
+  return may_start(*chosen) ? waiting_[chosen->spec.lane].most_urgent() : nullptr;
+}
+
+bool RequestQueue::may_start(const Request& request) const {
+  if (!request.is_bulk() || num_blocks_in_flight_ == 0) return true;
+  const std::uint64_t nbytes = request.extent(request.num_taken).nbytes;
+  return num_blocks_in_flight_ < max_bulk_blocks_ &&
+         num_bytes_in_flight_ + nbytes <= max_bulk_bytes_;
+}
+
+std::optional<Block> RequestQueue::take_locked() {
+  Block block;
+  block.request = choose();
+  if (block.request == nullptr) return std::nullopt;
+  Request& request = *block.request;
+  if (const Request& first = *oldest(); &first == &request) {
+    num_passed_ = 0;
+  } else if (request.urgency < first.urgency) {
+    ++num_passed_;
+  }
+  turn_ = request.spec.lane ^ 1;
+  block.urgency = request.urgency;
+  block.index = request.num_taken++;
+  block.extent = request.extent(block.index);
+  ++request.num_open;
+  ++num_blocks_in_flight_;
+  num_bytes_in_flight_ += block.extent.nbytes;
+  lanes_[request.spec.lane].begin();
+  if (is_exhausted(request)) waiting_[request.spec.lane].remove(request);
+  return block;
 }
 
 std::optional<Block> RequestQueue::try_take() {
@@ -56,7 +103,7 @@ std::optional<Block> RequestQueue::take() {
   std::unique_lock lock(mutex_);
   for (;;) {
     if (auto block = take_locked()) return block;
-    if (stopped_) return std::nullopt;
+    if (stopped_ && !has_waiting()) return std::nullopt;
     pushed_.wait(lock);
   }
 }
@@ -64,6 +111,10 @@ std::optional<Block> RequestQueue::take() {
 void RequestQueue::end_transfer(const Block& block, bool well) {
   const std::lock_guard lock(mutex_);
   lanes_[block.request->spec.lane].end(well ? block.extent.nbytes : 0);
+  --num_blocks_in_flight_;
+  num_bytes_in_flight_ -= block.extent.nbytes;
+  // There may be room for bulk. The listener looks by itself: it is who calls this.
+  if (listener_ == nullptr && has_waiting()) pushed_.notify_one();
 }
 
 void RequestQueue::open_piece(const Block& block) {
@@ -78,7 +129,7 @@ void RequestQueue::end(const Block& block, const Outcome& outcome) {
   if (outcome.error != 0 && request.outcome.error == 0) {
     request.outcome = outcome;
     // The blocks that were not taken never will be.
-    std::erase(waiting_[request.spec.lane], block.request);
+    waiting_[request.spec.lane].remove(request);
   }
   settle_if_ended(request);
 }
@@ -111,9 +162,9 @@ bool RequestQueue::stop(std::optional<Clock::time_point> until) {
   return true;
 }
 
-bool RequestQueue::has_waiting() {
+bool RequestQueue::can_take() {
   const std::lock_guard lock(mutex_);
-  return !waiting_[0].empty() || !waiting_[1].empty();
+  return choose() != nullptr;
 }
 
 std::array<LaneClock, 2> RequestQueue::lanes() {

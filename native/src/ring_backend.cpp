@@ -163,7 +163,7 @@ void RingBackend::wait_for_work(bool is_left) noexcept {
   if (!free_slots_.empty()) {
     // First the wish, then the look: a push after the look sees the wish.
     wants_wake_.store(true);
-    if (queue_.has_waiting()) {
+    if (queue_.can_take()) {
       wants_wake_.store(false);
       return;
     }

@@ -33,8 +33,10 @@ std::vector<std::string> working_backends() {
 class Engine {
  public:
   explicit Engine(const std::string& backend, const char* fault = nullptr,
-                  std::uint32_t queue_depth = 8) {
-    const offload_options options{backend.c_str(), queue_depth, 2, 2, 0, kBlockBytes, fault};
+                  std::uint32_t queue_depth = 8, std::uint32_t threads = 2,
+                  std::uint32_t bulk_depth = 0) {
+    const offload_options options{backend.c_str(), queue_depth, threads, 2,
+                                  bulk_depth,      kBlockBytes, fault};
     char text[200] = "";
     if (const int error = offload_engine_create(&options, &engine_, text, sizeof text)) {
       throw std::runtime_error(backend + ": " + std::to_string(error) + " " + text);
@@ -100,10 +102,13 @@ class Memory {
 class Ticket {
  public:
   Ticket(const Engine& engine, int operation, const File& file, std::uint64_t offset, void* address,
-         std::uint64_t nbytes) {
+         std::uint64_t nbytes, std::uint64_t urgency = OFFLOAD_URGENCY_BULK) {
     const offload_request request{operation, file.fd(), file.direct_fd(), 4096,   4096,   1,
                                   0,         0,         offset,           nbytes, address};
-    CHECK_EQUAL(offload_start(engine.get(), &request, &ticket_), 0);
+    CHECK_EQUAL(offload_start_urgent(engine.get(), &request, urgency, &ticket_), 0);
+  }
+  void expedite(std::uint64_t urgency) {
+    CHECK_EQUAL(offload_ticket_expedite(ticket_, urgency), 0);
   }
   ~Ticket() { offload_ticket_free(ticket_); }
   Ticket(const Ticket&) = delete;
@@ -346,6 +351,132 @@ TEST(registered_memory_gives_the_same_bytes) {
     CHECK_EQUAL(offload_unregister(engine.get(), target.data()), error == 0 ? 0 : ENOENT);
     CHECK_EQUAL(Ticket(engine, OFFLOAD_READ, file, 0, target.data(), kBlockBytes).wait().error, 0);
   }
+}
+
+// What is written last at a place stays there, and what is read tells what was written before: so
+// the order shows without a clock. The first write is long enough in flight for all to be queued.
+TEST(urgent_requests_pass_bulk_ones_of_both_lanes) {
+  for (const auto& backend : working_backends()) {
+    const Engine engine(backend, "op=write,nth=1,delay=300", 1, 1);
+    const File file;
+    CHECK_EQUAL(::ftruncate(file.fd(), 8 * kBlockBytes), 0);
+    const Memory first(kBlockBytes, 1), bulk(2 * kBlockBytes, 2), urgent(2 * kBlockBytes, 3),
+        raised(kBlockBytes, 4), seen(2 * kBlockBytes), left(4 * kBlockBytes);
+    Ticket holds(engine, OFFLOAD_WRITE, file, 7 * kBlockBytes, first.data(), kBlockBytes);
+    Ticket bulk_write(engine, OFFLOAD_WRITE, file, 0, bulk.data(), 2 * kBlockBytes);
+    Ticket bulk_read(engine, OFFLOAD_READ, file, 2 * kBlockBytes, seen.data(), 2 * kBlockBytes);
+    Ticket passes_write(engine, OFFLOAD_WRITE, file, 0, urgent.data(), kBlockBytes, 0);
+    Ticket passes_read(engine, OFFLOAD_WRITE, file, 2 * kBlockBytes, urgent.data() + kBlockBytes,
+                       kBlockBytes, 0);
+    Ticket is_raised(engine, OFFLOAD_WRITE, file, 3 * kBlockBytes, raised.data(), kBlockBytes);
+    is_raised.expedite(0);
+    for (Ticket* ticket :
+         {&holds, &bulk_write, &bulk_read, &passes_write, &passes_read, &is_raised}) {
+      CHECK_EQUAL(ticket->wait().error, 0);
+    }
+    CHECK(std::memcmp(seen.data(), urgent.data() + kBlockBytes, kBlockBytes) == 0);
+    CHECK(std::memcmp(seen.data() + kBlockBytes, raised.data(), kBlockBytes) == 0);
+    Ticket(engine, OFFLOAD_READ, file, 0, left.data(), 4 * kBlockBytes).wait();
+    CHECK(std::memcmp(left.data(), bulk.data(), 2 * kBlockBytes) == 0);
+  }
+}
+
+TEST(urgent_request_does_not_wait_for_the_bulk_that_the_disk_has) {
+  for (const auto& backend : working_backends()) {
+    const Engine engine(backend, "op=write,nth=1,delay=1500", 8, 2, 1);
+    const File file;
+    CHECK_EQUAL(::ftruncate(file.fd(), 8 * kBlockBytes), 0);
+    const Memory memory(4 * kBlockBytes, 1), target(kBlockBytes);
+    Ticket bulk(engine, OFFLOAD_WRITE, file, 0, memory.data(), 4 * kBlockBytes);
+    Ticket urgent(engine, OFFLOAD_READ, file, 4 * kBlockBytes, target.data(), kBlockBytes, 0);
+    CHECK_EQUAL(urgent.wait().error, 0);
+    CHECK(!bulk.done());
+    offload_lane_report lanes[OFFLOAD_NUM_LANES];
+    CHECK_EQUAL(offload_lanes(engine.get(), lanes), 0);
+    CHECK_EQUAL(lanes[1].nbytes, 0u);  // its other blocks are held back
+    CHECK_EQUAL(bulk.wait().error, 0);
+  }
+}
+
+TEST(bulk_ends_while_urgent_requests_go_on_and_fail) {
+  for (const auto& backend : working_backends()) {
+    const Engine engine(backend, "op=read,nth=5,count=0,errno=5", 2, 1, 1);
+    const File file;
+    CHECK_EQUAL(::ftruncate(file.fd(), 8 * kBlockBytes), 0);
+    const Memory memory(8 * kBlockBytes, 1), target(4 * kBlockBytes);
+    Ticket bulk(engine, OFFLOAD_WRITE, file, 0, memory.data(), 8 * kBlockBytes);
+    int num_failed = 0;
+    std::vector<std::unique_ptr<Ticket>> urgent;
+    const auto start_urgent = [&] {
+      urgent.push_back(std::make_unique<Ticket>(engine, OFFLOAD_READ, file, 0, target.data(),
+                                                4 * kBlockBytes, 0));
+    };
+    for (int i = 0; i < 16; ++i) start_urgent();
+    while (!bulk.done()) {
+      num_failed += urgent.front()->wait().error == EIO;
+      urgent.erase(urgent.begin());
+      start_urgent();
+    }
+    CHECK_EQUAL(bulk.wait().error, 0);
+    for (auto& ticket : urgent) num_failed += ticket->wait().error == EIO;
+    CHECK(num_failed > 0);
+  }
+}
+
+TEST(requests_of_every_urgency_from_many_threads_with_faults) {
+  constexpr int kThreads = 4, kRequests = 40;
+  constexpr std::uint64_t kBytes = 2 * kBlockBytes;
+  for (const auto& backend : working_backends()) {
+    const Engine engine(backend, "nth=9,count=5,errno=4;nth=31,count=4,short=4096;nth=55,delay=20",
+                        4, 2, 2);
+    const File file;
+    const Memory source(kThreads * kRequests * kBytes, 5), target(kThreads * kRequests * kBytes);
+    std::atomic<int> num_bad{0};
+    const auto work = [&](int thread) {
+      std::mt19937 random(static_cast<unsigned>(thread) + 1);
+      for (const int operation : {OFFLOAD_WRITE, OFFLOAD_READ}) {
+        std::vector<std::unique_ptr<Ticket>> tickets;
+        for (int i = 0; i < kRequests; ++i) {
+          const auto at = static_cast<std::uint64_t>(thread * kRequests + i) * kBytes;
+          const auto& memory = operation == OFFLOAD_WRITE ? source : target;
+          const auto urgency = std::uint64_t{random() % 4} << OFFLOAD_URGENCY_CLASS_SHIFT;
+          tickets.push_back(std::make_unique<Ticket>(engine, operation, file, at,
+                                                     memory.data() + at, kBytes, urgency));
+          tickets[random() % tickets.size()]->expedite(random() % 100);
+        }
+        for (auto& ticket : tickets) num_bad += ticket->wait().error != 0;
+      }
+    };
+    std::vector<std::thread> threads;
+    for (int i = 0; i < kThreads; ++i) threads.emplace_back(work, i);
+    for (auto& thread : threads) thread.join();
+    CHECK_EQUAL(num_bad.load(), 0);
+    CHECK(std::memcmp(source.data(), target.data(), kThreads * kRequests * kBytes) == 0);
+  }
+}
+
+TEST(urgent_copy_passes_between_the_blocks_of_a_bulk_one) {
+  const offload_options options{"threads", 8, 1, 1, 0, kBlockBytes, "op=copy,nth=1,delay=300"};
+  offload_engine* engine = nullptr;
+  CHECK_EQUAL(offload_engine_create(&options, &engine, nullptr, 0), 0);
+  const Memory bulk(4 * kBlockBytes, 1), urgent(kBlockBytes, 2), target(4 * kBlockBytes);
+  offload_ticket *first = nullptr, *second = nullptr;
+  CHECK_EQUAL(
+      offload_start_copy(engine, OFFLOAD_D2H, target.data(), bulk.data(), 4 * kBlockBytes, &first),
+      0);
+  CHECK_EQUAL(offload_start_copy_urgent(engine, OFFLOAD_H2D, target.data() + 3 * kBlockBytes,
+                                        urgent.data(), kBlockBytes, 0, &second),
+              0);
+  offload_outcome outcome{};
+  for (offload_ticket* ticket : {first, second}) {
+    CHECK_EQUAL(offload_ticket_wait(ticket, 20 * kSecond, &outcome), 0);
+    CHECK_EQUAL(outcome.error, 0);
+    offload_ticket_free(ticket);
+  }
+  CHECK_EQUAL(offload_engine_close(engine, 10 * kSecond), 0);
+  offload_engine_free(engine);
+  // The last block of the bulk copy was copied after the urgent one to the same place.
+  CHECK(std::memcmp(target.data(), bulk.data(), 4 * kBlockBytes) == 0);
 }
 
 TEST(child_of_a_fork_does_nothing) {

@@ -22,7 +22,7 @@ offload::RequestSpec make_spec(std::uint64_t offset, std::uint64_t nbytes, std::
 
 offload::Block make_block(const offload::RequestSpec& spec) {
   offload::Block block;
-  block.request = std::make_shared<offload::Request>(spec);
+  block.request = std::make_shared<offload::Request>(spec, 0);
   block.extent = block.request->extent(0);
   return block;
 }
@@ -35,7 +35,7 @@ TEST(request_is_cut_without_gap_or_overlap) {
     for (std::uint64_t nbytes : {0u, 1u, 100u, 4095u, 4096u, 8191u, 8192u, 20'000u, 40'960u}) {
       for (std::uintptr_t shift : {0u, 1u, 512u}) {
         const std::uintptr_t address = 0x100000 + shift + offset % kPage;
-        const offload::Request request(make_spec(offset, nbytes, address));
+        const offload::Request request(make_spec(offset, nbytes, address), 0);
         std::uint64_t at = 0;
         for (std::uint64_t i = 0; i < request.num_blocks(); ++i) {
           const offload::Extent extent = request.extent(i);

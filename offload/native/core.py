@@ -14,6 +14,16 @@ CopyLane = Literal["h2d", "d2h"]
 FILE_LANES = ("nvme_read", "nvme_write")
 LANES = (*FILE_LANES, "h2d", "d2h")
 
+# How urgent a request is: the lower, the sooner. The class stands in the upper 8 of 64 bits, the
+# place in the class in the others; see OFFLOAD_URGENCY_BULK in native/include/offload_native.h.
+URGENCY_CLASS_SHIFT = 56
+BULK_URGENCY: int = 2 << URGENCY_CLASS_SHIFT
+
+
+def urgency_class(urgency: int) -> int:
+    """The class of an urgency; those from that of BULK_URGENCY on are bulk."""
+    return urgency >> URGENCY_CLASS_SHIFT
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -28,6 +38,7 @@ class Request:
     address: int
     nbytes: int
     checksum_seed: int | None
+    urgency: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,7 @@ class CopyRequest:
     dst_address: int
     src_address: int
     nbytes: int
+    urgency: int
 
 
 class Outcome(NamedTuple):
@@ -61,6 +73,7 @@ class CoreSettings:
     threads: int
     block_bytes: int
     copy_threads: int
+    bulk_depth: int
     fault: str | None
 
 
@@ -74,6 +87,9 @@ class Core(Protocol):
 
     def start_copy(self, request: CopyRequest) -> object:
         """Take the copy; return its handle. Raises OSError."""
+
+    def expedite(self, handle: object, urgency: int) -> None:
+        """Make the blocks that have not been taken at least so urgent; never raises."""
 
     def done(self, handle: object) -> bool:
         """Whether the request has ended; never blocks."""

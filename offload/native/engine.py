@@ -33,7 +33,15 @@ from offload.errors import (
     UnsupportedPlatformError,
 )
 from offload.native import library
-from offload.native.core import CopyLane, CopyRequest, Core, CoreSettings, Outcome, Request
+from offload.native.core import (
+    BULK_URGENCY,
+    CopyLane,
+    CopyRequest,
+    Core,
+    CoreSettings,
+    Outcome,
+    Request,
+)
 from offload.native.fault_spec import FaultSpec
 from offload.native.files import Descriptors, IoFile
 
@@ -76,6 +84,14 @@ class Ticket:
     def done(self) -> bool:
         """Whether the request has ended, well or not; never blocks or raises."""
         return self._outcome is not None or self._engine._is_done(self._entry)
+
+    def expedite(self, urgency: int) -> None:
+        """Make what has not been given to the disk yet at least so urgent; never blocks or raises.
+
+        `urgency` as in `IoEngine.start_read`. Nothing happens in a forked child.
+        """
+        if self._outcome is None:
+            self._engine._expedite(self._entry, urgency)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end; return the bytes' CRC32C, continued from the seed (0: none asked).
@@ -153,8 +169,10 @@ class IoEngine:
     `backend` is the one chosen. A request is cut in blocks of `block_bytes`, of which `queue_depth`
     are in flight at once; the defaults were measured with tools/bench/io.py. `threads` do the
     system calls (backends threads and python) or the checksums (the others), `copy_threads` the
-    memory copies. Requests are started in order, reads and writes taking turns; they end in any
-    order. `fault` is the hook of tests, see [Note: fault specification].
+    memory copies. Blocks are started in the order of their requests' urgency, of equals in that of
+    their start, reads and writes taking turns; they end in any order. Of bulk at most `bulk_depth`
+    blocks are started at once, see [Note: order] in native/src/request_queue.hpp. `fault` is the
+    hook of tests, see [Note: fault specification].
 
     Raises:
         ConfigError: a setting is out of range, or `fault` cannot be read.
@@ -171,9 +189,12 @@ class IoEngine:
         threads: int = 4,
         block_bytes: int = 8 << 20,
         copy_threads: int = 1,
+        bulk_depth: int = 4,
         fault: str | None = None,
     ) -> None:
-        settings = CoreSettings(backend, queue_depth, threads, block_bytes, copy_threads, fault)
+        settings = CoreSettings(
+            backend, queue_depth, threads, block_bytes, copy_threads, bulk_depth, fault
+        )
         _check(settings)
         self._pid = os.getpid()
         self._closed = False
@@ -221,14 +242,17 @@ class IoEngine:
         nbytes: int,
         *,
         checksum_seed: int | None = None,
+        urgency: int = BULK_URGENCY,
     ) -> Ticket:
         """Start to read exactly `nbytes` bytes; any alignment works, multiples of 4096 are fast.
+
+        `urgency`: the lower, the sooner; the upper 8 of its 64 bits are its class.
 
         Raises:
             StorageError: the request is not possible (EINVAL); nothing was started.
             EngineStateError: the engine or the file is closed, or belongs to the parent process.
         """
-        return self._start("read", file, offset, address, nbytes, checksum_seed)
+        return self._start("read", file, offset, address, nbytes, checksum_seed, urgency)
 
     def start_write(
         self,
@@ -238,16 +262,23 @@ class IoEngine:
         nbytes: int,
         *,
         checksum_seed: int | None = None,
+        urgency: int = BULK_URGENCY,
     ) -> Ticket:
         """Start to write `nbytes` bytes; durable only after `fsync`. Raises as `start_read`."""
-        return self._start("write", file, offset, address, nbytes, checksum_seed)
+        return self._start("write", file, offset, address, nbytes, checksum_seed, urgency)
 
     def start_copy(
-        self, dst_address: int, src_address: int, nbytes: int, *, lane: CopyLane
+        self,
+        dst_address: int,
+        src_address: int,
+        nbytes: int,
+        *,
+        lane: CopyLane,
+        urgency: int = BULK_URGENCY,
     ) -> Ticket:
         """Start to copy memory that does not overlap. Raises as `start_read`."""
         core = self._living_core()
-        request = CopyRequest(lane, dst_address, src_address, nbytes)
+        request = CopyRequest(lane, dst_address, src_address, nbytes, urgency)
         if lane not in ("h2d", "d2h") or not 0 <= nbytes < _ADDRESS_LIMIT:
             raise StorageError(
                 operation=f"copy {lane}", path="memory", nbytes=nbytes, errno=errno_codes.EINVAL
@@ -297,6 +328,7 @@ class IoEngine:
         address: int,
         nbytes: int,
         checksum_seed: int | None,
+        urgency: int,
     ) -> Ticket:
         core = self._living_core()
         self._sweep_orphans()
@@ -311,6 +343,7 @@ class IoEngine:
             address,
             nbytes,
             checksum_seed,
+            urgency,
         )
         if min(offset, nbytes) < 0 or offset + nbytes >= _ADDRESS_LIMIT or address <= 0:
             raise StorageError(
@@ -338,6 +371,10 @@ class IoEngine:
 
     def _is_done(self, entry: _Entry) -> bool:
         return self._pid == os.getpid() and self._core.done(entry.handle)
+
+    def _expedite(self, entry: _Entry, urgency: int) -> None:
+        if self._pid == os.getpid():
+            self._core.expedite(entry.handle, urgency)
 
     def _wait(self, entry: _Entry, timeout: float) -> Outcome | None:
         self._check_process()
@@ -381,7 +418,7 @@ def _check(settings: CoreSettings) -> None:
     problems = []
     if settings.backend not in ("auto", *BACKENDS):
         problems.append(f"backend {settings.backend!r} is none of auto, {', '.join(BACKENDS)}")
-    for name in ("queue_depth", "threads", "copy_threads"):
+    for name in ("queue_depth", "threads", "copy_threads", "bulk_depth"):
         value = getattr(settings, name)
         if not 1 <= value <= _MAX_COUNT:
             problems.append(f"{name} is {value}, not between 1 and {_MAX_COUNT}")

@@ -1,6 +1,6 @@
 """The core in Python: threads that call preadv and pwritev. Same results as the library, slower.
 
-Used where the native library was not built. Blocks are taken in the order of their requests; a
+Used where the native library was not built. Blocks are taken in the order of `RequestOrder`; a
 request ends when its last block has.
 """
 
@@ -12,12 +12,12 @@ import itertools
 import os
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
 from offload.native.checksums import crc32c_combine_python, crc32c_python
 from offload.native.core import LANES, CopyRequest, CoreSettings, Outcome, Request
 from offload.native.fault_spec import FaultAction, FaultSpec
+from offload.native.request_order import RequestOrder
 
 _RETRIED = (errno_codes.EINTR, errno_codes.EAGAIN)
 _MAX_RETRIES = 200  # without progress, 1 ms apart
@@ -45,6 +45,7 @@ class _Task:
 
     request: Request | CopyRequest
     blocks: list[tuple[int, int, bool]]  # (start, nbytes, direct)
+    urgency: int
     checksums: list[int] = field(default_factory=list)
     num_taken: int = 0
     num_open: int = 0  # taken and not ended
@@ -57,6 +58,15 @@ class _Task:
     @property
     def exhausted(self) -> bool:
         return self.errno != 0 or self.num_taken == len(self.blocks)
+
+    @property
+    def lane(self) -> str:
+        request = self.request
+        return f"nvme_{request.operation}" if isinstance(request, Request) else request.lane
+
+    @property
+    def next_nbytes(self) -> int:
+        return self.blocks[self.num_taken][1]
 
 
 class _LaneClock:
@@ -90,7 +100,14 @@ class PythonCore:
         self._block_bytes = settings.block_bytes
         self._fault = FaultSpec(settings.fault or "")
         self._changed = threading.Condition()
-        self._queues: dict[str, deque[_Task]] = {"file": deque(), "copy": deque()}
+        depth, threads = settings.bulk_depth, settings.threads
+        self._queues: dict[str, RequestOrder[_Task]] = {
+            "file": RequestOrder(
+                max_blocks=threads - 1 if depth < threads else threads,
+                max_bytes=depth * settings.block_bytes,
+            ),
+            "copy": RequestOrder(),
+        }
         self._lanes = {lane: _LaneClock() for lane in LANES}
         self._num_in_flight = 0
         self._closing = False
@@ -104,22 +121,31 @@ class PythonCore:
             thread.start()
 
     def start(self, request: Request) -> object:
-        return self._enqueue(_Task(request, _split(request, self._block_bytes)), "file")
+        return self._enqueue(
+            _Task(request, _split(request, self._block_bytes), request.urgency), "file"
+        )
 
     def start_copy(self, request: CopyRequest) -> object:
-        whole = [(0, request.nbytes, False)] if request.nbytes else []
-        return self._enqueue(_Task(request, whole), "copy")
+        starts = range(0, request.nbytes, self._block_bytes)
+        blocks = [(at, min(self._block_bytes, request.nbytes - at), False) for at in starts]
+        return self._enqueue(_Task(request, blocks, request.urgency), "copy")
 
     def _enqueue(self, task: _Task, kind: str) -> _Task:
         with self._changed:
             task.checksums = [0] * len(task.blocks)
             if task.blocks:
                 self._num_in_flight += 1
-                self._queues[kind].append(task)
+                self._queues[kind].add(task)
                 self._changed.notify_all()
             else:
                 _settle(task)
         return task
+
+    def expedite(self, handle: object, urgency: int) -> None:
+        assert isinstance(handle, _Task)
+        with self._changed:
+            handle.urgency = min(handle.urgency, urgency)
+            self._changed.notify_all()
 
     def done(self, handle: object) -> bool:
         assert isinstance(handle, _Task)
@@ -173,7 +199,7 @@ class PythonCore:
                     if request.checksum_seed is not None:
                         checksum = crc32c_python(request.address + block.start, block.nbytes)
                 else:
-                    _copy(request, action)
+                    _copy(request, block, action)
             except _ShortError:
                 error, short = errno_codes.EIO, True
             except OSError as failure:
@@ -186,44 +212,40 @@ class PythonCore:
         """Return the next block to work on, or None when the core closes."""
         queue = self._queues[kind]
         with self._changed:
-            while True:
-                while queue and queue[0].exhausted:
-                    queue.popleft()
-                if queue:
-                    break
+            while (task := queue.take()) is None:
                 if self._closing:
                     return None
                 self._changed.wait()
-            task = queue[0]
             index = task.num_taken
             task.num_taken += 1
             task.num_open += 1
-            self._lanes[_lane(task.request)].begin()
+            if task.exhausted:
+                queue.remove(task)
+            self._lanes[task.lane].begin()
             start, nbytes, direct = task.blocks[index]
             return _Block(task, index, start, nbytes, direct)
 
     def _end(self, block: _Block, error: int, checksum: int, *, short: bool) -> None:
         task = block.task
         with self._changed:
-            self._lanes[_lane(task.request)].end(0 if error else block.nbytes)
+            self._lanes[task.lane].end(0 if error else block.nbytes)
+            queue = self._queues["file" if isinstance(task.request, Request) else "copy"]
+            queue.end(block.nbytes)
             task.checksums[block.index] = checksum
             task.num_open -= 1
             if error and not task.errno:
                 task.errno, task.short = error, short
                 base = task.request.offset if isinstance(task.request, Request) else 0
                 task.error_offset = base + block.start
+                queue.remove(task)
             if task.num_open == 0 and task.exhausted:
                 _settle(task)
                 self._num_in_flight -= 1
-                self._changed.notify_all()
+            self._changed.notify_all()
 
 
 def _operation(request: Request | CopyRequest) -> str:
     return request.operation if isinstance(request, Request) else "copy"
-
-
-def _lane(request: Request | CopyRequest) -> str:
-    return f"nvme_{request.operation}" if isinstance(request, Request) else request.lane
 
 
 def _settle(task: _Task) -> None:
@@ -314,10 +336,11 @@ def _corrupt(request: Request, offset: int, address: int) -> None:
         os.pwrite(request.fd, bytes([byte.value ^ 0xFF]), offset)
 
 
-def _copy(request: CopyRequest, action: FaultAction | None) -> None:
+def _copy(request: CopyRequest, block: _Block, action: FaultAction | None) -> None:
     if action is not None and action.kind == "errno":
         raise OSError(action.value, os.strerror(action.value))
     if action is not None and action.kind == "delay":
         time.sleep(action.value / 1e3)
     if action is None or action.kind != "lost":
-        ctypes.memmove(request.dst_address, request.src_address, request.nbytes)
+        target, source = request.dst_address + block.start, request.src_address + block.start
+        ctypes.memmove(target, source, block.nbytes)

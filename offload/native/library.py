@@ -32,7 +32,7 @@ class _Options(ctypes.Structure):
         ("queue_depth", u32),
         ("threads", u32),
         ("copy_threads", u32),
-        ("reserved", u32),
+        ("bulk_depth", u32),
         ("block_bytes", u64),
         ("fault", c_char_p),
     )
@@ -77,8 +77,9 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {  # name: result, arguments
     "engine_free": (None, c_void_p),
     "register": (c_int, c_void_p, c_void_p, u64, c_char_p, c_size_t),
     "unregister": (c_int, c_void_p, c_void_p),
-    "start": (c_int, c_void_p, POINTER(_Request), POINTER(c_void_p)),
-    "start_copy": (c_int, c_void_p, c_int, c_void_p, c_void_p, u64, POINTER(c_void_p)),
+    "start_urgent": (c_int, c_void_p, POINTER(_Request), u64, POINTER(c_void_p)),
+    "start_copy_urgent": (c_int, c_void_p, c_int, c_void_p, c_void_p, u64, u64, POINTER(c_void_p)),
+    "ticket_expedite": (c_int, c_void_p, u64),
     "ticket_done": (c_int, c_void_p),
     "ticket_wait": (c_int, c_void_p, c_int64, POINTER(_Outcome)),
     "ticket_free": (None, c_void_p),
@@ -99,7 +100,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         for name, (result, *arguments) in _SIGNATURES.items():
             function = getattr(library, f"offload_{name}")
             function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
+    except AttributeError as error:
+        return None, f"the native library is older than this package: {error}"
+    except OSError as error:
         return None, f"the native library cannot be loaded: {error}"
     version = library.offload_abi_version()
     if version != _ABI_VERSION:
@@ -153,6 +156,7 @@ class NativeCore:
             queue_depth=settings.queue_depth,
             threads=settings.threads,
             copy_threads=settings.copy_threads,
+            bulk_depth=settings.bulk_depth,
             block_bytes=settings.block_bytes,
             fault=settings.fault.encode() if settings.fault else None,
         )
@@ -185,23 +189,29 @@ class NativeCore:
             address=request.address,
         )
         _check(
-            self._library.offload_start(self._engine, ctypes.byref(native), ctypes.byref(ticket))
+            self._library.offload_start_urgent(
+                self._engine, ctypes.byref(native), request.urgency, ctypes.byref(ticket)
+            )
         )
         return ticket
 
     def start_copy(self, request: CopyRequest) -> object:
         ticket = c_void_p()
         _check(
-            self._library.offload_start_copy(
+            self._library.offload_start_copy_urgent(
                 self._engine,
                 _COPY_LANES[request.lane],
                 request.dst_address,
                 request.src_address,
                 request.nbytes,
+                request.urgency,
                 ctypes.byref(ticket),
             )
         )
         return ticket
+
+    def expedite(self, handle: object, urgency: int) -> None:
+        self._library.offload_ticket_expedite(handle, urgency)
 
     def done(self, handle: object) -> bool:
         return bool(self._library.offload_ticket_done(handle))
