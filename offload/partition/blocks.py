@@ -33,7 +33,7 @@ from offload.partition.layout import Bucket, Field
 from offload.tiers.device import DeviceLease, DeviceTier
 from offload.tiers.host import HostArena, HostLease
 from offload.tiers.nvme import NvmeStore, Record
-from offload.tiers.transfer import CompletedTransfer, Transfer
+from offload.tiers.transfer import CompletedTransfer, Transfer, Urgency
 
 ZEROED_LANE = "cpu"
 
@@ -206,47 +206,59 @@ class BlockStore:
                 return None
             return Staged(lease.tensor, CompletedTransfer(ZEROED_LANE), lease)
 
-    def start_load(self, block: Block, chunk: int, *, wait: bool = True) -> Staged | None:
+    def start_load(
+        self, block: Block, chunk: int, *, wait: bool = True, urgency: int = Urgency.BULK
+    ) -> Staged | None:
         """Start to bring a chunk to where the CPU reaches it; None: there is no staging.
 
         A record that was never written reads as zeros. Wait for `Staged.transfer` before use.
+        A write of the chunk that is under way is made as urgent as the load, `urgency`.
 
         Raises:
             OffloadError: an earlier write of this very chunk failed.
         """
-        loaded = self.start_loads([block], chunk, wait=wait)
+        loaded = self.start_loads([block], chunk, wait=wait, urgency=urgency)
         return None if loaded is None else loaded[0]
 
     def start_loads(
-        self, blocks: Sequence[Block], chunk: int, *, wait: bool = True
+        self,
+        blocks: Sequence[Block],
+        chunk: int,
+        *,
+        wait: bool = True,
+        urgency: int = Urgency.BULK,
     ) -> list[Staged] | None:
         """`start_load` of one chunk of several blocks: all of them, or None and nothing is held."""
         with self._lock:
             held: list[Staged] = []
             try:
                 for block in blocks:
+                    if (writing := self._writing.get(self._key(block, chunk))) is not None:
+                        writing[0].expedite(urgency)
                     staged = self.stage(block, chunk, wait=wait)
                     if staged is None:
                         release_all(held)
                         return None
                     held.append(staged)
                 for block, staged in zip(blocks, held, strict=True):
-                    self._begin_load(block, chunk, staged)
+                    self._begin_load(block, chunk, staged, urgency)
             except OffloadError:
                 release_all(held, self.deadline_seconds)
                 raise
             return held
 
-    def _begin_load(self, block: Block, chunk: int, staged: Staged) -> None:
+    def _begin_load(self, block: Block, chunk: int, staged: Staged, urgency: int) -> None:
         if self.in_place(block):
             return
         if block.home == "device":
             staged.transfer = self.device.start_copy_out(staged.tensor, self._home(block, chunk))
+            staged.transfer.expedite(urgency)
         elif block.records[chunk].generation == 0 or self._key(block, chunk) in self._void:
             staged.tensor.zero_()
         else:
             assert self.nvme is not None
-            staged.transfer = self.nvme.start_read(block.records[chunk], staged.tensor)
+            record = block.records[chunk]
+            staged.transfer = self.nvme.start_read(record, staged.tensor, urgency=urgency)
 
     def start_store(self, block: Block, chunk: int, staged: Staged) -> None:
         """Start to bring a chunk home; the store owns `staged` from here on.

@@ -43,6 +43,7 @@ from offload.tiers.transfer import (
     Ticket,
     TicketTransfer,
     Transfer,
+    Urgency,
     wait_all,
 )
 
@@ -152,8 +153,10 @@ class NvmeStore:
                 self.used_bytes += needed.total()
         return records
 
-    def start_read(self, record: Record, tensor: torch.Tensor) -> Transfer:
-        """Start to read the last committed version into `tensor`.
+    def start_read(
+        self, record: Record, tensor: torch.Tensor, *, urgency: int = Urgency.BULK
+    ) -> Transfer:
+        """Start to read the last committed version into `tensor`; see [Note: urgency].
 
         `tensor` is uint8, 1-D, on the host, of `record.nbytes` or `record.extent_bytes`; the first
         `record.nbytes` are filled. `wait()` raises ChecksumError if they are not what was written;
@@ -172,12 +175,16 @@ class NvmeStore:
                     f"read of {record.name} in {record.path}, which was never written",
                     expected="a write that has settled",
                 )
-            transfer = self._start(record, "read", extent, record.generation, tensor, address)
+            transfer = self._start(
+                record, "read", extent, record.generation, tensor, address, urgency
+            )
             transfer.expected = record.checksum
             self._pools[extent.nbytes].begin_read(extent)
         return transfer
 
-    def start_write(self, record: Record, tensor: torch.Tensor) -> Transfer:
+    def start_write(
+        self, record: Record, tensor: torch.Tensor, *, urgency: int = Urgency.BULK
+    ) -> Transfer:
         """Start to write `tensor` as the next version; `wait()` commits it.
 
         `tensor` as in `start_read`; it must not change before the transfer has settled. If that
@@ -199,7 +206,13 @@ class NvmeStore:
                 if blocker is None and (extent := pool.take(record.home)) is not None:
                     try:
                         record.pending = self._start(
-                            record, "write", extent, record.generation + 1, tensor, address
+                            record,
+                            "write",
+                            extent,
+                            record.generation + 1,
+                            tensor,
+                            address,
+                            urgency,
                         )
                     except BaseException:
                         pool.put_back(extent)
@@ -276,6 +289,7 @@ class NvmeStore:
         generation: int,
         tensor: torch.Tensor,
         address: int,
+        urgency: int,
     ) -> StoreTransfer:
         """Queue one request, under the lock.
 
@@ -288,11 +302,13 @@ class NvmeStore:
             seed = checksum_seed(self._salts[extent.file], extent.offset, generation)
         start = self._io.start_read if operation == "read" else self._io.start_write
         try:
-            ticket = start(file, extent.offset, address, record.nbytes, checksum_seed=seed)
+            ticket = start(
+                file, extent.offset, address, record.nbytes, checksum_seed=seed, urgency=urgency
+            )
         except StorageError as error:
             raise named_error(error, record, operation, extent, file.path) from error
         transfer = StoreTransfer(
-            ticket, self, record, operation, extent, tensor, self._deadline_seconds
+            ticket, self, record, operation, extent, tensor, self._deadline_seconds, urgency
         )
         self._in_flight[extent.nbytes][transfer] = None
         return transfer
@@ -394,6 +410,7 @@ class StoreTransfer(TicketTransfer):
         extent: Extent,
         tensor: torch.Tensor,
         deadline_seconds: float,
+        urgency: int,
     ) -> None:
         super().__init__(
             ticket,
@@ -402,6 +419,7 @@ class StoreTransfer(TicketTransfer):
             what=record.name,
             buffers=(tensor,),
             deadline_seconds=deadline_seconds,
+            urgency=urgency,
         )
         self.record = record
         self.operation = operation

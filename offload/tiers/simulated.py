@@ -3,8 +3,9 @@
 [Note: virtual clock]
 
 Nothing here sleeps. Time is a number that moves only when somebody waits for a transfer, or says
-with `advance` that something else took time (compute). Every started transfer is an entry in one
-queue with the virtual time of its end; the seeded jitter of the lanes decides the order.
+with `advance` that something else took time (compute). A lane moves one quantum after the other, in
+the order of [Note: urgency]; when a transfer's last one is through, the lane's latency and seeded
+jitter say when it ends, so that ends come in another order than starts.
 
 A transfer's bytes move at its end and not before. Until then the target holds 0xFF, which is NaN in
 every float type. So a wait that is missing shows as wrong data, in every run with the same seed.
@@ -28,8 +29,9 @@ from offload.errors import DeadlineError, StorageError
 from offload.native import crc32c
 from offload.native.fault_spec import FaultAction, FaultSpec
 from offload.native.files import IoFile
+from offload.native.request_order import RequestOrder
 from offload.tiers.device import CpuDeviceTier
-from offload.tiers.transfer import CopyLane, LaneTotals
+from offload.tiers.transfer import CopyLane, LaneTotals, Urgency
 
 _POISON = 0xFF
 _LANES = ("h2d", "d2h", "nvme_read", "nvme_write")
@@ -43,13 +45,13 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now_seconds = 0.0
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held while ends run
         self._order = itertools.count()  # ends at one time run in the order of their start
         self._ends: list[tuple[float, int, Callable[[], None]]] = []
 
     def at(self, seconds: float, end: Callable[[], None]) -> None:
         """Call `end` when the time is `seconds`."""
-        with self._lock:
+        with self.lock:
             heapq.heappush(self._ends, (seconds, next(self._order), end))
 
     def advance(self, seconds: float) -> None:
@@ -58,7 +60,7 @@ class VirtualClock:
 
     def run_until(self, condition: Callable[[], bool], limit_seconds: float) -> bool:
         """Move the time on until `condition`, at most to `limit_seconds`; return if it holds."""
-        with self._lock:
+        with self.lock:
             while not condition():
                 if not self._ends or self._ends[0][0] > limit_seconds:
                     if math.isfinite(limit_seconds):
@@ -72,7 +74,7 @@ class VirtualClock:
 
 @dataclass(frozen=True, slots=True)
 class LaneModel:
-    """A lane moves one transfer after the other; each also takes its latency, which overlaps.
+    """A lane moves one quantum after the other; a transfer also takes its latency, which overlaps.
 
     `jitter_seconds` is the most that is added to a latency at random: ends change their order.
     """
@@ -80,6 +82,22 @@ class LaneModel:
     bytes_per_second: float = 1e9
     latency_seconds: float = 1e-4
     jitter_seconds: float = 1e-2
+    quantum_bytes: int = 8 << 20
+
+
+@dataclass(slots=True, eq=False)
+class _Movement:
+    """A request on its way through a lane. `through` is called when its last byte is."""
+
+    lane: str
+    urgency: int
+    quantum_bytes: int
+    left_bytes: int
+    through: Callable[[], None]
+
+    @property
+    def next_nbytes(self) -> int:
+        return min(self.quantum_bytes, self.left_bytes)
 
 
 class SimulatedTicket:
@@ -87,6 +105,7 @@ class SimulatedTicket:
 
     def __init__(self, clock: VirtualClock, operation: str, path: str, nbytes: int) -> None:
         self._clock = clock
+        self.movement: _Movement | None = None
         self._operation = operation
         self._path = path
         self._nbytes = nbytes
@@ -96,6 +115,11 @@ class SimulatedTicket:
 
     def done(self) -> bool:
         return self.ended
+
+    def expedite(self, urgency: int) -> None:
+        """Make the quanta that have not begun at least so urgent."""
+        if self.movement is not None:
+            self.movement.urgency = min(self.movement.urgency, urgency)
 
     def wait(self, timeout: float | None = None) -> int:
         """Move the clock on to the end, at most by `timeout` virtual seconds; return the CRC32C.
@@ -140,7 +164,8 @@ class SimulatedIo:
         self._models = {lane: LaneModel() for lane in _LANES} | dict(lanes or {})
         self._random = random.Random(seed)
         self._fault = FaultSpec(fault or "")
-        self._free_at = dict.fromkeys(self._models, 0.0)  # when the lane's last transfer is through
+        self._waiting = {lane: RequestOrder[_Movement]() for lane in self._models}
+        self._is_moving = dict.fromkeys(self._models, False)
         self._totals: LaneTotals = dict.fromkeys(self._models, (0, 0.0))
 
     def open(self, path: str, *, flags: int, mode: int = 0o600, direct: bool = True) -> IoFile:
@@ -173,6 +198,7 @@ class SimulatedIo:
         nbytes: int,
         *,
         checksum_seed: int | None = None,
+        urgency: int = Urgency.BULK,
     ) -> SimulatedTicket:
         """Start a read; the target is poison until it ends."""
         ctypes.memset(address, _POISON, nbytes)
@@ -187,7 +213,7 @@ class SimulatedIo:
                 raise OSError(errno_codes.EIO, "short")
             return 0 if checksum_seed is None else crc32c(address, nbytes, checksum_seed)
 
-        return self._start("nvme_read", "read", file.path, nbytes, move)
+        return self._start("nvme_read", "read", file.path, nbytes, urgency, move)
 
     def start_write(
         self,
@@ -197,6 +223,7 @@ class SimulatedIo:
         nbytes: int,
         *,
         checksum_seed: int | None = None,
+        urgency: int = Urgency.BULK,
     ) -> SimulatedTicket:
         """Start a write; the source is read when it ends."""
 
@@ -208,10 +235,16 @@ class SimulatedIo:
                 os.pwrite(file.fd, bytes([first ^ _POISON]), offset)
             return 0 if checksum_seed is None else crc32c(address, nbytes, checksum_seed)
 
-        return self._start("nvme_write", "write", file.path, nbytes, move)
+        return self._start("nvme_write", "write", file.path, nbytes, urgency, move)
 
     def start_copy(
-        self, dst_address: int, src_address: int, nbytes: int, *, lane: CopyLane
+        self,
+        dst_address: int,
+        src_address: int,
+        nbytes: int,
+        *,
+        lane: CopyLane,
+        urgency: int = Urgency.BULK,
     ) -> SimulatedTicket:
         """Start a memory copy; the target is poison until it ends."""
         ctypes.memset(dst_address, _POISON, nbytes)
@@ -221,7 +254,7 @@ class SimulatedIo:
                 ctypes.memmove(dst_address, src_address, nbytes)
             return 0
 
-        return self._start(lane, "copy", "memory", nbytes, move)
+        return self._start(lane, "copy", "memory", nbytes, urgency, move)
 
     def lanes(self) -> LaneTotals:
         """Return lane -> (bytes moved, virtual seconds in which the lane was occupied)."""
@@ -237,13 +270,13 @@ class SimulatedIo:
         operation: str,
         path: str,
         nbytes: int,
+        urgency: int,
         move: Callable[[FaultAction | None], int],
     ) -> SimulatedTicket:
         ticket = SimulatedTicket(self.clock, operation, path, nbytes)
         action = self._fault.next(operation)
         model = self._models[lane]
         seconds = nbytes / model.bytes_per_second
-        self._free_at[lane] = max(self.clock.now_seconds, self._free_at[lane]) + seconds
         latency = model.latency_seconds + self._random.uniform(0.0, model.jitter_seconds)
         if action is not None and action.kind == "delay":
             latency += action.value / 1e3
@@ -260,9 +293,38 @@ class SimulatedIo:
                 self._totals[lane] = (total_bytes + nbytes, busy_seconds + seconds)
             ticket.ended = True
 
-        if not _is(action, "drop"):
-            self.clock.at(self._free_at[lane] + latency, end)
+        def through() -> None:
+            if not _is(action, "drop"):
+                self.clock.at(self.clock.now_seconds + latency, end)
+
+        ticket.movement = _Movement(lane, urgency, model.quantum_bytes, nbytes, through)
+        with self.clock.lock:
+            self._waiting[lane].add(ticket.movement)
+            if not self._is_moving[lane]:
+                self._move_next(lane)
         return ticket
+
+    def _move_next(self, lane: str) -> None:
+        """The lane is free: begin the next quantum. Under the clock's lock."""
+        waiting = self._waiting[lane]
+        movement = waiting.take()
+        self._is_moving[lane] = movement is not None
+        if movement is None:
+            return
+        nbytes = movement.next_nbytes
+        movement.left_bytes -= nbytes
+        is_last = not movement.left_bytes
+        if is_last:
+            waiting.remove(movement)
+
+        def moved() -> None:
+            waiting.end(nbytes)
+            if is_last:
+                movement.through()
+            self._move_next(lane)
+
+        seconds = nbytes / self._models[lane].bytes_per_second
+        self.clock.at(self.clock.now_seconds + seconds, moved)
 
 
 class SimulatedDeviceTier(CpuDeviceTier):

@@ -7,15 +7,32 @@ or as an error, and only inside `wait()`: whatever a completion changes (an exte
 changes there, in the caller's thread. Until then its buffers belong to it (P18), so it holds
 references to them, and a lease must not be released while a transfer uses it. A deadline that
 passes settles nothing: the bytes are still moving.
+
+[Note: urgency]
+
+Every lane is one queue, in the order of urgency. It is a number: the value of a class plus a place
+in the class, the lower, the sooner; of equals the first.
+
+    DEMAND    somebody waits: a fault, or a planned fetch that is waited for before it has come
+    PLANNED   fetched ahead for a use whose place is known; + that place in the trace
+    BULK      state that streams through: the optimizer step's chunks, gradients, write-back
+
+A request moves block by block, so an urgent one passes a bulk one between two of its blocks, and of
+bulk no more is given to the disk at once than keeps it busy (native/src/request_queue.hpp,
+[Note: order]). A wait for a planned transfer makes it DEMAND. A wait for bulk puts it before other
+bulk and no further: the optimizer step waits for each of its chunks. Who needs bulk as urgently as
+a fault says so with `Transfer.expedite`.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from enum import IntEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from offload.errors import DeadlineError, OffloadError, StorageError
+from offload.native.core import BULK_URGENCY, URGENCY_CLASS_SHIFT
 
 if TYPE_CHECKING:
     from offload.native.files import IoFile
@@ -25,8 +42,24 @@ CopyLane = Literal["h2d", "d2h"]
 LaneTotals = dict[str, tuple[int, float]]  # lane: (bytes, busy seconds), both since the start
 
 
+class Urgency(IntEnum):
+    """The classes of [Note: urgency]; a place in the class is added."""
+
+    DEMAND = 0
+    PLANNED = 1 << URGENCY_CLASS_SHIFT
+    BULK = BULK_URGENCY + 1  # the place before it is for what is waited for
+
+    @staticmethod
+    def when_waited_for(urgency: int) -> int:
+        """The urgency of a transfer of this urgency, once somebody waits for it."""
+        return Urgency.DEMAND if urgency < BULK_URGENCY else min(urgency, BULK_URGENCY)
+
+
 class Ticket(Protocol):
     """What an I/O engine returns for a started request."""
+
+    def expedite(self, urgency: int) -> None:
+        """Make what has not moved yet at least so urgent; never blocks or raises."""
 
     def done(self) -> bool:
         """Whether the request has ended; never blocks or raises."""
@@ -52,6 +85,7 @@ class AsyncIo(Protocol):
         nbytes: int,
         *,
         checksum_seed: int | None = None,
+        urgency: int = Urgency.BULK,
     ) -> Ticket:
         """Start to read `nbytes` at `offset` of a file into memory at `address`."""
 
@@ -63,11 +97,18 @@ class AsyncIo(Protocol):
         nbytes: int,
         *,
         checksum_seed: int | None = None,
+        urgency: int = Urgency.BULK,
     ) -> Ticket:
         """Start to write `nbytes` from memory at `address` to `offset` of a file."""
 
     def start_copy(
-        self, dst_address: int, src_address: int, nbytes: int, *, lane: CopyLane
+        self,
+        dst_address: int,
+        src_address: int,
+        nbytes: int,
+        *,
+        lane: CopyLane,
+        urgency: int = Urgency.BULK,
     ) -> Ticket:
         """Start a memory copy that is counted on `lane`."""
 
@@ -84,6 +125,13 @@ class Transfer(ABC):
     @abstractmethod
     def done(self) -> bool:
         """Whether `wait()` would return or raise at once. Never blocks or raises."""
+
+    def expedite(self, urgency: int) -> None:
+        """Make it at least so urgent, see [Note: urgency]; never blocks or raises.
+
+        Nothing changes where it has ended, or is in a stream whose order is fixed.
+        """
+        del urgency
 
     @abstractmethod
     def wait(self, timeout: float | None = None) -> None:
@@ -127,11 +175,13 @@ class TicketTransfer(Transfer):
         what: str,
         buffers: tuple[object, ...],
         deadline_seconds: float,
+        urgency: int = Urgency.BULK,
     ) -> None:
         self.lane = lane
         self.nbytes = nbytes
         self._what = what
         self._deadline_seconds = deadline_seconds
+        self._urgency = urgency
         self._lock = threading.Lock()  # settling happens once; taken before any other lock
         self._ticket: Ticket | None = ticket  # None = settled
         self._buffers = buffers
@@ -141,9 +191,16 @@ class TicketTransfer(Transfer):
         ticket = self._ticket
         return ticket is None or ticket.done()
 
+    def expedite(self, urgency: int) -> None:
+        ticket = self._ticket
+        if urgency < self._urgency and ticket is not None:
+            self._urgency = urgency
+            ticket.expedite(urgency)
+
     def wait(self, timeout: float | None = None) -> None:
         ticket = self._ticket
         if ticket is not None:
+            self.expedite(Urgency.when_waited_for(self._urgency))
             self._settle(ticket, self._deadline_seconds if timeout is None else timeout)
         if self._error is not None:
             raise self._error.with_traceback(None)  # else every raise would lengthen it

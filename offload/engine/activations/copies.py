@@ -30,7 +30,7 @@ from offload.tiers.device import DeviceTier
 from offload.tiers.host_share import HostPiece
 from offload.tiers.nvme import NvmeStore, Record
 from offload.tiers.record_pool import RecordPool
-from offload.tiers.transfer import Transfer
+from offload.tiers.transfer import Transfer, Urgency
 
 
 class Place(Enum):
@@ -158,7 +158,10 @@ class ActivationCopy:
         assert self.place is Place.ON_NVME
         assert self._record is not None
         assert self._lanes.nvme is not None
-        self._transfer = self._lanes.nvme.start_read(self._record, piece.tensor)
+        # Read ahead by few copies, so before weights that are fetched ahead.
+        self._transfer = self._lanes.nvme.start_read(
+            self._record, piece.tensor, urgency=Urgency.PLANNED
+        )
         self._piece = piece
         self._move(Place.READING)
 
@@ -175,6 +178,7 @@ class ActivationCopy:
         assert self.place not in (Place.LEAVING, Place.READING)
         memory = self.view.new_bytes(self._lanes.device.device)
         arrival = self._lanes.device.start_copy_in(memory, self._bytes())
+        arrival.expedite(Urgency.PLANNED)
         self._arrivals.append(arrival)
         self.arrived = memory
         return arrival

@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from offload.partition.blocks import release_all
-from offload.tiers.transfer import Transfer
+from offload.tiers.transfer import Transfer, Urgency
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,9 @@ class PageIn:
     Whoever holds a PageIn drives it: `advance` does what can be done without waiting, `finish`
     waits for the rest. After an error all staging is given back, and the lease holds nothing of
     use: `advance` and `finish` start again with the first chunk.
+
+    `urgency` is that of its transfers; see [Note: urgency] in tiers/transfer.py. From `finish` on
+    they are in demand.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class PageIn:
         store: BlockStore,
         *,
         depth: int,
+        urgency: int,
         arrivals: Arrivals | None = None,
     ) -> None:
         self._block = block
         self._lease = lease
         self._store = store
         self._depth = depth
+        self._urgency = urgency
         self._arrivals = arrivals
         self._next_chunk = 0
         self._reading: deque[tuple[int, Staged]] = deque()
@@ -100,6 +105,12 @@ class PageIn:
             StorageError: a read failed.
             BudgetError: there is no staging although nothing is under way.
         """
+        self._urgency = Urgency.DEMAND
+        for transfer in (
+            *(copy for copy, _ in self._copying),
+            *(staged.transfer for _, staged in self._reading),
+        ):
+            transfer.expedite(Urgency.DEMAND)
         self.advance()
         try:
             while self._reading or not self._all_started:
@@ -128,7 +139,9 @@ class PageIn:
 
     def _start_reads(self, *, wait: bool = False) -> None:
         while not self._all_started and len(self._reading) + len(self._copying) < self._depth:
-            staged = self._store.start_load(self._block, self._next_chunk, wait=wait)
+            staged = self._store.start_load(
+                self._block, self._next_chunk, wait=wait, urgency=self._urgency
+            )
             if staged is None:
                 return
             self._reading.append((self._next_chunk, staged))
@@ -145,6 +158,7 @@ class PageIn:
             copy = self._store.device.start_copy_in(target, staged.tensor)
         else:
             copy, staged = self._arrivals.land(self._block, chunk, staged, target)
+        copy.expedite(self._urgency)
         self._copying.append((copy, staged))
 
     def _end_copy(self) -> None:

@@ -34,6 +34,7 @@ from offload.partition.residency import Residency
 from offload.schedule.lookahead import Actions
 from offload.schedule.trace import CLOSE, OPEN, EventKind
 from offload.tiers.device import DeviceLease
+from offload.tiers.transfer import Urgency
 
 _TILED_REMEDY = (
     "; only nn.functional.linear and embedding take a tiled parameter by tiles, and only the "
@@ -264,7 +265,7 @@ class Pager:
         lease = self._store.device.try_lease(page.nbytes, page.block.name)
         if lease is None:
             return False
-        page_in = self._page_in(page, lease)
+        page_in = self._page_in(page, lease, in_demand=wait)
         try:
             started = page_in.start(wait=wait)
         except BaseException:
@@ -279,9 +280,13 @@ class Pager:
         self._loading[page] = page_in
         return True
 
-    def _page_in(self, page: WeightPage, lease: DeviceLease) -> PageIn:
+    def _page_in(self, page: WeightPage, lease: DeviceLease, *, in_demand: bool) -> PageIn:
         depth, arrivals = self._staging_depth, self.arrivals
-        return PageIn(page.block, lease, self._store, depth=depth, arrivals=arrivals)
+        ahead = Urgency.PLANNED + self._runs.next_use(page.index)
+        urgency = Urgency.DEMAND if in_demand else ahead
+        return PageIn(
+            page.block, lease, self._store, depth=depth, urgency=urgency, arrivals=arrivals
+        )
 
     def _bind(self, page: WeightPage) -> None:
         """Wait for the page and let its parameters use it."""
@@ -477,7 +482,7 @@ class Pager:
                 self._drop(page)
             elif page in self._present:
                 assert page.lease is not None
-                refreshed = self._page_in(page, page.lease)
+                refreshed = self._page_in(page, page.lease, in_demand=True)
                 refreshed.finish()
                 if not refreshed.advance():
                     self._draining.append(refreshed)

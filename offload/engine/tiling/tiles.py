@@ -32,7 +32,7 @@ import torch
 from offload.errors import OffloadError
 from offload.partition.arrays import field_tensor
 from offload.partition.blocks import Block, BlockStore, Staged
-from offload.tiers.transfer import Transfer
+from offload.tiers.transfer import Transfer, Urgency
 
 if TYPE_CHECKING:
     from offload.engine.paging.pager import Pager
@@ -298,6 +298,7 @@ class _TileStream:
         source = self._source(chunk.staged.tensor, piece).view(torch.uint8)
         start = piece.start_in_tile * self._block.bucket.itemsize
         copy = self._store.device.start_copy_in(slot[start : start + source.numel()], source)
+        copy.expedite(Urgency.PLANNED)
         chunk.copies.append(copy)
         self._copies[number].append(copy)
         self._num_copied[number] += 1
@@ -306,7 +307,9 @@ class _TileStream:
     def _start_load(self, *, wait: bool) -> bool:
         if len(self._staged) >= _STAGED_CHUNKS:
             return False
-        staged = self._store.start_load(self._block, self._to_load[0], wait=wait)
+        staged = self._store.start_load(
+            self._block, self._to_load[0], wait=wait, urgency=Urgency.PLANNED
+        )
         if staged is None:
             return False
         self._staged[self._to_load.popleft()] = _StagedChunk(staged)
