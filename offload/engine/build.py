@@ -24,11 +24,12 @@ from offload.config import OffloadConfig, available_host_bytes
 from offload.engine.activations.room import open_activations
 from offload.engine.activations.store import ActivationStore
 from offload.engine.collect import Collected, Collection, collect, convert_buffers
-from offload.engine.gradients import GradientHome
+from offload.engine.gradients import GradientHome, Part
 from offload.engine.guards.composite import settle_composites
 from offload.engine.guards.guard import GuardedTensor, guard_class_of
 from offload.engine.initial import InitialWeights, OwnMemory
 from offload.engine.keep_fp32 import kept_in_fp32
+from offload.engine.landing import LandingRing
 from offload.engine.loss.chunked_head import find_head
 from offload.engine.paging.pager import Pager
 from offload.engine.paging.pages import PagedParameter, WeightPage, register
@@ -272,8 +273,14 @@ def _reserve_and_move(
     settle_composites(collection.composites, module, device.device)
     trim_heap()
     gradients = GradientHome(
-        parameters, plan.buckets, store, pool, max_open_chunks=machine.staging.gradients
+        parameters,
+        plan.buckets,
+        store,
+        pool,
+        max_open_chunks=machine.staging.gradients,
+        landing=_open_landing(plan, machine, store),
     )
+    closing.callback(gradients.clear)
     tiles = open_tiles(plan.tiled, pager, store, prefetch=config.overlap.prefetch)
     pager.seal()
     convert_buffers(module, config.precision.compute, device.device, kept=collection.kept)
@@ -315,6 +322,14 @@ def _reserve_and_move(
         machine=machine,
         closing=closing.pop_all(),
     )
+
+
+def _open_landing(plan: Plan, machine: Machine, store: BlockStore) -> LandingRing[Part] | None:
+    """What gradients that leave an accelerator land in; None where the CPU reaches them."""
+    if store.device.host_addressable:
+        return None
+    depth = machine.staging.landing
+    return LandingRing(store, depth=depth, device_bytes=plan.landing_bytes)
 
 
 def _parameter_states(collection: Collection, plan: Plan) -> list[ParameterState]:

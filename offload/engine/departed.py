@@ -14,6 +14,9 @@ What the user puts into `p.grad` counts, as in plain PyTorch:
     None            forgotten (`module.zero_grad()` too)       is the first
     a tensor        that tensor; the one at home is forgotten  is added to that
 
+A gradient that somebody else refers to, say a buffer that a custom function returns each time, may
+change as soon as the hook returns; autograd itself would copy it. It is at home by then.
+
 Post-accumulate hooks of the user want to see the sum in `p.grad`, and may change it. For their
 parameters it is brought back before autograd adds to it, and goes home when they all have run.
 """
@@ -21,6 +24,8 @@ parameters it is brought back before autograd adds to it, and goes home when the
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -101,10 +106,11 @@ class _Slot:
         self._before: RemovableHandle = self._node.register_prehook(self._take)
 
     def place(self, gradient: torch.Tensor) -> None:
-        """Replace the gradient."""
+        """Replace the gradient by a tensor that stays the caller's."""
         with self._lock:
             self.state.gradient_sums = None
             self._arrive(gradient)
+            self._slots.home.land()
 
     def adopt(self) -> None:
         """Let the home have what the user has put into `p.grad`, if that is something else."""
@@ -152,6 +158,7 @@ class _Slot:
 
     def _take(self, gradients: Sequence[torch.Tensor | None]) -> tuple[None] | None:
         """The hook before accumulation; returns what autograd is left to accumulate, if not all."""
+        is_shared = _is_shared(gradients)
         (gradient,) = gradients
         if gradient is None:
             return None
@@ -162,6 +169,8 @@ class _Slot:
                 self._bring_back()
                 return None
             self._arrive(gradient)
+            if is_shared:
+                self._slots.home.land()
         return (None,)
 
     def _has_hooks_of_the_user(self) -> bool:
@@ -188,6 +197,34 @@ class _Slot:
         """The hooks of the user, if any are left, have run: they may have taken it."""
         with _NO_GUARD(), torch.no_grad(), self._lock, self._slots.losing(self):
             self.adopt()
+
+
+def _num_references(gradients: Sequence[torch.Tensor | None]) -> tuple[int, int]:
+    """References to the one gradient of a hook: of Python, this function's included, and of C++."""
+    (gradient,) = gradients
+    num_uses: int = gradient._use_count()  # type: ignore[union-attr]
+    return sys.getrefcount(gradient), num_uses
+
+
+@functools.cache
+def _own_references() -> tuple[int, int]:
+    """Those to a gradient that nobody but autograd and its hook has; torch's own, so measured."""
+    found: list[tuple[int, int]] = []
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.ones(1, requires_grad=True)
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+        node.register_prehook(lambda gradients: found.append(_num_references(gradients)))
+        (leaf * 2).backward()
+    return found[0]
+
+
+def _is_shared(gradients: Sequence[torch.Tensor | None]) -> bool:
+    """Whether somebody else has the gradient too, as torch asks before it takes one over."""
+    if gradients[0] is None:
+        return False
+    return any(
+        n > own for n, own in zip(_num_references(gradients), _own_references(), strict=True)
+    )
 
 
 class _AfterHooks:
@@ -223,7 +260,7 @@ class _Losing:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._slots.lost = self._slot.state.name
+            self._slots.home.lost = self._slots.home.lost or self._slot.state.name
             self._slot.hide()
 
 
@@ -248,8 +285,8 @@ class GradientSlots:
         self.home = home
         self.bring_back = bring_back
         self.check = check
-        self.lost: str | None = None
         self._slots: dict[int, _Slot] = {}
+        _own_references()  # before any backward runs
         self.admit(parameters)
 
     def admit(self, parameters: Sequence[ParameterState]) -> None:
@@ -287,9 +324,10 @@ class GradientSlots:
         Raises:
             EngineStateError: a gradient was lost on its way home.
         """
-        if self.lost is not None:
+        lost = self.home.lost
+        if lost is not None:
             raise EngineStateError(
-                f"the gradient of parameter {self.lost} was lost on its way home, so that those "
+                f"the gradient of parameter {lost} was lost on its way home, so that those "
                 "of this step are incomplete",
                 remedy="call engine.optimizer.zero_grad() and run all its backward passes again",
             )
@@ -300,7 +338,6 @@ class GradientSlots:
     def clear(self) -> None:
         """There are no gradients any more."""
         self.home.clear()
-        self.lost = None
         with _NO_GUARD():
             for slot in self._slots.values():
                 slot.hide()

@@ -2,7 +2,7 @@
 
 [Note: One step]
     engine(...)        windows and guards bring weights in; the trace is recorded or followed
-    engine.backward    autograd; each gradient goes home as soon as it is finished
+    engine.backward    autograd; each gradient sets out for home as soon as it is finished
     engine.step        norm, finite check, clipping; then the streamed update, and stale copies go
 
 An optimizer step that an error interrupts is *pending*: its settings are frozen, its gradients
@@ -155,7 +155,8 @@ class Engine(ForwardOnlyEngine):
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """Run the backward of `loss`, a scalar, scaled by 1 / gradient_accumulation_steps.
 
-        `kwargs` go to `torch.autograd.backward`. Gradients are at their homes when it returns.
+        `kwargs` go to `torch.autograd.backward`. When it returns gradients are at their homes, or
+        on their way from an accelerator: what uses them waits for them.
 
         An error leaves no gradients: run all backward passes of the accumulation again.
 
@@ -175,7 +176,7 @@ class Engine(ForwardOnlyEngine):
             try:
                 (loss if scale == 1.0 else loss * scale).backward(**kwargs)
                 self._after_backward()
-                self._parts.gradients.flush()
+                self._parts.gradients.collect()
             except BaseException:
                 self._unwind()
                 self._after_backward()

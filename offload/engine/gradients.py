@@ -7,6 +7,10 @@ what was there) and `param.grad` is dropped. The sums of squares of the result, 
 finite check need, come out of the same pass; where a range ends inside a block of 65,536 elements,
 the sums of its parts are added up.
 
+From an accelerator a gradient goes through host memory, by copies that run while backward goes on:
+see landing.py. It counts from its arrival; it is added to its home when its copy has landed, at a
+later arrival or at the latest by `flush`. What fails then loses it (`lost`).
+
 A home that the CPU reaches is added to in place. Otherwise the chunk is *open* in host staging
 until all its parameters have arrived or its staging is wanted; then it is written home. It is read
 again if more arrives later in the step.
@@ -26,14 +30,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload.engine.landing import LandingRing
 from offload.errors import BudgetError
 from offload.optim.gradients import BLOCK_NUMEL, accumulate_gradient, num_blocks
 from offload.partition.arrays import field_array, memory_order, tensor_bits
-from offload.partition.blocks import Block, BlockStore, Staged, release_all
+from offload.partition.blocks import Block, BlockStore, Staged
 from offload.partition.layout import Bucket, ClassLayout, Segment, segments
 from offload.partition.parameters import ParameterState
 from offload.schedule.executor import ComputePool
-from offload.tiers.transfer import CompletedTransfer
 
 if TYPE_CHECKING:
     from offload.optim.split import Precision
@@ -60,8 +64,28 @@ class _OpenChunk:
     missing: set[int]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The elements of one arrival that belong to one chunk.
+
+    `completes`: the parameter has no more of them in this chunk.
+    """
+
+    key: Key
+    state: ParameterState
+    segment: Segment
+    sums: npt.NDArray[np.float64]
+    first: bool
+    completes: bool
+
+
 class GradientHome:
-    """The gradients of one engine. Thread-safe: backward may run in several threads."""
+    """The gradients of one engine. Thread-safe: backward may run in several threads.
+
+    Attributes:
+        lost: the parameter whose gradient failed on its way home; those of the accumulation are
+            incomplete until `clear`.
+    """
 
     def __init__(
         self,
@@ -71,7 +95,10 @@ class GradientHome:
         pool: ComputePool,
         *,
         max_open_chunks: int,
+        landing: LandingRing[Part] | None = None,
     ) -> None:
+        self.lost: str | None = None
+        self._landing = landing
         self._parameters = parameters
         self._buckets = buckets
         self._store = store
@@ -89,15 +116,29 @@ class GradientHome:
         """Gradients of a bucket will arrive, whose block the store has."""
         for chunk in bucket.chunks:
             self._segments[bucket.index, chunk.index] = segments(bucket, chunk)
+        if self._landing is not None:
+            self._landing.admit(max(self._store.block(bucket.index, "weights").layout.chunk_nbytes))
+
+    def resize(self, landing_bytes: int) -> None:
+        """So many device bytes of gradients may be on their way from now on.
+
+        Raises:
+            StorageError: a gradient that was on its way is lost.
+        """
+        with self._lock:
+            self._land()
+            if self._landing is not None:
+                self._landing.device_bytes = landing_bytes
 
     def arrive(self, state: ParameterState, gradient: torch.Tensor) -> None:
-        """Take a gradient of the parameter's shape; it is free for reuse on return.
+        """Take a gradient of the parameter's shape; nobody may write it before `land`.
 
         It is in fp32 or in the dtype that the parameter computes in; another one is converted.
 
         Raises:
             BudgetError: the host has no staging for its chunk.
-            StorageError: reading or writing the chunk failed; the gradient is not counted.
+            StorageError: reading or writing a chunk failed: this gradient is not counted, or one
+                that arrived before it is lost.
         """
         computed = state.parameter.dtype
         if gradient.dtype not in (torch.float32, computed):
@@ -110,8 +151,8 @@ class GradientHome:
         """A gradient that arrives range by range: `take(start, values)`, in ascending order.
 
         `values` are the elements from `start` on, in the order of the parameter's memory: 1-D, in
-        fp32 or the parameter's dtype, free for reuse on return. Together the ranges have to cover
-        the parameter. The gradient counts when the block ends; no other arrives meanwhile.
+        fp32 or the parameter's dtype; nobody may write them before `land`. Together the ranges have
+        to cover the parameter. The gradient counts when the block ends; no other arrives meanwhile.
 
         Raises:
             BudgetError, StorageError: as `arrive`, by `take`.
@@ -120,17 +161,44 @@ class GradientHome:
             first = state.gradient_sums is None
             sums = np.zeros(num_blocks(state.numel), np.float64)
             yield partial(self._take_range, state, sums, first)
-            state.gradient_sums = sums
+            state.gradient_sums = sums  # complete when the last copy of it has landed
+
+    def land(self) -> None:
+        """Wait until what has arrived is in its home chunk, and nobody reads device memory.
+
+        Raises:
+            StorageError: a gradient is lost.
+        """
+        with self._lock:
+            self._land()
+
+    def collect(self) -> None:
+        """A backward has ended: add what has landed, without waiting for copies.
+
+        Raises:
+            StorageError: a gradient is lost.
+        """
+        with self._lock:
+            self._collect()
+            if not self._landing:
+                self._close_all()
 
     def flush(self) -> None:
-        """A backward has ended: start to write home what is still open."""
+        """Gradients are about to be read: `land`, and start to write home what is still open.
+
+        Raises:
+            StorageError: a gradient is lost, or a write could not be started.
+        """
         with self._lock:
-            while self._open:
-                self._close_oldest()
+            self._land()
+            self._close_all()
 
     def clear(self) -> None:
         """Forget every gradient: the next to arrive of each parameter is its first."""
         with self._lock:
+            if self._landing is not None:
+                self._landing.clear()
+            self.lost = None
             for opened in self._open.values():
                 opened.staged.release()
             self._open.clear()
@@ -163,6 +231,7 @@ class GradientHome:
         chunks = self._buckets[state.bucket].chunks
         step = chunks[0].numel  # of every chunk but the last
         first_chunk, end_chunk = (state.offset + start) // step, -(-(state.offset + stop) // step)
+        parts = []
         for chunk in chunks[first_chunk:end_chunk]:
             key = (state.bucket, chunk.index)
             for segment in self._segments[key]:
@@ -171,25 +240,78 @@ class GradientHome:
                 if segment.param == state.index and begin < end:
                     shift = begin - segment.start_in_param
                     part = Segment(state.index, begin, segment.start_in_chunk + shift, end - begin)
-                    self._take(key, part, values[begin - start : end - start], sums, first=first)
-                    if shift + part.numel == segment.numel:
-                        self._has_arrived(key, state)
+                    completes = shift + part.numel == segment.numel
+                    parts.append(Part(key, state, part, sums, first, completes))
+        if self._landing is None:
+            for each in parts:
+                self._add(each, tensor_bits(self._values_of(each, start, values)))
+        else:
+            self._send(self._landing, parts, start, values)
 
-    def _take(
+    @staticmethod
+    def _values_of(part: Part, start: int, values: torch.Tensor) -> torch.Tensor:
+        begin = part.segment.start_in_param - start
+        return values[begin : begin + part.segment.numel]
+
+    def _send(
         self,
-        key: Key,
-        segment: Segment,
+        landing: LandingRing[Part],
+        parts: Sequence[Part],
+        start: int,
         values: torch.Tensor,
-        sums: npt.NDArray[np.float64],
-        *,
-        first: bool,
     ) -> None:
-        block = self.block(key[0])
-        opened = self._reach(block, key)
-        state = self._parameters[segment.param]
-        target = self.array(state, segment, key[1], opened.staged.tensor)
-        with self._on_host(values, block) as source:
-            self._accumulate(key, segment, (target, source), sums, first=first)
+        """Start the copies of the parts, after whatever has to land before."""
+        self._collect()
+        nbytes = values.numel() * values.dtype.itemsize
+        while not landing.has_room_for(nbytes):
+            self._land_oldest(landing)
+        for part in parts:
+            own = self._values_of(part, start, values)
+            owner = f"landing of {self.block(part.key[0]).name}"
+            gives_back = nbytes if part is parts[-1] else 0
+            while not landing.start(own, part, gives_back=gives_back, owner=owner):
+                self._make_room(landing, own, owner)
+        while landing.leaving_bytes > landing.device_bytes:
+            self._land_oldest(landing)
+
+    def _make_room(self, landing: LandingRing[Part], values: torch.Tensor, owner: str) -> None:
+        """Free some of the host memory that gradients hold.
+
+        Raises:
+            BudgetError: they hold none.
+        """
+        if landing:
+            self._land_oldest(landing)
+        elif self._open:
+            self._close_oldest()
+        elif not self._store.settle_one():
+            nbytes = values.numel() * values.dtype.itemsize
+            self._store.host.lease(nbytes, owner).release()  # says who holds the rest
+
+    def _collect(self) -> None:
+        while self._landing is not None and self._landing.has_landed:
+            self._land_oldest(self._landing)
+
+    def _land(self) -> None:
+        while self._landing:
+            self._land_oldest(self._landing)
+
+    def _land_oldest(self, landing: LandingRing[Part]) -> None:
+        part = landing.oldest
+        try:
+            with landing.taken() as source:
+                self._add(part, source)
+        except BaseException:
+            self.lost = part.state.name
+            raise
+
+    def _add(self, part: Part, source: npt.NDArray[np.generic]) -> None:
+        block = self.block(part.key[0])
+        opened = self._reach(block, part.key)
+        target = self.array(part.state, part.segment, part.key[1], opened.staged.tensor)
+        self._accumulate(part, (target, source))
+        if part.completes:
+            self._has_arrived(part.key, part.state)
 
     def _has_arrived(self, key: Key, state: ParameterState) -> None:
         opened = self._open.get(key)
@@ -199,16 +321,11 @@ class GradientHome:
                 self._close(key)
 
     def _accumulate(
-        self,
-        key: Key,
-        segment: Segment,
-        arrays: tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]],
-        sums: npt.NDArray[np.float64],
-        *,
-        first: bool,
+        self, part: Part, arrays: tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]
     ) -> None:
         target, source = arrays
-        precision = cast("Precision", self._buckets[key[0]].dtype)
+        segment = part.segment
+        precision = cast("Precision", self._buckets[part.key[0]].dtype)
         calls = []
         of_pieces = []
         for start, stop in _pieces(segment):
@@ -218,7 +335,7 @@ class GradientHome:
                     accumulate_gradient,
                     target[start:stop],
                     source[start:stop],
-                    first=first,
+                    first=part.first,
                     target_dtype="fp32" if target.dtype == np.float32 else precision,
                     source_dtype="fp32" if source.dtype == np.float32 else precision,
                     block_sums=of_pieces[-1],
@@ -227,23 +344,7 @@ class GradientHome:
         self._pool.run(calls)
         for (start, _), piece_sums in zip(_pieces(segment), of_pieces, strict=True):
             block = (segment.start_in_param + start) // BLOCK_NUMEL
-            sums[block : block + len(piece_sums)] += piece_sums
-
-    @contextlib.contextmanager
-    def _on_host(self, part: torch.Tensor, block: Block) -> Iterator[npt.NDArray[np.generic]]:
-        """The gradient's bits, through a landing lease if the device is not addressable."""
-        if self._store.device.host_addressable:
-            yield tensor_bits(part)
-            return
-        raw = part.view(torch.uint8)
-        lease = self._store.host.lease(raw.numel(), f"landing of {block.name}")
-        landed = Staged(lease.tensor, CompletedTransfer("d2h"), lease)
-        try:
-            landed.transfer = self._store.device.start_copy_out(lease.tensor, raw)
-            landed.transfer.wait(self._store.deadline_seconds)
-            yield tensor_bits(lease.tensor.view(part.dtype))
-        finally:
-            release_all([landed])
+            part.sums[block : block + len(piece_sums)] += piece_sums
 
     def _reach(self, block: Block, key: Key) -> _OpenChunk:
         if self._store.in_place(block):
@@ -268,6 +369,10 @@ class GradientHome:
                 if not self._open:
                     raise
                 self._close_oldest()
+
+    def _close_all(self) -> None:
+        while self._open:
+            self._close_oldest()
 
     def _close_oldest(self) -> None:
         self._close(next(iter(self._open)))

@@ -144,6 +144,7 @@ class Promotion:
         for bucket in buckets:
             parts.gradients.admit(bucket)
             parts.streamed.admit(bucket)
+        parts.gradients.resize(plan.landing_bytes)
         for state in states:
             state.trainable = True
             state.edited = True  # what completes the weight follows it at the first update
@@ -246,14 +247,18 @@ class Promotion:
         if not self._has_staging_for(plan):
             growth += plan.staging_bytes  # in one piece; what there was stays beside it
         self._require_memory(states, plan, growth)
+        parts.gradients.resize(min(plan.landing_bytes, parts.plan.landing_bytes))
         with contextlib.ExitStack() as undo:
             held = plan.gradient_bytes - parts.plan.gradient_bytes
             if held or plan.working_bytes != parts.plan.working_bytes:
                 undo.callback(parts.pager.make_way, parts.plan.working_bytes)
                 parts.pager.make_way(plan.working_bytes)
-            if held:
+            if held > 0:
                 parts.device.hold(held, "gradients in flight")
                 undo.callback(parts.device.unhold, held)
+            elif held:
+                parts.device.unhold(-held)
+                undo.callback(parts.device.hold, -held, "gradients in flight")
             self._add(elsewhere, plan, undo)
             parts.store.reserve_records(spare=parts.machine.staging.spare_extents)
             if growth:

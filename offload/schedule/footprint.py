@@ -40,7 +40,7 @@ class Staging:
         weights: chunk buffers of the ring nvme -> host -> device.
         update: chunks in flight in the optimizer step (read ahead, compute, write behind).
         gradients: open gradient chunk buffers when their home is nvme.
-        landing: gradient chunk buffers when gradients leave a device that is not host memory.
+        landing: weight chunk buffers that the ring holds in which gradients leave an accelerator.
         spare_extents: spare nvme extents of each block size in `roll_forward`.
     """
 

@@ -9,6 +9,7 @@ A plan that does not fit is still a plan: it tells what is missing. The engine c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from offload.errors import DoesNotFitError, format_bytes
@@ -84,6 +85,8 @@ class Plan:
         staging_bytes: the part of the host's peak that is staging.
         working_bytes: device room for paged weights: the capacity of the lookahead.
         gradient_bytes: device room for gradients between production and departure.
+        landing_bytes: the part of it for those that are on their way to the host, 0 if they are
+            waited for.
         step_seconds: estimate of one optimizer step: passes, then update, each at its bound.
         bottleneck: the lane that is busy longest.
         placement: the home tiers.
@@ -101,6 +104,7 @@ class Plan:
     staging_bytes: int
     working_bytes: int
     gradient_bytes: int
+    landing_bytes: int
     step_seconds: float
     bottleneck: str
     placement: Placement
@@ -277,9 +281,9 @@ def plan_layouts(
         for bucket, classes in zip(buckets, layouts, strict=True)
         if bucket.trainable and "gradients" not in classes
     )
-    gradient_bytes = max((spec.tile_nbytes for spec in specs if spec.trainable), default=0)
+    produced_bytes = max((spec.tile_nbytes for spec in specs if spec.trainable), default=0)
     if forward_only:
-        gradient_bytes = 0
+        produced_bytes = 0
         # Two forward passes cost what forward and backward of frozen parameters do.
         specs = [replace(spec, trainable=False) for spec in specs]
     tiled = _tiled_weights(specs, buckets)
@@ -289,14 +293,16 @@ def plan_layouts(
         optimizer=config.placement.optimizer,
         off_device=forward_only,
     )
-    placement = assign(
-        blocks,
-        machine,
-        choice,
-        gradient_bytes=gradient_bytes,
-        tiled={each.bucket for each in tiled},
-        settled=settled,
+    place = partial(
+        assign, blocks, machine, choice, tiled={each.bucket for each in tiled}, settled=settled
     )
+    # From an accelerator one gradient is on its way while the next is produced, if there is room.
+    landing_bytes = 0 if machine.host_addressable else produced_bytes
+    placement = place(gradient_bytes=produced_bytes + landing_bytes)
+    if placement.shortfalls and landing_bytes:
+        landing_bytes = 0
+        placement = place(gradient_bytes=produced_bytes)
+    gradient_bytes = produced_bytes + landing_bytes
     taken = placement.footprint
     working_bytes = taken.working_bytes(machine.device_bytes)
     need_bytes = {tier: taken.need_bytes(tier) for tier in TIERS}
@@ -323,6 +329,7 @@ def plan_layouts(
         staging_bytes=taken.staging_bytes,
         working_bytes=working_bytes,
         gradient_bytes=gradient_bytes,
+        landing_bytes=landing_bytes,
         step_seconds=step_seconds,
         bottleneck=bottleneck,
         placement=placement,

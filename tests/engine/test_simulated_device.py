@@ -17,87 +17,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import offload
-from offload.engine import build, gradients, planning
+from offload.engine import gradients
 from offload.engine.activations.copies import ActivationCopy
-from offload.tiers.host import HostArena
-from offload.tiers.simulated import LaneModel, SimulatedDeviceTier, SimulatedIo, VirtualClock
-
-STEPS = 4
-ON_DEVICE = {"weights": "device", "gradients": "device", "optimizer": "device"}
-PLACEMENTS = {
-    "device": ON_DEVICE,
-    "host": {"weights": "host", "gradients": "host", "optimizer": "host"},
-    "nvme": {"weights": "nvme", "gradients": "nvme", "optimizer": "nvme"},
-    "mixed": {"weights": "host", "gradients": "device", "optimizer": "nvme"},
-}
+from offload.tiers.simulated import SimulatedDeviceTier
+from tests.engine.accelerator import ON_DEVICE, PLACEMENTS, make_model, train, use_accelerator
 
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines get a simulated accelerator for their device tier."""
-
-    def open_device_tier(
-        kind: str, budget_bytes: int, io: object, *, deadline_seconds: float
-    ) -> SimulatedDeviceTier:
-        del kind, io, deadline_seconds
-        slow = LaneModel(bytes_per_second=1e9, latency_seconds=1e-4, jitter_seconds=1e-3)
-        simulated = SimulatedIo(VirtualClock(), lanes={"h2d": slow, "d2h": slow}, seed=3)
-        return SimulatedDeviceTier(budget_bytes, simulated, host_addressable=False)
-
-    monkeypatch.setattr(planning, "device_is_host_memory", lambda config: False)
-    monkeypatch.setattr(build, "open_device_tier", open_device_tier)
-    monkeypatch.setattr(HostArena, "page_lock", lambda arena: None)
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    blocks = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())]
-    return nn.Sequential(nn.Embedding(64, 64), *blocks, nn.Linear(64, 64))
-
-
-def train(
-    path: Path,
-    placement: dict[str, str],
-    compute: str,
-    accumulation: int,
-    *,
-    thaw: bool = False,
-    **sections: Any,
-) -> Any:
-    """Losses and full state after `STEPS` steps; `thaw` unfreezes the model layer by layer."""
-    config = {
-        "tiers": {
-            "device": {
-                "kind": "cpu",
-                "memory": "1MiB" if "device" in placement.values() else "200KiB",
-            },
-            "host": {"memory": "8MiB"},
-            "nvme": {"paths": [str(path)]},
-        },
-        "placement": placement,
-        "precision": {"compute": compute},
-        "partition": {"bucket_elements": 8192},
-        "training": {"gradient_accumulation_steps": accumulation, "max_grad_norm": 1.0},
-        "optimizer": {"lr": 1e-2},
-        **sections,
-    }
-    ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
-    losses = []
-    model = make_model()
-    if thaw:
-        model[:-1].requires_grad_(False)
-    with offload.initialize(model, config) as engine:
-        for micro_step in range(STEPS * accumulation):
-            if thaw and micro_step % accumulation == 0:
-                model[-1 - 4 * (micro_step // accumulation) :].requires_grad_(True)
-            logits = engine(ids[micro_step % 4 :]).float()
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1), ids[micro_step % 4 :].flatten()
-            )
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.item())
-        return losses, dict(engine.named_state()), engine.report()
+    use_accelerator(monkeypatch)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
