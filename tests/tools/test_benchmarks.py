@@ -26,14 +26,18 @@ ARGUMENTS = {
     "kernels": ["--rounds=1", "--numel=200000", "--json"],
     "loading": ["--rounds=1", "--hidden=64", "--layers=1"],
     "memory": ["--hidden=64", "--layers=1", "--factor=2", "--tokens=16"],
-    "nvme_step": ["--rounds=1", "--parameters=1"],
+    "nvme_step": ["--rounds=1", "--parameters", "1", "9"],
     "tiling": ["--rounds=1", "--vocabulary=512", "--width=128", "--tokens=64"],
+    "train_step": [
+        *("--rounds=1", "--steps=1", "--hidden=64", "--layers=1", "--vocabulary=64"),
+        *("--tokens=8", "--no-match", "--device=4", "--host=16"),
+    ],
 }
 
 
-def run(name: str, *arguments: str) -> str:
-    """The output of a benchmark in a process of its own."""
-    done = subprocess.run(
+def start(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A benchmark in a process of its own, ended."""
+    return subprocess.run(
         [sys.executable, str(FOLDER / f"{name}.py"), *ARGUMENTS[name], *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
         capture_output=True,
@@ -41,6 +45,11 @@ def run(name: str, *arguments: str) -> str:
         timeout=240,
         check=False,
     )
+
+
+def run(name: str, *arguments: str) -> str:
+    """The output of a benchmark that ends well."""
+    done = start(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,7 +66,7 @@ def assert_positive(*values: float) -> None:
 
 
 def test_every_benchmark_is_tried_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == set(ARGUMENTS)
+    assert {path.stem for path in FOLDER.glob("[!_]*.py")} == set(ARGUMENTS)
 
 
 def test_they_are_listed_with_what_they_measure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,8 +85,35 @@ def test_kernels() -> None:
 def test_nvme_step(tmp_path: Path) -> None:
     output = run("nvme_step", f"--path={tmp_path}")
     found = last_line(output)
-    assert_positive(found["step_seconds"], found["bound_seconds"], found["share"])
+    small, large = found["sizes"]
+    assert_positive(found["share"], found["growth"], large["step_seconds"], large["bound_seconds"])
+    assert small["growth"] == 1.0
+    assert large["parameters"] >= 1.5 * small["parameters"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_train_step(tmp_path: Path) -> None:
+    output = run("train_step", f"--path={tmp_path}")
+    found = last_line(output)
+    assert_positive(found["compute_seconds"], found["update_seconds"], found["apart"])
+    for side in ("on", "off"):
+        assert_positive(*found[side]["shares"], found[side]["io_seconds"])
+    assert output.count("\n| on | 1") == 1, "all state is on NVMe: more than 10 bytes a parameter"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "nonsense"),
+    [
+        ("nvme_step", "--path=/nowhere/at/all"),
+        ("train_step", "--hidden=100"),
+        ("train_step", "--tokens=none"),
+    ],
+)
+def test_nonsense_is_refused(name: str, nonsense: str) -> None:
+    done = start(name, nonsense)
+    assert done.returncode == 2
+    assert f"{name}.py: error: " in done.stderr
 
 
 def test_io(tmp_path: Path) -> None:

@@ -12,25 +12,16 @@ flight, and what ops need for themselves.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
+from typing import Any
 
-MIB = 1 << 20
+from _process import MIB, arguments_of, in_fresh_process, make_parser, reset_peak, status_bytes
+
 SIDES = ("device", "nvme")
-
-
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes, e.g. VmHWM or VmRSS."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+CARRIED = ("layers", "hidden", "batch", "tokens", "steps", "room", "minimum", "path")
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
@@ -73,8 +64,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
                 seconds.append(time.perf_counter() - started)
                 del output
                 if step == 0:  # all state has its memory now
-                    ctypes.CDLL(None).malloc_trim(0)
-                    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+                    reset_peak()
                     before = status_bytes("VmRSS")
             report = engine.report()
             saved = report.activations
@@ -90,23 +80,15 @@ def run(options: argparse.Namespace) -> dict[str, float]:
             }
 
 
-def measure(options: argparse.Namespace, side: str) -> dict[str, float]:
+def measure(options: argparse.Namespace, side: str) -> dict[str, Any]:
     """Run one side in a fresh process."""
-    command = [sys.executable, __file__, "--run", side]
-    for name in ("layers", "hidden", "batch", "tokens", "steps", "room", "minimum", "path"):
-        command += [f"--{name}", str(getattr(options, name))]
-    if options.checkpoint:
-        command.append("--checkpoint")
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, float] = json.loads(output.splitlines()[-1])
-    return result
+    checkpoint = ["--checkpoint"] if options.checkpoint else []
+    return in_fresh_process(__file__, side, [*arguments_of(options, CARRIED), *checkpoint])
 
 
 def main() -> None:
     """Measure both sides and print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)

@@ -18,7 +18,6 @@ of its update.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -27,6 +26,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from _process import make_parser
+from _training import PlainTraining
 from torch import nn
 
 import offload
@@ -67,23 +68,13 @@ class Plain(Side):
     """bf16 weights with fp32 masters, by hand."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.to(torch.bfloat16).train()
-        self.weights = list(self.model.parameters())
-        self.masters = [w.detach().float().requires_grad_() for w in self.weights]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
+        self._training = PlainTraining(model)
 
     def passes(self, ids: torch.Tensor) -> None:
-        self.model(input_ids=ids, labels=ids).loss.backward()
+        self._training.passes(ids)
 
     def update(self) -> None:
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            assert weight.grad is not None
-            master.grad = weight.grad.float()
-            weight.grad = None
-        self.optimizer.step()
-        with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.copy_(master)
+        self._training.update()
 
 
 class Offloaded(Side):
@@ -142,9 +133,7 @@ def measure(
 
 def main() -> None:
     """Measure and print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=768)

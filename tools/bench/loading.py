@@ -14,23 +14,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-MIB = 1 << 20
+from _process import MIB, arguments_of, in_fresh_process, make_parser, reset_peak, status_bytes
+
 SIDES = ("transformers", "offload")
-
-
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes, e.g. VmHWM or VmRSS."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+CARRIED = ("hidden", "layers", "device", "host", "path")
 
 
 def write_model(options: argparse.Namespace, folder: str) -> None:
@@ -67,7 +59,7 @@ def load(options: argparse.Namespace, folder: str) -> dict[str, float]:
     }
     with offload.initialize(torch.nn.Linear(8, 8), config):
         pass  # libraries are loaded, kernels compiled
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     before = status_bytes("VmRSS")
     started = time.perf_counter()
     if options.run == "offload":
@@ -96,21 +88,15 @@ def drop_from_cache(folder: str) -> None:
         os.close(descriptor)
 
 
-def in_process(options: argparse.Namespace, side: str, folder: str) -> dict[str, float]:
+def in_process(options: argparse.Namespace, side: str, folder: str) -> dict[str, Any]:
     """Run one part in a fresh process."""
-    command = [sys.executable, __file__, "--run", side, "--folder", folder]
-    for name in ("hidden", "layers", "device", "host", "path"):
-        command += [f"--{name}", str(getattr(options, name))]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    result: dict[str, float] = json.loads(output.splitlines()[-1])
-    return result
+    arguments = [*arguments_of(options, CARRIED), f"--folder={folder}"]
+    return in_fresh_process(__file__, side, arguments)
 
 
 def main() -> None:
     """Load with both sides in turn; print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)

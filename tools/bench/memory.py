@@ -13,29 +13,13 @@ the same model, is taken off:
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
-MIB = 1 << 20
+from _process import MIB, arguments_of, in_fresh_process, make_parser, reset_peak, status_bytes
+
 STEPS = 3
-
-
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes, e.g. VmHWM or VmRSS."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-def reset_peak() -> None:
-    """Let VmHWM start again from what is in use now."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+CARRIED = ("hidden", "tokens", "device", "host", "path")
 
 
 def run(options: argparse.Namespace) -> dict[str, int]:
@@ -95,19 +79,13 @@ def run(options: argparse.Namespace) -> dict[str, int]:
 
 def measure(options: argparse.Namespace, side: str, layers: int) -> dict[str, int]:
     """Run one side in a fresh process."""
-    command = [sys.executable, __file__, "--run", side, "--layers", str(layers)]
-    for name in ("hidden", "tokens", "device", "host", "path"):
-        command += [f"--{name}", str(getattr(options, name))]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, int] = json.loads(output.splitlines()[-1])
-    return result
+    arguments = [*arguments_of(options, CARRIED), f"--layers={layers}"]
+    return in_fresh_process(__file__, side, arguments)
 
 
 def main() -> None:
     """Measure both sizes and print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)

@@ -1,9 +1,13 @@
 """The optimizer step with its state on NVMe, alone, against the mixed read/write rate of the disk.
 
     python tools/bench/nvme_step.py --path DIR [--parameters 200] [--rounds 7]
+    python tools/bench/nvme_step.py --path DIR --parameters 50 200 1000 --rounds 3
 
 The bound is the time that the same bytes take when nothing but I/O happens: the same engine, files
 and request sizes, reads and writes in flight together, measured between the steps of the same run.
+With several sizes, in millions, their rounds take turns: seconds a parameter are to stay within 10%
+from the smallest to the largest. Weights and gradients are in host memory, the state on disk takes
+10 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -14,8 +18,12 @@ import statistics
 import tempfile
 import time
 from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
+from _process import at_least, folder, make_parser, print_table
+from _training import settle
 from torch import nn
 
 import offload
@@ -79,39 +87,108 @@ def _write_oldest(store: BlockStore, reading: deque[Loaded]) -> None:
     store.start_store(block, chunk, staged)
 
 
+@dataclass
+class Size:
+    """An engine of some parameters, and the seconds of each of its rounds."""
+
+    parameters: int
+    engine: Engine
+    repeats: int  # steps a round, so that small sizes are not judged by one short step
+    steps: list[float] = field(default_factory=list)
+    bounds: list[float] = field(default_factory=list)
+    moved_bytes: int = 0
+
+    def round(self, depth: int) -> None:
+        """Measure the step, and the bound after it."""
+        steps, bounds = [], []
+        for _ in range(self.repeats):
+            give_gradients(self.engine)
+            started = time.perf_counter()
+            self.engine.step()
+            settle(self.engine)
+            steps.append(time.perf_counter() - started)
+            lanes = self.engine.report().lanes
+            self.moved_bytes = lanes["nvme_read"].bytes + lanes["nvme_write"].bytes
+            bounds.append(io_seconds(self.engine._parts.store, depth))
+        self.steps.append(statistics.mean(steps))
+        self.bounds.append(statistics.mean(bounds))
+
+    def share(self) -> float:
+        """Bound over step, the median of the rounds."""
+        pairs = zip(self.bounds, self.steps, strict=True)
+        return statistics.median(bound / step for bound, step in pairs)
+
+    def nanoseconds(self) -> list[float]:
+        """Of the step, for each parameter, by round."""
+        return [1e9 * step / self.parameters for step in self.steps]
+
+
+def growth(small: Size, large: Size) -> float:
+    """Time a parameter of `large` over that of `small`: the median of the rounds' ratios."""
+    pairs = zip(large.nanoseconds(), small.nanoseconds(), strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def measure(options: argparse.Namespace, stack: ExitStack) -> list[Size]:
+    """Every size, one round after the other; the first round is not counted."""
+    path = stack.enter_context(tempfile.TemporaryDirectory(dir=options.path, prefix="bench-"))
+    sizes = []
+    for millions in sorted(set(options.parameters)):
+        engine = stack.enter_context(make_engine(path, millions))
+        numel = sum(p.numel() for p in engine.module.parameters())
+        repeats = min(4, max(options.parameters) // millions)
+        sizes.append(Size(numel, engine, max(1, repeats)))
+    for size in sizes:
+        size.round(options.depth)
+        size.steps.clear()
+        size.bounds.clear()
+    for _ in range(options.rounds):
+        for size in sizes:
+            size.round(options.depth)
+    return sizes
+
+
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    """Measure and print a table and a line of JSON."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--path", type=folder, help="on the disk; default: that of temporary files")
+    parser.add_argument(
+        "--parameters", type=at_least(1), nargs="+", default=[200], help="in millions; sizes"
     )
-    parser.add_argument("--path", help="directory on the disk; default: the one of temporary files")
-    parser.add_argument("--parameters", type=int, default=200, help="in millions")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--depth", type=int, default=2, help="reads in flight of the bound's loop")
+    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument(
+        "--depth", type=at_least(1), default=2, help="reads in flight of the bound's loop"
+    )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.path, prefix="bench-") as path:
-        engine = make_engine(path, options.parameters)
-        with engine:
-            steps, bounds, moved = [], [], 0
-            for round_number in range(options.rounds + 1):
-                give_gradients(engine)
-                started = time.perf_counter()
-                engine.step()
-                step = time.perf_counter() - started
-                lanes = engine.report().lanes
-                moved = lanes["nvme_read"].bytes + lanes["nvme_write"].bytes
-                bound = io_seconds(engine._parts.store, options.depth)
-                if round_number:
-                    steps.append(step)
-                    bounds.append(bound)
-    ratio = statistics.median(b / s for b, s in zip(bounds, steps, strict=True))
-    step, bound = statistics.median(steps), statistics.median(bounds)
-    print(f"{options.parameters}M parameters, {moved / 1e9:.2f} GB read and written a step")
-    print(
-        f"step {step:.3f} s ({moved / step / 1e9:.2f} GB/s)   I/O alone {bound:.3f} s "
-        f"({moved / bound / 1e9:.2f} GB/s)   share of bound {ratio:.3f}"
-    )
-    print(json.dumps({"step_seconds": step, "bound_seconds": bound, "share": ratio}))
+    with ExitStack() as stack:
+        sizes = measure(options, stack)
+    rows, found = [], []
+    for size in sizes:
+        step, bound = statistics.median(size.steps), statistics.median(size.bounds)
+        each = {
+            "parameters": size.parameters,
+            "step_seconds": step,
+            "bound_seconds": bound,
+            "share": size.share(),
+            "nanoseconds_a_parameter": statistics.median(size.nanoseconds()),
+            "growth": growth(sizes[0], size),
+        }
+        found.append(each)
+        rows.append(
+            [
+                f"{size.parameters / 1e6:.0f}M",
+                f"{size.moved_bytes / 1e9:.2f}",
+                f"{bound:.3f}",
+                f"{step:.3f}",
+                f"{size.moved_bytes / step / 1e9:.2f}",
+                f"{each['share']:.3f}",
+                f"{each['nanoseconds_a_parameter']:.3f}",
+                f"{each['growth']:.3f}",
+            ]
+        )
+    headings = ("parameters", "GB moved", "I/O alone s", "step s", "GB/s", "share of bound")
+    print_table((*headings, "ns a parameter", "of the smallest"), rows)
+    print(json.dumps({"sizes": found, "growth": found[-1]["growth"], "share": found[-1]["share"]}))
 
 
 if __name__ == "__main__":

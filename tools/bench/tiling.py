@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _process import MIB, make_parser
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +31,6 @@ from torch.utils._pytree import tree_leaves
 import offload
 
 FACTORS = (1, 2, 4, 8, 16)
-MIB = 2**20
 _WARM_UP = 2
 
 
@@ -208,9 +208,7 @@ def measure_chunks(options: argparse.Namespace, ids: torch.Tensor) -> list[dict[
 
 def main() -> None:
     """Measure both, and print tables and a line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--width", type=int, default=512)
