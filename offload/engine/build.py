@@ -426,9 +426,10 @@ def _store_bucket(
     """Write the initial weights of a bucket, and what completes them to fp32, to their homes."""
     for chunk in bucket.chunks:
         weights = store.block(bucket.index, "weights")
+        # The larger one first: while nothing is held, all staging can be waited for, in one piece.
+        completion = _stage_completion(bucket, chunk.index, store)
         staged = store.stage_or_raise(weights, chunk.index)
         staged.tensor.zero_()
-        completion = _stage_completion(bucket, chunk.index, store)
         for segment in segments(bucket, chunk):
             state = parameters[segment.param]
             values = source.read(state, segment.start_in_param, segment.numel)

@@ -230,22 +230,38 @@ class BlockStore:
     ) -> list[Staged] | None:
         """`start_load` of one chunk of several blocks: all of them, or None and nothing is held."""
         with self._lock:
-            held: list[Staged] = []
+            held = self._stage_all(blocks, chunk, wait, urgency)
+            if held is None and wait:
+                # Every write has settled by now, but what was leased while they went on stood
+                # between the pieces that they have given back.
+                held = self._stage_all(blocks, chunk, wait, urgency)
+            if held is None:
+                return None
             try:
-                for block in blocks:
-                    if (writing := self._writing.get(self._key(block, chunk))) is not None:
-                        writing[0].expedite(urgency)
-                    staged = self.stage(block, chunk, wait=wait)
-                    if staged is None:
-                        release_all(held)
-                        return None
-                    held.append(staged)
                 for block, staged in zip(blocks, held, strict=True):
                     self._begin_load(block, chunk, staged, urgency)
             except OffloadError:
                 release_all(held, self.deadline_seconds)
                 raise
             return held
+
+    def _stage_all(
+        self, blocks: Sequence[Block], chunk: int, wait: bool, urgency: int
+    ) -> list[Staged] | None:
+        held: list[Staged] = []
+        try:
+            for block in blocks:
+                if (writing := self._writing.get(self._key(block, chunk))) is not None:
+                    writing[0].expedite(urgency)
+                staged = self.stage(block, chunk, wait=wait)
+                if staged is None:
+                    release_all(held)
+                    return None
+                held.append(staged)
+        except OffloadError:
+            release_all(held)
+            raise
+        return held
 
     def _begin_load(self, block: Block, chunk: int, staged: Staged, urgency: int) -> None:
         if self.in_place(block):

@@ -123,6 +123,20 @@ def test_staging_is_all_or_nothing(make_store: MakeStore) -> None:
     assert store.host.used_bytes == 0
 
 
+def test_staging_in_pieces_is_waited_for_as_a_whole(make_store: MakeStore) -> None:
+    store = make_store("nvme", "nvme", fault="op=write,nth=1,delay=200", staging=6)
+    bucket = three_chunks(1)
+    moments = [FieldSpec(f"moment {index}", "fp32", 4) for index in range(5)]
+    store.add(bucket, "optimizer", ClassLayout(bucket, moments), "nvme")
+    store.reserve_records(spare=2)
+    fill(store, store.block(0, "weights"), 0, 1)  # is being written from the arena's first place
+    blocks = [store.block(1, name) for name in ("weights", "optimizer")]
+    held = store.start_loads(blocks, 0)
+    assert held is not None, "together they are as large as the arena"
+    release_all(held)
+    assert store.host.used_bytes == 0
+
+
 def test_waiting_for_staging_is_a_choice(make_store: MakeStore) -> None:
     store = make_store("nvme", fault="op=write,count=2,delay=200", staging=2)
     block = store.block(0, "weights")
