@@ -38,6 +38,7 @@ from offload.engine.engine import Engine
 WITHIN = 0.25
 TARGETS = {"on": 0.85, "off": 0.65}
 TOKENS_MULTIPLE = 32
+MOST_TRIES = 4
 
 
 @dataclass
@@ -134,19 +135,21 @@ def matched_ids(sides: Sides) -> torch.Tensor:
         train_step(engine, sides.ids(tokens))  # the trace is recorded
     if not sides.options.match:
         return sides.ids(tokens)
-    for _ in range(4):
+    tried: dict[int, float] = {}
+    while len(tried) < MOST_TRIES and tokens not in tried:
         ids = sides.ids(tokens)
         samples = Samples()
         sides.round(ids, samples)
-        excess = samples.busier_over_other()
-        print(f"{ids.numel()} tokens: compute + update and I/O are {excess:.0%} apart", flush=True)
-        if excess < 0.6 * WITHIN:
-            return ids
-        # Compute is linear in the tokens, to first order; the update does not depend on them.
-        wanted = max(samples.io["on"][0] - samples.update[0], 0.1 * samples.io["on"][0])
-        tokens = int(ids.numel() * wanted / samples.compute[0])
-        tokens = max(TOKENS_MULTIPLE, tokens // TOKENS_MULTIPLE * TOKENS_MULTIPLE)
-    return sides.ids(tokens)
+        tried[tokens] = samples.busier_over_other()
+        print(f"{ids.numel()} tokens: work and I/O are {tried[tokens]:.0%} apart", flush=True)
+        if tried[tokens] < 0.6 * WITHIN:
+            break
+        # Compute is linear in the tokens, to first order; the update does not depend on them. One
+        # measurement may be off: it moves them by a factor of two at most.
+        wanted = max(samples.io["on"][0] - samples.update[0], 0.0)
+        factor = min(2.0, max(0.5, wanted / samples.compute[0]))
+        tokens = max(TOKENS_MULTIPLE, round(tokens * factor / TOKENS_MULTIPLE) * TOKENS_MULTIPLE)
+    return sides.ids(min(tried, key=tried.__getitem__))
 
 
 def show(sides: Sides, ids: torch.Tensor, samples: Samples) -> dict[str, Any]:
