@@ -74,6 +74,18 @@ class ActivationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """Where the optimizer step updates: the buckets on the device, and why it is those.
+
+    `num_cpu` counts the buckets that the CPU updates.
+    """
+
+    on_device: tuple[int, ...] = ()
+    num_cpu: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One optimizer step, from the end of the one before.
 
@@ -89,6 +101,7 @@ class StepReport:
     measured_seconds: float
     faults: int
     activations: ActivationReport = ActivationReport()
+    update: UpdateReport = UpdateReport()
 
     @property
     def efficiency(self) -> float:
@@ -114,6 +127,7 @@ class StepReport:
             "tiers": {name: dataclasses.asdict(tier) for name, tier in self.tiers.items()},
             "lanes": {name: dataclasses.asdict(lane) for name, lane in self.lanes.items()},
             "activations": dataclasses.asdict(self.activations),
+            "update": {**dataclasses.asdict(self.update), "on_device": list(self.update.on_device)},
         }
 
     @classmethod
@@ -127,7 +141,12 @@ class StepReport:
             measured_seconds=entry["measured_seconds"],
             faults=entry["faults"],
             activations=ActivationReport(**entry.get("activations", {})),
+            update=_update_report(entry.get("update", {})),
         )
+
+
+def _update_report(entry: Mapping[str, Any]) -> UpdateReport:
+    return UpdateReport(**{**entry, "on_device": tuple(entry.get("on_device", ()))})
 
 
 def lanes_between(

@@ -116,6 +116,13 @@ def print_summary(console: Console, outcome: Outcome) -> None:
         f"faults: {sum(faults)}, of them {sum(faults[STEADY_STEP - 1 :])} "
         f"from step {STEADY_STEP} on",
     ]
+    update = outcome.reports[-1].update
+    if update.on_device:
+        num_buckets = len(update.on_device) + update.num_cpu
+        lines.append(
+            f"updated on the device: {len(update.on_device)} of {num_buckets} buckets "
+            f"({update.reason})"
+        )
     fall = outcome.held_out_loss_fall
     if fall is not None:
         lines.append(

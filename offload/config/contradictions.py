@@ -146,6 +146,10 @@ def _forward_only_with_gradients(config: Plain) -> list[str]:
         for state_class in ("gradients", "optimizer")
         if placement.get(state_class, "auto") != "auto"
     ]
+    if placement.get("update", "auto") not in ("auto", "cpu"):
+        problems.append(
+            "placement.update is of no use to mezo, whose noise is drawn on the CPU: remove it"
+        )
     if placement.get("weights") == "device":
         problems.append(
             "placement.weights = 'device' leaves mezo no true weights, because those on the "

@@ -67,6 +67,7 @@ CountOrAuto = Annotated[
 ]
 Tier = Literal["auto", "device", "host", "nvme"]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
@@ -136,6 +137,10 @@ class PlacementSection(Section):
     """Home of the gradients between backward and the optimizer step."""
     optimizer: Tier = "auto"
     """Home of master weights and moments."""
+    update: Literal["auto", "cpu", "device"] | Share = "auto"
+    """Where the optimizer updates. `device`: all buckets on the accelerator; a number from 0 to 1:
+    that share of them; `auto`: the share that is fastest at the speeds measured at the start. See
+    docs/update-on-the-device.md."""
     activations: Tier = "device"
     """Home of what autograd saves for backward. `auto` keeps on the device what fits there, and
     moves the rest to the fastest tier that has room."""

@@ -45,9 +45,10 @@ from offload.engine.planning import (
     without_untrained,
 )
 from offload.engine.tiling.tiles import TileSlots, open_tiles
+from offload.engine.update_site import UpdateSites, all_on_cpu, open_update
 from offload.errors import ConfigError, DoesNotFitError, UnsupportedPlatformError, format_bytes
 from offload.native import IoEngine
-from offload.optim.chunk_update import ChunkUpdate, KernelUpdate, OptimizerUpdate
+from offload.optim.chunk_update import ChunkUpdate, OptimizerUpdate
 from offload.optim.generic import GenericRule
 from offload.optim.split import split_tensor
 from offload.optim.streamed import StreamedStep
@@ -92,6 +93,7 @@ class Parts:
     gradients: GradientHome
     streamed: StreamedStep
     updater: ChunkUpdate
+    sites: UpdateSites
     rule: AnyRule
     groups: list[dict[str, Any]]
     group_defaults: dict[str, Any]
@@ -257,6 +259,7 @@ def _reserve_and_move(
     closing.callback(pool.close)
     parameters = _parameter_states(collection, plan)
     updater: ChunkUpdate
+    sites = all_on_cpu(config, plan, device.host_addressable, rule)
     if isinstance(rule, GenericRule):
         scratch = scratch_bytes([c.spec for c in collection.paged], plan.buckets)
         if scratch:
@@ -265,7 +268,7 @@ def _reserve_and_move(
     elif isinstance(rule, ZerothOrderRule):
         updater = ZerothOrderUpdate(parameters, store, rule, pool)
     else:
-        updater = KernelUpdate(parameters, store, rule, pool)
+        updater, sites = open_update(config, plan, parameters, store, rule, pool)
     pages, paged, pager = _move_weights(
         collection, plan, parameters, store, config, machine, source
     )
@@ -314,6 +317,7 @@ def _reserve_and_move(
         meter=meter,
         tiles=tiles,
         updater=updater,
+        sites=sites,
         rule=rule,
         groups=chosen.groups,
         group_defaults=chosen.defaults,

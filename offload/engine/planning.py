@@ -19,6 +19,7 @@ from offload.engine.collect import Collected, Collection, collect
 from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.optimizer import configured_groups, configured_settings
 from offload.engine.tiling.selection import known_tiles, plan_tiled
+from offload.engine.update_site import plan_with_update
 from offload.errors import ConfigError, DoesNotFitError, format_bytes
 from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.generic import GenericRule
@@ -197,12 +198,10 @@ def plan_module(
             planned = _plan_forward_only(specs, config, beside)
         elif isinstance(rule, GenericRule):
             planned = _plan_generic(specs, collection, config, beside, rule, groups, known)
-        elif known is None:
-            planned = plan_buckets(specs, config, machine=beside, moments=rule.state_fields)
         else:
-            lay_out = partial(_kernel_layouts, config=config, rule=rule)
-            planned = extend_plan(known, specs, config, machine=beside, lay_out=lay_out)
-        return with_overhead(planned, "device", slot_bytes)
+            by_kernel = partial(_plan_kernels, specs, config, rule, known)
+            planned = plan_with_update(by_kernel, config, beside, rule, known)
+        return with_overhead(planned, "device", slot_bytes + planned.update_bytes)
 
     if known is not None:
         planned = plan_specs(*known_tiles([c.spec for c in collection.paged], known))
@@ -212,6 +211,19 @@ def plan_module(
         planned = plan_tiled(collection.paged, tileable, config, plan_specs)
     planned = with_overhead(planned, "device", collection.resident_bytes)
     return with_activations(planned, reserved_bytes, config, machine, grows=known is None)
+
+
+def _plan_kernels(
+    specs: Sequence[ParamSpec],
+    config: OffloadConfig,
+    rule: UpdateRule,
+    known: Plan | None,
+    machine: Machine,
+) -> Plan:
+    if known is None:
+        return plan_buckets(specs, config, machine=machine, moments=rule.state_fields)
+    lay_out = partial(_kernel_layouts, config=config, rule=rule)
+    return extend_plan(known, specs, config, machine=machine, lay_out=lay_out)
 
 
 def _kernel_layouts(

@@ -141,6 +141,7 @@ class Promotion:
         self._reserve(states, collection, plan, buckets)
         self._staging_room = max(self._staging_room, plan.staging_bytes)
         parts.plan, parts.collection = plan, collection
+        parts.sites.follow(plan)
         for bucket in buckets:
             parts.gradients.admit(bucket)
             parts.streamed.admit(bucket)

@@ -57,6 +57,7 @@ class StepMeter:
             measured_seconds=now - self._started,
             faults=self._parts.pager.faults - self._faults,
             activations=self._activations_now() - self._activations,
+            update=self._parts.sites.report(),
         )
         self._started = now
         self._activations = self._activations_now()
@@ -67,7 +68,7 @@ class StepMeter:
         """The report of the last step; of an empty one before the first."""
         last = self._last
         if last is None:
-            return StepReport(0, self._tiers(), {}, 0.0, 0.0, 0)
+            return StepReport(0, self._tiers(), {}, 0.0, 0.0, 0, update=self._parts.sites.report())
         return dataclasses.replace(last, step=step, tiers=self._tiers())
 
     def _stall_seconds(self) -> float:

@@ -237,6 +237,14 @@ class StatefulEngine(ABC):
         """Undo `scalar_state`."""
         load_scalar_state(self._parts.updater, self._parts.parameters, state)
 
+    def update_choice(self) -> dict[str, Any]:
+        """Which buckets the device updates; plain values."""
+        return self._parts.sites.to_dict()
+
+    def keep_update_choice(self, saved: Mapping[str, Any] | None) -> None:
+        """Update where the run with that `update_choice` did, unless the config says where."""
+        self._parts.sites.resume(saved, self._parts.plan)
+
     def _paged_named(self, name: str) -> Sequence[PagedParameter]:
         """What is paged of the parameter of that name."""
         by_owner = paged_by_owner(self._parts.paged)

@@ -70,6 +70,30 @@ class ChunkUpdate(ABC):
         """Whether the step updates this parameter: it has a gradient."""
         return state.gradient_sums is not None
 
+    def staged_classes(self, bucket: Bucket) -> Sequence[str]:
+        """The state classes of a bucket that `update` wants staged."""
+        return self._store.classes(bucket.index)
+
+    def runs_on_device(self, bucket: Bucket) -> bool:  # noqa: ARG002
+        """Whether the update of a bucket goes on beside the CPU, between `start` and `finish`."""
+        return False
+
+    def start(self, work: ChunkWork, settings: StepSettings) -> None:
+        """Start the update of staged work of a bucket that `runs_on_device`.
+
+        Until it is `finish`ed, in the same order, its staging is in use: waiting for its
+        `Staged.transfer`s makes it free, also without `finish`. What an error has left unfinished
+        is kept, and starting it again, with staging that may be new, completes it.
+        """
+        raise NotImplementedError
+
+    def finish(self, work: ChunkWork) -> ParameterState | None:
+        """Wait for the end of what was started; result and errors as of `update`."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:  # noqa: B027
+        """Forget what an error has left unfinished: the state is about to be replaced."""
+
     @abstractmethod
     def update(self, work: ChunkWork, settings: StepSettings) -> ParameterState | None:
         """Apply the update; returns a parameter that is not finite afterwards, if there is one.

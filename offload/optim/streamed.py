@@ -13,6 +13,9 @@ store that fails keeps its buffer, so after an error `run` may be called again w
 settings: it stores what is left to store, updates what is left to update, and applies nothing
 twice. Parameters without a gradient are not touched, nor read where a whole chunk has none.
 
+Chunks that are updated on the device are *started* there, and finished when others have been; the
+CPU goes on with its own in between. Their staging counts as theirs until they are finished.
+
 A chunk that is staged for another reason can be updated on that occasion (`update_staged`); `run`
 then leaves it out.
 
@@ -32,6 +35,9 @@ from offload.partition.blocks import BlockStore, release_all
 from offload.partition.layout import Bucket, Chunk, segments
 from offload.partition.parameters import ParameterState
 from offload.telemetry import LaneMeter
+
+# Chunks on the device at once: one arrives while the other is updated and leaves.
+_MAX_STARTED = 2
 
 
 class StreamedStep:
@@ -71,17 +77,28 @@ class StreamedStep:
         self._store.retry_failed()
         waiting = deque(self._work(settings))
         under_way: deque[ChunkWork] = deque()
+        started: deque[ChunkWork] = deque()
         try:
-            while waiting or under_way:
-                self._read_ahead(waiting, under_way)
+            while waiting or under_way or started:
+                self._read_ahead(waiting, under_way, started)
+                on_device = bool(under_way) and self._updater.runs_on_device(under_way[0].bucket)
+                if not under_way or (on_device and len(started) == _MAX_STARTED):
+                    self._finish(started[0])
+                    started.popleft()
+                    continue
                 work = under_way[0]
                 for staged in work.staged.values():
                     staged.transfer.wait(self._store.deadline_seconds)
-                self._update(work, settings)
-                under_way.popleft()
+                if on_device:
+                    with uninterrupted():
+                        self._updater.start(work, settings)
+                        started.append(under_way.popleft())
+                else:
+                    self._update(work, settings)
+                    under_way.popleft()
             self._store.drain()
         except BaseException:
-            for work in under_way:
+            for work in (*started, *under_way):
                 release_all(list(work.staged.values()), self._store.deadline_seconds)
             raise
         with uninterrupted():
@@ -119,13 +136,13 @@ class StreamedStep:
         nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
         with self._meter.busy("cpu", nbytes):
             not_finite = self._updater.update(work, settings)
-        self._not_finite = self._not_finite or not_finite
-        self._updated.add((work.bucket.index, work.chunk))
+        self._note_updated(work, not_finite)
 
     def abandon(self) -> None:
         """Forget the step that an error interrupted: its state is about to be replaced."""
         self._updated.clear()
         self._not_finite = None
+        self._updater.abandon()
 
     def _work(self, settings: StepSettings) -> Iterator[ChunkWork]:
         for bucket in self._buckets:
@@ -134,14 +151,20 @@ class StreamedStep:
                 if work is not None:
                     yield work
 
-    def _read_ahead(self, waiting: deque[ChunkWork], under_way: deque[ChunkWork]) -> None:
-        while waiting and len(under_way) < self._depth:
+    def _read_ahead(
+        self,
+        waiting: deque[ChunkWork],
+        under_way: deque[ChunkWork],
+        started: deque[ChunkWork],
+    ) -> None:
+        while waiting and len(under_way) + len(started) < self._depth:
             work = waiting[0]
-            classes = self._store.classes(work.bucket.index)
+            classes = self._updater.staged_classes(work.bucket)
             blocks = [self._store.block(work.bucket.index, name) for name in classes]
             # While there is something to update, writes end by themselves.
-            staged = self._store.start_loads(blocks, work.chunk, wait=not under_way)
-            if staged is None and under_way:
+            is_idle = not (under_way or started)
+            staged = self._store.start_loads(blocks, work.chunk, wait=is_idle)
+            if staged is None and not is_idle:
                 return
             if staged is None:
                 raise self._store.no_staging(blocks, work.chunk)
@@ -149,20 +172,33 @@ class StreamedStep:
             under_way.append(waiting.popleft())
 
     def _update(self, work: ChunkWork, settings: StepSettings) -> None:
-        error: OffloadError | None = None
         with uninterrupted():
             self.update_staged(work, settings)
-            for state_class in ("weights", "optimizer"):
-                staged = work.staged.pop(state_class, None)
-                if staged is None:
-                    continue
-                try:
-                    block = self._store.block(work.bucket.index, state_class)
-                    self._store.start_store(block, work.chunk, staged)
-                except OffloadError as failure:
-                    # The store keeps the buffer; the other class goes on.
-                    error = error or failure
-            work.release()
-            work.staged.clear()
+            self._store_updated(work)
+
+    def _finish(self, work: ChunkWork) -> None:
+        with uninterrupted():
+            not_finite = self._updater.finish(work)
+            self._note_updated(work, not_finite)
+            self._store_updated(work)
+
+    def _note_updated(self, work: ChunkWork, not_finite: ParameterState | None) -> None:
+        self._not_finite = self._not_finite or not_finite
+        self._updated.add((work.bucket.index, work.chunk))
+
+    def _store_updated(self, work: ChunkWork) -> None:
+        error: OffloadError | None = None
+        for state_class in ("weights", "optimizer"):
+            staged = work.staged.pop(state_class, None)
+            if staged is None:
+                continue
+            try:
+                block = self._store.block(work.bucket.index, state_class)
+                self._store.start_store(block, work.chunk, staged)
+            except OffloadError as failure:
+                # The store keeps the buffer; the other class goes on.
+                error = error or failure
+        work.release()
+        work.staged.clear()
         if error is not None:
             raise error

@@ -9,7 +9,7 @@ its `ClassLayout`, one after the other: in one device or host lease, or as one N
     home          start_load                        start_store
     host          the home's own memory, at once    nothing to move
     device (CPU)  the home's own memory, at once    nothing to move
-    device (GPU)  host lease, d2h copy              h2d copy
+    device (GPU)  host lease, d2h copy              h2d copy; the device itself: `on_device`
     nvme          host lease, nvme read             nvme write to a shadow extent
 
 A stored buffer belongs to its write until the write has settled; the store keeps it till then, and
@@ -189,6 +189,17 @@ class BlockStore:
         assert lease is not None, "only a home in memory has bytes to point at"
         start = block.layout.chunk_offset_bytes[chunk]
         return lease.tensor[start : start + block.layout.chunk_nbytes[chunk]]
+
+    def on_device(self, block: Block, chunk: int) -> torch.Tensor:
+        """A chunk whose home is the device, where it is: uint8, 1-D, for work on the device.
+
+        Raises:
+            StorageError: an earlier write of this very chunk failed, or fails again.
+        """
+        assert block.home == "device"
+        with self._lock:
+            self._settle(block, chunk)
+            return self._home(block, chunk)
 
     def stage(self, block: Block, chunk: int, *, wait: bool = True) -> Staged | None:
         """A buffer for the whole chunk whose old content is not wanted; None: there is no staging.

@@ -94,6 +94,7 @@ class Plan:
         layouts: by bucket: the `ClassLayout` of each state class.
         shortfalls: what is missing when it does not fit.
         tiled: the parameters that come to the device by tiles.
+        update_bytes: device memory of updates on the device, see `UpdateScratch`.
     """
 
     fits: bool
@@ -112,6 +113,7 @@ class Plan:
     layouts: tuple[dict[str, ClassLayout], ...]
     shortfalls: tuple[Shortfall, ...]
     tiled: tuple[TiledWeight, ...] = ()
+    update_bytes: int = 0
 
     def tier(self, bucket: int, state_class: str) -> str:
         """The home tier of one class of one bucket."""
@@ -144,6 +146,8 @@ class Plan:
             f"tiled: {each.name} in {each.num_tiles} tiles of {format_bytes(each.tile_bytes)}"
             for each in self.tiled
         ]
+        if self.update_bytes:
+            lines.append(f"device room for updates {format_bytes(self.update_bytes)}")
         lines.append(f"about {self.step_seconds:.3g} s a step, bound by {self.bottleneck}")
         if not self.fits:
             lines += ["does not fit:", shortfall_table(self.shortfalls)]

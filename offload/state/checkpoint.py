@@ -272,6 +272,7 @@ def _collect_values(engine: StateSource, client_state: Mapping[str, Any] | None)
         "parameter_steps": list(engine.parameter_steps()),
         "optimizer_groups": plain.encode(engine.optimizer_groups(), where="optimizer groups"),
         "optimizer_scalars": plain.encode(engine.scalar_state(), where="optimizer scalars"),
+        "update": engine.update_choice(),
         "lr_scheduler": scheduler and plain.encode(scheduler.state_dict(), where="lr_scheduler"),
         "loss_scale": scale and plain.encode(scale.state_dict(), where="loss scale"),
         "extra_state": _extra_state(engine),
@@ -310,6 +311,7 @@ def _restore_values(engine: StateSource, values: dict[str, Any]) -> dict[str, An
     engine.set_parameter_steps(values["parameter_steps"])
     engine.load_optimizer_groups(plain.decode(values["optimizer_groups"]))
     engine.load_scalar_state(plain.decode(values["optimizer_scalars"]))
+    engine.keep_update_choice(values.get("update"))  # an older checkpoint has none
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(plain.decode(values["lr_scheduler"]))
     if engine.loss_scale is not None:

@@ -81,6 +81,11 @@ class StateSource(Protocol):
 
     def load_scalar_state(self, state: dict[str, Any]) -> None: ...
 
+    def update_choice(self) -> dict[str, Any]:
+        """Where the optimizer updates: plain values."""
+
+    def keep_update_choice(self, saved: dict[str, Any] | None) -> None: ...
+
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every buffer that a state dict would hold, once, by qualified name."""

@@ -32,6 +32,7 @@ CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"name": "mezo"}, "placement": {"gradients": "host"}}, "placement.gradients is"),
     ({"optimizer": {"name": "mezo"}, "placement": {"optimizer": "host"}}, "placement.optimizer is"),
     ({"optimizer": {"name": "mezo"}, "placement": {"weights": "device"}}, "no true weights"),
+    ({"optimizer": {"name": "mezo"}, "placement": {"update": 0.5}}, "placement.update is of no"),
     ({"lr_scheduler": {"name": "cosine"}}, "needs the step at which the decay ends"),
     (
         {"lr_scheduler": {"name": "cosine", "warmup_steps": 8}, "run": {"steps": 7}},
