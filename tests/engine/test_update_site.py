@@ -406,13 +406,13 @@ def test_a_disk_that_fails_in_between_is_made_good_by_stepping_again(
     original, count = getattr(NvmeStore, operation), 0
     run = StreamedStep.run
 
-    def failing(store: NvmeStore, record: Any, tensor: torch.Tensor) -> Transfer:
+    def failing(*arguments: Any, **named: Any) -> Transfer:
         nonlocal count
         count += is_stepping
         if count == nth:
             count += 1
             raise StorageError(operation="read", path="disk", errno=5)
-        return original(store, record, tensor)
+        return original(*arguments, **named)
 
     is_stepping = False
 

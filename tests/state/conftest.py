@@ -109,6 +109,12 @@ class InMemoryEngine:
     def load_scalar_state(self, state: dict[str, Any]) -> None:
         assert state == {}
 
+    def update_choice(self) -> dict[str, Any]:
+        return {"share": 0.0, "on_device": []}
+
+    def keep_update_choice(self, saved: dict[str, Any] | None) -> None:
+        assert saved in (None, {"share": 0.0, "on_device": []})
+
 
 class SmallNet(nn.Module):
     """Ties, a frozen weight, buffers of both kinds, dropout, odd sizes and a scalar parameter."""
