@@ -229,16 +229,18 @@ def require_close(found: Outcome, expected: Outcome) -> dict[str, Any]:
     Raises:
         AssertionError: says by how much.
     """
-    largest = 0.0
+    differences = {}
     for name, fields in expected.state.items():
         wanted = fields["master"].double()
         apart = (found.state[name]["master"].double() - wanted).norm() / wanted.norm()
-        largest = max(largest, apart.item())
-    for loss, wanted_loss in zip(found.losses, expected.losses, strict=True):
-        largest = max(largest, abs(loss - wanted_loss) / abs(wanted_loss))
-    if not largest <= TOLERANCE:
-        raise AssertionError(f"the largest relative difference is {largest:g}")
-    return {"largest_relative_difference": largest}
+        differences[name] = apart.item()
+    losses = zip(found.losses, expected.losses, strict=True)
+    for step, (loss, wanted_loss) in enumerate(losses):
+        differences[f"loss {step}"] = abs(loss - wanted_loss) / abs(wanted_loss)
+    for what, difference in differences.items():
+        if not difference <= TOLERANCE:  # also if it is no number, which `max` would pass over
+            raise AssertionError(f"the relative difference of {what} is {difference:g}")
+    return {"largest_relative_difference": max(differences.values())}
 
 
 # -- the checks ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -54,6 +55,20 @@ def test_a_part_that_kills_its_process_stops_no_other(tmp_path: Path) -> None:
     assert status == 1
     assert results["features"]["error"] == "its process ended with status -6"
     assert "ok" in results["library"]
+
+
+@pytest.mark.parametrize("field", ["loss", "master"])
+def test_values_that_are_no_numbers_are_not_close(field: str) -> None:
+    def outcome(loss: float, master: float) -> gpu_features.Outcome:
+        state = {"first": torch.tensor([master]), "last": torch.tensor([1.0])}
+        masters = {name: {"master": value} for name, value in state.items()}
+        return gpu_features.Outcome([1.0, loss, 1.0], masters, None, {})
+
+    expected = outcome(1.0, 1.0)
+    assert gpu_features.require_close(expected, expected) == {"largest_relative_difference": 0.0}
+    wrong = outcome(**{"loss": 1.0, "master": 1.0, field: math.nan})
+    with pytest.raises(AssertionError, match=r"loss 1 is nan|first is nan"):
+        gpu_features.require_close(wrong, expected)
 
 
 def test_a_fault_of_a_feature_is_found_and_the_rest_runs(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Measured:
     Attributes:
         class_names: what is trained.
         num_parameters: elements of all parameters.
-        placements: those whose losses and state are the same bits.
+        placements: those whose losses and state are the same bits, with all of it at home where
+            the placement says.
         loss_difference: the largest relative one of a loss, from plain PyTorch.
         weight_difference: the largest norm-relative one of a weight, master or buffer.
         faults: demand fetches in the last step of the harshest placement.
@@ -90,7 +91,8 @@ def measure(row: Row, folder: Path) -> Measured:
     """
     with _allowed_warnings(row):
         plain = _train_plain(row)
-        first, harshest = _train_everywhere(row, folder, "fp32")
+        runs = _train_everywhere(row, folder, "fp32")
+        first, harshest = runs["device"], runs["harshest"]
         loss = _loss_difference(first, plain, row)
         weight = _step_difference(row) if row.per_step else _weight_difference(first, plain)
         module = row.make()
@@ -99,7 +101,7 @@ def measure(row: Row, folder: Path) -> Measured:
     return Measured(
         class_names=_class_names(module),
         num_parameters=sum(p.numel() for p in module.parameters()),
-        placements=PLACEMENTS,
+        placements=tuple(name for name, found in runs.items() if _is_at(_tier(name), found.run)),
         loss_difference=loss,
         weight_difference=weight,
         faults=report.faults,
@@ -116,8 +118,8 @@ def compare_placements(row: Row, folder: Path, compute: str) -> None:
         AssertionError: they differ.
     """
     with _allowed_warnings(row):
-        first, _ = _train_everywhere(row, folder, compute)
-    assert all(map(math.isfinite, first.run.losses))
+        runs = _train_everywhere(row, folder, compute)
+    assert all(map(math.isfinite, runs["device"].run.losses))
 
 
 def train_harshest(row: Row, folder: Path, compute: str) -> None:
@@ -130,16 +132,27 @@ def train_harshest(row: Row, folder: Path, compute: str) -> None:
         _train_engine(row, "harshest", folder, compute)
 
 
-def _train_everywhere(row: Row, folder: Path, compute: str) -> tuple[Trained, Trained]:
-    """The runs on the device and in the harshest placement, when all are found to be the same."""
-    runs = {}
+def _train_everywhere(row: Row, folder: Path, compute: str) -> dict[str, Trained]:
+    """The runs by placement, when all are found to be the same."""
+    runs: dict[str, Trained] = {}
     for placement in PLACEMENTS:
         place = folder / placement
         place.mkdir()
         runs[placement] = found = _train_engine(row, placement, place, compute)
         _check_budgets(found.run)
         _assert_same(found, runs["device"])
-    return runs["device"], runs["harshest"]
+    return runs
+
+
+def _tier(placement: str) -> str:
+    return "nvme" if placement == "harshest" else placement
+
+
+def _is_at(tier: str, run: Run) -> bool:
+    """Whether the tier is the home of all state, and no other is of any."""
+    classes = ("weights", "gradients", "optimizer")
+    homes = {home for home, found in run.plan.bytes.items() if any(found[c] for c in classes)}
+    return homes == {tier}
 
 
 def _class_names(module: nn.Module) -> str:
@@ -178,8 +191,7 @@ def _config(row: Row, placement: str, folder: Path, compute: str) -> dict[str, A
         )
         roomy = settings("nvme", folder, compute=compute, **sections)
         sections["host"] = offload.plan(model, roomy).need_bytes["host"]
-    tier = "nvme" if placement == "harshest" else placement
-    return settings(tier, folder, compute=compute, **sections)
+    return settings(_tier(placement), folder, compute=compute, **sections)
 
 
 def _train_engine(row: Row, placement: str, folder: Path, compute: str) -> Trained:
@@ -236,9 +248,7 @@ def _loss_difference(found: Trained, plain: Trained, row: Row) -> float:
         [*plain.run.losses, *plain.evaluations],
         strict=True,
     )
-    difference = max(abs(one - other) / abs(other) for one, other in pairs)
-    assert difference <= TOLERANCE, (difference, found.run.losses, plain.run.losses)
-    return difference
+    return largest({pair: abs(pair[0] - pair[1]) / abs(pair[1]) for pair in pairs})
 
 
 def _weight_difference(found: Trained, plain: Trained) -> float:
@@ -249,10 +259,14 @@ def _weight_difference(found: Trained, plain: Trained) -> float:
         for key in ("weight", "master")
         if key in found.run.state[name]
     } | {(name, "buffer"): (found.buffers[name], buffer) for name, buffer in plain.buffers.items()}
-    differences = {place: relative_difference(*pair) for place, pair in pairs.items()}
-    worst = max(differences, key=lambda place: differences[place])
-    assert differences[worst] <= TOLERANCE, (*worst, differences[worst])
-    return differences[worst]
+    return largest({place: relative_difference(*pair) for place, pair in pairs.items()})
+
+
+def largest(differences: Mapping[Any, float]) -> float:
+    """The largest difference, each of which is a number and within `TOLERANCE`."""
+    for place, difference in differences.items():
+        assert difference <= TOLERANCE, (place, difference)  # `max` would pass over a NaN
+    return max(differences.values())
 
 
 def _step_difference(row: Row) -> float:

@@ -17,7 +17,11 @@ from tests.zoo.row import Row
 from tests.zoo.rows import ROWS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
-_LINE = re.compile(r"^\| (?P<name>[^|]+?) \| (?P<family>[^|]+?) \| `", re.MULTILINE)
+_LINE = re.compile(r"^\| ([^|]+? \| [^|]+? \| `.*) \|$", re.MULTILINE)
+COLUMNS = (
+    *("module", "family", "class", "parameters", "equal placements"),
+    *("loss", "weights", "faults", "budget", "peak", "notes"),
+)
 
 HEAD = """\
 # Compatibility
@@ -48,9 +52,6 @@ a fault. *Budget* is that of the device there as a share of the weights, and *pe
 was held of it. Measured with torch {torch} and transformers {transformers}, on one thread of a CPU
 ({machine}).
 
-| module | family | class | parameters | equal placements | loss | weights | faults | budget |\
- peak | notes |
-|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -65,12 +66,15 @@ def page(measured: Iterable[tuple[Row, Measured]]) -> str:
         transformers=transformers.__version__,
         machine=platform.machine(),
     )
-    return head + "".join(_line(row, found) for row, found in measured)
+    lines = [COLUMNS, *(cells_of(row, found) for row, found in measured)]
+    above, *rows = (f"| {' | '.join(cells)} |\n" for cells in lines)
+    return "".join([head, above, "|---" * len(COLUMNS) + "|\n", *rows])
 
 
-def _line(row: Row, found: Measured) -> str:
+def cells_of(row: Row, found: Measured) -> list[str]:
+    """What the page says of a row, in the order of `COLUMNS`."""
     weights = f"{found.weight_difference:.1e}" + (" a step" if row.per_step else "")
-    cells = [
+    return [
         row.name,
         row.family,
         f"`{found.class_names}`",
@@ -83,12 +87,12 @@ def _line(row: Row, found: Measured) -> str:
         f"{found.peak_bytes / found.device_bytes:.0%}",
         row.notes,
     ]
-    return f"| {' | '.join(cells)} |\n"
 
 
-def listed_rows(text: str) -> list[tuple[str, str]]:
-    """Names and families of the rows that a page lists."""
-    return [(found["name"], found["family"]) for found in _LINE.finditer(text)]
+def listed_rows(text: str) -> list[dict[str, str]]:
+    """The rows that a page lists, by `COLUMNS`."""
+    found = (line.split("|") for line in _LINE.findall(text))
+    return [dict(zip(COLUMNS, (cell.strip() for cell in cells), strict=True)) for cells in found]
 
 
 def main() -> None:
@@ -100,7 +104,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(row, Path(folder))
         measured.append((row, found))
-        print(_line(row, found), end="", file=sys.stderr)
+        print(*cells_of(row, found), sep=" | ", file=sys.stderr)
     PAGE.write_text(page(measured), encoding="utf-8")
 
 
