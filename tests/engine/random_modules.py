@@ -277,17 +277,23 @@ class Training:
             self.engine = make_engine(self.module, place, folder, pages=case.pages)
         self.call: Any = self.engine or self.module
         self.records: list[torch.Tensor] = []
+        self.num_steps = 0
+        self.error: str | None = None
 
     def run(self) -> list[torch.Tensor]:
-        """Take all steps, or as many as plain PyTorch can, and close the engine."""
+        """Take all steps, or as many as plain PyTorch can, and close the engine.
+
+        `num_steps` says how many, `error` which error has ended them.
+        """
         try:
             for number, step in enumerate(self.case.steps):
                 torch.manual_seed(number)
                 try:
                     self._step(number, step)
-                except RuntimeError:  # what was saved has been changed in place
-                    self._note(torch.tensor(float(number)))
+                except RuntimeError as error:  # what was saved has been changed in place, say
+                    self.error = _kind_of(error)
                     break
+                self.num_steps += 1
             self._finish()
         finally:
             if self.engine is not None:
@@ -395,7 +401,8 @@ class Training:
 
     def _update(self) -> None:
         if self.engine is not None:
-            assert self.engine.step()
+            taken = self.engine.step()
+            assert taken
             held = [p for p in self.engine._parts.pages if p.pins or p.windows or p.kept]
             assert not held, held
             for tier in (self.engine._parts.device, self.engine._parts.host):
@@ -426,23 +433,35 @@ class Training:
                     layer.load_state_dict(state)
 
 
+def _kind_of(error: RuntimeError) -> str:
+    """Its type and what its message says before the names of tensors."""
+    return f"{type(error).__name__}: {str(error).split(':')[0]}"
+
+
 def check(seed: int, places: Sequence[str] = PLACES) -> int:
-    """Run a seed in plain PyTorch and in the placements; the number of steps taken.
+    """Run a seed in plain PyTorch and in the placements; the steps finished in all of these.
 
     Raises:
-        AssertionError: a number differs, something is left held, or a budget was exceeded.
+        AssertionError: a number or an error differs, something is left held, or a budget was
+            exceeded.
         Exception: what a run has thrown.
     """
     case = make_case(seed)
+    num_steps = 0
     with tempfile.TemporaryDirectory() as folder:
-        expected = Training(case, seed, "plain", Path(folder)).run()
+        plain = Training(case, seed, "plain", Path(folder))
+        expected = plain.run()
         for place in places:
-            got = Training(case, seed, place, Path(folder)).run()
+            training = Training(case, seed, place, Path(folder))
+            got = training.run()
+            num_steps += training.num_steps
             where = f"seed {seed}, {place}: {case}"
+            ended = (training.num_steps, training.error)
+            assert ended == (plain.num_steps, plain.error), f"{ended}, {where}"
             assert len(expected) == len(got), where
             for number, (a, b) in enumerate(zip(expected, got, strict=True)):
                 assert torch.equal(a, b), f"record {number} of {len(expected)}, {where}"
-    return len(case.steps) * len(places)
+    return num_steps
 
 
 def count_outcomes(
@@ -450,7 +469,8 @@ def count_outcomes(
 ) -> Counter[str]:
     """Run seeds in child processes; how many modules are `equal`, or failed, crashed or hung.
 
-    `steps` counts the steps of all placements. What went wrong is written to stderr with its seed.
+    `steps` counts the steps finished in all placements. What went wrong is written to stderr with
+    its seed.
 
     Args:
         first: the first seed.
@@ -501,10 +521,14 @@ class _Child:
                 outcomes["steps"] += answer["steps"]
                 if answer["outcome"] != "equal":
                     sys.stderr.write(f"seed {answer['seed']}: {answer['detail']}\n")
-            code = self._process.wait()
-        if running is not None:
+            try:
+                code = self._process.wait(seconds)
+            except subprocess.TimeoutExpired:  # it has nothing more to say, and does not end
+                self._process.kill()
+                code = self._process.wait(seconds)
+        if running is not None or code:
             outcomes["crashed"] += 1
-            sys.stderr.write(f"seed {running} ends the process with {code}\n")
+            sys.stderr.write(f"seed {following - 1} ends the process with {code}\n")
         return following
 
     def _line(self, seconds: float) -> str | None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import select
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests.engine import random_modules
 from tests.engine.random_modules import (
     KINDS,
     PASSES,
     PLACES,
     Case,
     Step,
+    Training,
     check,
     count_outcomes,
     make_case,
@@ -69,24 +74,56 @@ def test_a_seed_means_the_same_case_as_ever() -> None:
     assert make_case(17) == SEED_17
 
 
+def test_steps_are_counted_when_they_end_and_errors_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {True: "changed in place: [weight]", False: "changed in place: parameter weight"}
+    take_step = Training._step
+
+    def step(self: Training, number: int, step: Step) -> None:
+        if number == 2:
+            raise RuntimeError(said[self.engine is None])
+        take_step(self, number, step)
+
+    monkeypatch.setattr(Training, "_step", step)
+    assert check(17, places=("device", "host")) == 4
+    said[False] = "the weight is lost: parameter weight"
+    with pytest.raises(AssertionError, match="the weight is lost"):
+        check(17, places=("device",))
+
+
 TOLD = """
-import os, sys, time
+import os, pathlib, sys, time
 for seed in range(int(sys.argv[1]), int(sys.argv[1]) + int(sys.argv[2])):
     print(f"start {seed}", flush=True)
     if seed == 2:
         os.abort()
     if seed == 5:
-        time.sleep(60)
+        pathlib.Path(__file__).with_name("hangs").touch()
+        time.sleep(600)
     ok = seed != 4
     outcome = '"equal", "steps": 8' if ok else '"failed", "steps": 0, "detail": "differs"'
     print('{"seed": %d, "outcome": %s}' % (seed, outcome), flush=True)
 """
 
 
-def test_crashes_and_hangs_are_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_crashes_and_hangs_are_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(TOLD)
-    outcomes = count_outcomes(0, 8, seconds=2.0, program=[str(program)])
+    hangs = tmp_path / "hangs"
+
+    def has_said(readable: list[Any], *_: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """As select, but sure that a child hangs: what it has said before is there by then."""
+        while not (found := select.select(readable, [], [], 0.01))[0]:
+            if hangs.exists():
+                hangs.rename(tmp_path / "hung")
+                return select.select(readable, [], [], 0)
+        return found
+
+    monkeypatch.setattr(random_modules, "select", SimpleNamespace(select=has_said))
+    outcomes = count_outcomes(0, 8, program=[str(program)])
     assert outcomes == Counter(equal=5, crashed=1, failed=1, hung=1, steps=40)
     told = capfd.readouterr().err
     assert "seed 2 ends the process with -6" in told

@@ -36,7 +36,8 @@ def mean(projected):
 config = mezo("nvme", f"{folder}/{rank}") if rank else mezo("host", bucket_elements=1 << 16)
 with make_engine(small_model(), config) as engine:
     for step in range(steps):
-        assert engine.step(lambda: small_loss(engine, 2 * step + rank), reduce=mean)
+        taken = engine.step(lambda: small_loss(engine, 2 * step + rank), reduce=mean)
+        assert taken
     assert exchanged == steps
     torch.save((engine.state_dict(), engine.step_loss), f"{folder}/state{rank}")
 dist.destroy_process_group()
@@ -58,7 +59,12 @@ def test_workers_with_different_data_and_placements_stay_equal(tmp_path: Path) -
                 text=True,
             )
         )
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    try:
+        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    finally:  # one that waits for the other would wait for ever
+        for worker in workers:
+            worker.kill()
+            worker.wait(timeout=30)
     assert [worker.returncode for worker in workers] == [0, 0], errors
 
     plain = [plain_mezo(small_model()) for _ in range(2)]
