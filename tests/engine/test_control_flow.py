@@ -7,7 +7,6 @@ in mid-run, autocast, generation, exceptions and interrupts.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from offload.engine.engine import Engine
 from tests.faults.lab import LEARNING_RATE, Run, make_engine, run_everywhere
 from tests.faults.modules import WIDTH, Block, Blocks, Chain, inputs, loss_of, tokens, weight
+from tests.threads import run_in_threads
 
 Use = tuple[Callable[[Run], None], Callable[[], nn.Module], dict[str, Any]]
 USES: dict[str, Use] = {}
@@ -49,18 +49,26 @@ class Depth(nn.Module):
         self.shrink = weight(WIDTH, WIDTH)
         self.early = nn.Linear(WIDTH, WIDTH)
         self.never = nn.Linear(WIDTH, WIDTH)
+        self.kept: list[int] = []  # layers, one entry for each forward
+        self.left: list[bool] = []  # early
+        self.counts: list[int] = []  # of the loop, of those that have come to it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept.append(0)
+        self.left.append(False)
         for layer in self.layers:
             if torch.rand(()) < 0.4:
                 continue
+            self.kept[-1] += 1
             x = layer(layer(x))
-            if x.abs().amax() > 2.8:
+            if x.abs().amax() > 3.8:
+                self.left[-1] = True
                 return self.early(x)
         count = 0
-        while x.norm() > 4 and count < 6:
+        while x.norm() > 3 and count < 6:
             x = torch.tanh(x @ self.shrink) * 0.7
             count += 1
+        self.counts.append(count)
         return x
 
 
@@ -69,6 +77,11 @@ def random_depth_and_loops_on_data(run: Run) -> None:
     for step in range(10):
         torch.manual_seed(step)
         run.train(loss_of(run(inputs(step))))
+    depth = run.module
+    run.record("control flow", [depth.kept, depth.left, depth.counts])
+    assert len(set(depth.kept)) > 2, "layers are dropped, now more and now fewer"
+    assert set(depth.left) == {False, True}, "some forwards leave early"
+    assert len(set(depth.counts)) > 1, "the loop asks the data"
 
 
 class Routed(nn.Module):
@@ -160,7 +173,8 @@ def evaluation_between_micro_batches(run: Run) -> None:
                 run.record("evaluated", run(tokens(number + 100)))
             run.module.train()
             if part < 3 and run.engine is not None:
-                assert run.engine.step() is False
+                taken = run.engine.step()
+                assert taken is False
         run.step()
 
 
@@ -192,14 +206,17 @@ def recursion(run: Run) -> None:
     def again(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
         if out.requires_grad and len(depth) < 2:
             depth.append(0)
+            entered.append(len(depth))
             out = run.module(out)
             depth.pop()
         return out
 
     depth: list[int] = []
+    entered: list[int] = []
     run.module.blocks[3].register_forward_hook(again)
     for step in range(3):
         run.train(loss_of(run(inputs(step))))
+    assert entered == [1, 2] * 3
 
 
 class Two(nn.Module):
@@ -263,26 +280,7 @@ def four_threads_in_backward_at_once(run: Run) -> None:
         losses = [
             run(torch.randint(-2, 3, (4, WIDTH), generator=drawn).float()).sum() for _ in range(4)
         ]
-        errors: list[BaseException] = []
-        ready = threading.Barrier(4)
-
-        def work(
-            loss: torch.Tensor,
-            errors: list[BaseException] = errors,
-            ready: threading.Barrier = ready,
-        ) -> None:
-            ready.wait()
-            try:
-                loss.backward()
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=work, args=(loss,)) for loss in losses]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors, errors
+        run_in_threads(*(loss.backward for loss in losses))
         gradients = run.gradients()
         run.record("gradients", gradients)
         assert all(torch.equal(g, g.round()) and g.any() for g in gradients.values())
@@ -355,7 +353,8 @@ class Pair:
         other = self.modules[1 - which]
         if self.engines:
             self.engines[which].backward(loss)
-            assert self.engines[which].step()
+            taken = self.engines[which].step()
+            assert taken
             other.zero_grad()
             for engine in self.engines:
                 assert not any(p.pins or p.windows or p.kept for p in engine._parts.pages)

@@ -93,7 +93,8 @@ def train(engine: Any, *, steps: int = STEPS, loss: Any = small_loss) -> list[tu
     found = []
     for _ in range(steps):
         index = engine.micro_steps
-        assert engine.step(lambda index=index: loss(engine, index))
+        taken = engine.step(lambda index=index: loss(engine, index))
+        assert taken
         found.append((engine.step_loss, engine.projected_gradient))
     return found
 
@@ -525,7 +526,8 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(number: float, tmp_path: Pat
         train(engine, steps=2)
         losses = iter([1.0, number])
         reduced: list[float] = []
-        assert not engine.step(lambda: next(losses), reduce=lambda g: reduced.append(g) or g)
+        taken = engine.step(lambda: next(losses), reduce=lambda g: reduced.append(g) or g)
+        assert not taken
         assert len(reduced) == 1  # the other workers wait for this one
         assert (engine.global_steps, engine.skipped_steps) == (2, 1)
         for name, weight in reference(2).items():
@@ -539,7 +541,8 @@ def test_a_weight_that_becomes_infinite_is_an_error(tmp_path: Path) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = 1e38
         losses = iter([1e3, -1e3])
-        assert engine.step(lambda: next(losses))
+        taken = engine.step(lambda: next(losses))
+        assert taken
         with pytest.raises(NonFiniteError, match="step 2 made a weight"):
             engine.state_dict()
         assert not torch.isfinite(engine.state_dict()["1.weight"]).all()

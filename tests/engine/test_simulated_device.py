@@ -21,6 +21,7 @@ from offload.engine import gradients
 from offload.engine.activations.copies import ActivationCopy
 from offload.tiers.simulated import SimulatedDeviceTier
 from tests.engine.accelerator import ON_DEVICE, PLACEMENTS, make_model, train, use_accelerator
+from tests.threads import run_in_threads
 
 
 @pytest.fixture
@@ -172,20 +173,11 @@ def test_backward_may_run_in_a_thread_of_its_own(
     main_thread = threading.get_ident()
 
     def elsewhere(loss: torch.Tensor, **kwargs: Any) -> None:
-        errors: list[Exception] = []
-
         def run() -> None:
             assert threading.get_ident() != main_thread
-            try:
-                backward(loss, **kwargs)
-            except Exception as error:
-                errors.append(error)
+            backward(loss, **kwargs)
 
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
+        run_in_threads(run)
 
     monkeypatch.setattr(torch.Tensor, "backward", elsewhere)
     found_losses, found_state, report = train(

@@ -115,7 +115,8 @@ class Run:
         self.record("gradients", self.gradients())
         self._steps += 1
         if self.engine is not None:
-            assert self.engine.step()
+            taken = self.engine.step()
+            assert taken
             self.check_at_rest()
         else:
             with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from offload.errors import OffloadError
 from tests.faults.lab import Run, row
 from tests.faults.modules import WIDTH, Blocks, inputs, loss_of, weight
+from tests.threads import run_in_threads
 
 
 class StopError(Exception):
@@ -201,11 +203,7 @@ def exception_in_one_of_many_threads(run: Run) -> None:
             except StopError:
                 results[index] = torch.zeros(1)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_in_threads(*(partial(work, i) for i in range(3)))
         handle.remove()
         run.record("results", results)
         _is_consistent(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,31 +12,11 @@ from torch import nn
 
 from tests.faults.lab import Run, row
 from tests.faults.modules import WIDTH, Blocks, inputs, loss_of, weight
-
-_SECONDS = 60.0
+from tests.threads import SECONDS, run_in_threads
 
 
 def _in_threads(count: int, work: Any) -> None:
-    errors: list[BaseException] = []
-    ready = threading.Barrier(count)
-
-    def guarded(index: int) -> None:
-        try:
-            ready.wait(_SECONDS)
-            work(index)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [
-        threading.Thread(target=guarded, args=(index,), daemon=True) for index in range(count)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=_SECONDS)
-        assert not thread.is_alive()
-    if errors:
-        raise errors[0]
+    run_in_threads(*(partial(work, index) for index in range(count)))
 
 
 @row("forward", "pack", make=Blocks, pages=4)
@@ -129,14 +110,16 @@ def _while_another_thread_uses_all_pages(run: Run, step: int, slow: Callable[[],
 
     def wait() -> None:
         in_the_middle.set()
-        assert done.wait(_SECONDS)
+        came = done.wait(SECONDS)
+        assert came
 
     def work(index: int) -> None:
         if index == 0:
             _BUSY.work = wait
             results[0] = slow()
             return
-        assert in_the_middle.wait(_SECONDS)
+        came = in_the_middle.wait(SECONDS)
+        assert came
         try:
             x = inputs(step).requires_grad_()
             (results[1],) = torch.autograd.grad(loss_of(run(x)), x)

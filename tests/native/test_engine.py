@@ -20,6 +20,7 @@ from offload.errors import (
     UnsupportedPlatformError,
 )
 from offload.native import BACKENDS, IoEngine, crc32c
+from tests.threads import run_in_threads
 
 BLOCK = 64 * 1024
 OPEN_DESCRIPTORS = Path("/proc/self/fd")
@@ -50,13 +51,13 @@ def test_round_trip(backend, tmp_path, make_memory, offset, nbytes, shift, direc
         expected = crc32c(source.address + shift, nbytes, 9)
         assert write.wait(30) == expected
         assert write.done()
-        assert write.wait() == expected
+        assert write.wait(30) == expected
         read = engine.start_read(file, offset, target.address + shift, nbytes, checksum_seed=9)
         assert read.wait(30) == expected
         assert target.part(shift, nbytes) == source.part(shift, nbytes)
         assert not target.array[:shift].any()
         assert not target.array[shift + nbytes :].any()
-        assert engine.start_read(file, offset, target.address + shift, nbytes).wait() == 0
+        assert engine.start_read(file, offset, target.address + shift, nbytes).wait(30) == 0
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o600
 
 
@@ -93,13 +94,7 @@ def test_threads_share_an_engine_and_a_ticket(backend, tmp_path, make_memory):
     ):
         shared = engine.start_write(file, 0, memory.address, 1 << 20, checksum_seed=0)
         results: list[int] = []
-        threads = [
-            threading.Thread(target=lambda: results.append(shared.wait(30))) for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_in_threads(*[lambda: results.append(shared.wait(30))] * 4)
         assert results == [crc32c(memory.address, 1 << 20)] * 4
 
 
@@ -136,7 +131,7 @@ def test_copies(backend, make_memory, lane):
         assert target.part(1, nbytes) == source.part(0, nbytes)
         assert target.array[nbytes + 1] == 0
         assert engine.lanes()[lane][0] == nbytes
-        assert engine.start_copy(target.address, source.address, 0, lane=lane).wait() == 0
+        assert engine.start_copy(target.address, source.address, 0, lane=lane).wait(30) == 0
 
 
 def test_registered_memory(backend, tmp_path, make_memory):
@@ -170,7 +165,7 @@ def test_a_closed_engine_keeps_results_and_takes_nothing(backend, tmp_path, make
     file = engine.open(str(tmp_path / "f"), flags=CREATE)
     ticket = engine.start_write(file, 0, memory.address, BLOCK, checksum_seed=0)
     engine.close()
-    assert ticket.wait() == crc32c(memory.address, BLOCK)
+    assert ticket.wait(30) == crc32c(memory.address, BLOCK)
     with pytest.raises(EngineStateError, match="closed"):
         engine.start_write(file, 0, memory.address, BLOCK)
 
@@ -322,4 +317,4 @@ def test_close_has_a_deadline(backend, tmp_path, make_memory):
         engine.close(0.02)
     assert not ticket.done()
     engine.close()
-    assert ticket.wait() == 0
+    assert ticket.wait(30) == 0

@@ -19,8 +19,9 @@ from offload.optim.rules import make_rule
 weight = np.zeros(5, np.float32)
 rule = make_rule("sgd")
 for _ in range(2):
-    assert rule.update(precision="fp32", weight=weight, master=None, state={},
-                       gradient=np.ones(5, np.float32), hyper={"lr": 0.5}, step=1)
+    updated = rule.update(precision="fp32", weight=weight, master=None, state={},
+                          gradient=np.ones(5, np.float32), hyper={"lr": 0.5}, step=1)
+    assert updated
 assert weight.tolist() == [-1.0] * 5
 kernel = rule.compile("fp32", gradient_fp32=True)
 print(sum(kernel.stats.cache_hits.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from numba import njit
 from offload.optim import philox
 from offload.optim.philox import Noise
 from tests import zeroth_oracle
+from tests.threads import run_in_threads
 
 # Random123, tests/kat_vectors, "philox4x32 10": counter, key, result.
 KNOWN_ANSWERS = [
@@ -92,9 +93,5 @@ def test_threads_draw_the_same() -> None:
     def draw(part: int) -> None:
         found[part] = drawn(65536, part * 65536)
 
-    threads = [threading.Thread(target=draw, args=(part,)) for part in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(*(partial(draw, part) for part in range(4)))
     assert np.array_equal(np.concatenate([found[part] for part in range(4)]), drawn(4 * 65536))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 
 import pytest
 
 from offload.optim.uninterrupted import uninterrupted
+from tests.threads import run_in_threads
 
 
 def interrupt() -> None:
@@ -63,7 +63,5 @@ def test_other_threads_have_nothing_to_hold_back() -> None:
         with uninterrupted():
             done.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    run_in_threads(work)
     assert done == [signal.default_int_handler]

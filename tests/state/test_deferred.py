@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import offload
 from offload.errors import DoesNotFitError, OffloadError
 from offload.state import recording
 from offload.state.recording import materialized, version_of
+from tests.threads import run_in_threads
 
 FP32 = {"precision": {"compute": "fp32"}}
 
@@ -352,9 +352,7 @@ def test_blocks_nest() -> None:
 def test_other_threads_build_ordinary_modules() -> None:
     made: list[nn.Module] = []
     with offload.deferred_init():
-        thread = threading.Thread(target=lambda: made.append(nn.Linear(200, 200)))
-        thread.start()
-        thread.join()
+        run_in_threads(lambda: made.append(nn.Linear(200, 200)))
         mine = nn.Linear(200, 200)
     assert version_of(made[0].weight) is None
     assert type(made[0].weight) is nn.Parameter
@@ -363,20 +361,10 @@ def test_other_threads_build_ordinary_modules() -> None:
 
 def test_a_write_that_nothing_has_seen_raises() -> None:
     """Another thread does not record; the memory is read-only, and must not end the process."""
-    caught: list[BaseException] = []
-
-    def write(tensor: torch.Tensor) -> None:
-        try:
-            tensor.fill_(1)
-        except RuntimeError as error:
-            caught.append(error)
-
     with offload.deferred_init():
         tensor = torch.randn(200, 200)
-        thread = threading.Thread(target=write, args=(tensor,))
-        thread.start()
-        thread.join()
-    assert len(caught) == 1
+        with pytest.raises(RuntimeError):
+            run_in_threads(lambda: tensor.fill_(1))
 
 
 def test_dtypes_and_defaults_inside_the_block() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import threading
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from offload.errors import BudgetError, UnsupportedPlatformError
 from offload.native import IoEngine
 from offload.tiers.host import HostArena, HostLease
+from tests.threads import run_in_threads
 from tests.tiers.conftest import RunScript
 
 PAGE = 4096
@@ -112,25 +113,16 @@ def test_budget_is_rounded_down_to_pages_and_has_a_minimum() -> None:
 
 def test_leases_from_many_threads() -> None:
     with HostArena(64 * PAGE) as arena:
-        errors: list[BaseException] = []
 
         def work(value: int) -> None:
-            try:
-                for _ in range(200):
-                    lease = arena.try_lease(1 + value * PAGE, f"thread {value}")
-                    if lease is not None:
-                        lease.tensor.fill_(value)
-                        assert bool((lease.tensor == value).all())
-                        lease.release()
-            except BaseException as error:
-                errors.append(error)
+            for _ in range(200):
+                lease = arena.try_lease(1 + value * PAGE, f"thread {value}")
+                if lease is not None:
+                    lease.tensor.fill_(value)
+                    assert bool((lease.tensor == value).all())
+                    lease.release()
 
-        threads = [threading.Thread(target=work, args=(value,)) for value in range(1, 5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors
+        run_in_threads(*(partial(work, value) for value in range(1, 5)))
         assert arena.used_bytes == 0
 
 
