@@ -19,6 +19,7 @@ from offload.errors import (
     DiskFullError,
     DoesNotFitError,
     EngineStateError,
+    GuardError,
     OffloadError,
     StorageError,
 )
@@ -207,6 +208,30 @@ def test_a_step_inside_gathered_is_refused(tmp_path: Path) -> None:
         taken = engine.step()
         assert taken
         assert engine.global_steps == 1
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "nvme"])
+@pytest.mark.parametrize("when", ["at rest", "after forward"])
+def test_a_conversion_is_refused_at_the_next_use_at_the_latest(
+    tier: str, when: str, tmp_path: Path
+) -> None:
+    """At once, but where the weights wear their plain class until the step: on the device."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with make_engine(model, settings(tier, tmp_path)) as engine:
+        loss = engine(torch.ones(2, 8)).sum()
+        if when == "at rest":
+            engine.backward(loss)
+            engine.step()
+        if (tier, when) == ("device", "after forward"):
+            model.half()
+            with pytest.raises(GuardError, match=r"0\.weight was replaced"):
+                engine(torch.ones(2, 8))
+            with pytest.raises(GuardError, match=r"0\.weight was replaced"):
+                engine.step()
+        else:
+            with pytest.raises(GuardError, match=r"0\.weight cannot become"):
+                model.half()
+            assert model[0].weight.dtype is torch.float32
 
 
 def test_an_optimizer_that_fails_midway_leaves_no_state_to_go_on_with() -> None:
