@@ -41,6 +41,12 @@ def format_bytes(nbytes: int) -> str:
     return f"{amount:.2f} {_UNITS[-1]}"
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names and how many more there are, e.g. ``"a, b, c and 2 more"``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 class OffloadError(Exception):
     """Root of every error that offload raises on purpose.
 

@@ -23,7 +23,7 @@ from offload.engine.guards.guard import guard_class_of
 from offload.engine.paging.pages import find_paged
 from offload.engine.paging.poison import is_poison
 from offload.engine.tiling.selection import tileable_parameters
-from offload.errors import ConfigError, OffloadError
+from offload.errors import ConfigError, OffloadError, listed
 from offload.partition.arrays import DTYPE_NAMES, TORCH_DTYPES
 from offload.partition.layout import ParamSpec
 
@@ -123,7 +123,7 @@ def collect(
         name, parameter = resident[0]
         warnings.warn(
             f"{len(resident)} parameters stay on their device, because they cannot be paged: "
-            f"{_listed([name for name, _ in resident])} (the first, a {type(parameter).__name__}: "
+            f"{listed([name for name, _ in resident])} (the first, a {type(parameter).__name__}: "
             f"{reasons[id(parameter)]})",
             stacklevel=3,
         )
@@ -157,10 +157,6 @@ def _refuse_overlaps(parameters: Mapping[str, nn.Parameter]) -> None:
                 expected="one nn.Parameter under both names where weights are tied",
                 remedy="assign the parameter itself, e.g. head.weight = embedding.weight",
             )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check(name: str, parameter: nn.Parameter, *, allow_meta: bool) -> None:

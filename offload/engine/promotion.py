@@ -34,7 +34,7 @@ from offload.engine.build import SCRATCH_OWNER, Parts
 from offload.engine.collect import Collection
 from offload.engine.optimizer import OffloadOptimizer, configured_group
 from offload.engine.planning import plan_module, scratch_bytes, with_overhead
-from offload.errors import DoesNotFitError, OffloadError, format_bytes
+from offload.errors import DoesNotFitError, OffloadError, format_bytes, listed
 from offload.optim.generic import GenericRule
 from offload.optim.rules import refused_setting
 from offload.optim.zeroth_order import ZerothOrderRule
@@ -339,6 +339,5 @@ def _no_room(states: Sequence[ParameterState], table: str) -> DoesNotFitError:
 
 
 def _listed(states: Sequence[ParameterState]) -> str:
-    more = f" and {len(states) - 3} more" if len(states) > 3 else ""
     kind = "parameter" if len(states) == 1 else "parameters"
-    return f"{kind} {', '.join(state.name for state in states[:3])}{more}"
+    return f"{kind} {listed([state.name for state in states])}"

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload.engine.planning import PERTURBED_CHUNKS, perturbed_bytes
-from offload.errors import GuardError, NonFiniteError, OffloadError, StorageError
+from offload.errors import GuardError, NonFiniteError, OffloadError, StorageError, listed
 from offload.optim.chunk_update import ChunkWork, StepSettings
 from offload.optim.uninterrupted import uninterrupted
 from offload.optim.zeroth_order import ZerothOrderUpdate
@@ -303,7 +303,7 @@ def _number(loss: Any) -> float:
 
 
 def _edited(page: WeightPage) -> GuardError:
-    names = ", ".join(parameter.state.name for parameter in page.parameters[:4])
+    names = listed([parameter.state.name for parameter in page.parameters], most=4)
     return GuardError(
         f"a parameter among {names} was edited inside the closure of a forward-only step, where "
         "parameters are perturbed copies; the edit is lost",

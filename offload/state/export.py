@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, listed
 from offload.optim.split import merge_tensor
 from offload.state import durable, stored
 from offload.state.manifest import MANIFEST_NAME, TensorRecord
@@ -143,8 +143,7 @@ def _refuse_quantized(names: Sequence[str]) -> None:
     """
     if names:
         raise CheckpointError(
-            f"parameter {names[0]} and {len(names) - 1} more are quantized: an export holds plain "
-            "weights",
+            f"quantized parameters ({listed(names)}): an export holds plain weights",
             remedy="keep the adapters, e.g. peft's, beside the base that you quantized; or save "
             "engine.state_dict() with torch.save; checkpoints hold everything",
         )

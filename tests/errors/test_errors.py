@@ -121,6 +121,13 @@ def test_format_bytes(nbytes: int, text: str) -> None:
     assert errors.format_bytes(nbytes) == text
 
 
+def test_listed() -> None:
+    assert errors.listed(["a"]) == "a"
+    assert errors.listed(["a", "b", "c"]) == "a, b, c"
+    assert errors.listed(list("abcde")) == "a, b, c and 2 more"
+    assert errors.listed(list("abcde"), most=4) == "a, b, c, d and 1 more"
+
+
 def test_import_is_lazy() -> None:
     code = (
         "import sys, offload; offload.OffloadError, offload.load_config, offload.StepReport;"

@@ -27,7 +27,7 @@ from offload.engine.paging.node_pins import NodePins
 from offload.engine.paging.page_in import Arrivals, PageIn
 from offload.engine.paging.pages import PagedParameter, WeightPage
 from offload.engine.paging.runs import RunKey, Runs
-from offload.errors import BudgetError, EngineStateError, OffloadError
+from offload.errors import BudgetError, EngineStateError, OffloadError, listed
 from offload.native import crc32c
 from offload.partition.blocks import BlockStore
 from offload.partition.residency import Residency
@@ -589,6 +589,4 @@ def _checksum(parameter: PagedParameter) -> int:
 
 
 def _names(pages: Sequence[WeightPage]) -> str:
-    names = [parameter.state.name for page in pages for parameter in page.parameters]
-    shown = ", ".join(names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+    return listed([paged.state.name for page in pages for paged in page.parameters], most=4)
