@@ -136,8 +136,9 @@ class StatefulEngine(ABC):
         copies: dict[str, torch.Tensor] = {}
         known: dict[int, torch.Tensor] = {}
         entries = self.module.state_dict(keep_vars=True)
+        paged_names = self._parts.names
         for name, value in entries.items():
-            if isinstance(value, nn.Parameter) and name in self._parts.names:
+            if isinstance(value, nn.Parameter) and name in paged_names:
                 state = self._state.parameter(name)
                 if state.index not in known:
                     known[state.index] = self._state.read(state, "weight")

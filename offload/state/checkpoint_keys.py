@@ -145,8 +145,9 @@ def _converted(
         elif pattern is None:
             found.setdefault(target, []).append(tensor_of(name))
         else:
-            converter = pending.setdefault(target, copy.deepcopy(by_pattern[pattern]))
-            converter.add_tensor(target, name, pattern, tensor_of(name))
+            if target not in pending:
+                pending[target] = copy.deepcopy(by_pattern[pattern])
+            pending[target].add_tensor(target, name, pattern, tensor_of(name))
     for target, converter in pending.items():
         for name, tensor in _convert(module, target, converter).items():
             found.setdefault(name, []).append(tensor)

@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     )
 
 import offload
-from offload.engine.guards import composite
+from offload.engine.guards import composite, saved
 from offload.engine.guards.composite import Composite, find_composites, settle_composites
 from offload.errors import CheckpointError, GuardError, OffloadError
 from offload.state import export
@@ -741,6 +741,26 @@ def test_a_subclass_of_torchs_own_tests(tmp_path: Path) -> None:
         assert type(turned.clone()) is TwoTensor
         with torch.no_grad():
             assert torch.equal((x @ turned).b, (x @ layers[1].weight.clone().t()).b)
+
+
+def test_a_wrapper_is_taken_apart_once_to_be_checked_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts it has: `__tensor_flatten__` is the user's, and may take its time."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), _codes_of_linear(nn.Linear(WIDTH, WIDTH)))
+    flatten, flattened = Scaled.__tensor_flatten__, []
+
+    def counted(self: Scaled) -> tuple[list[str], None]:
+        flattened.append(self)
+        return flatten(self)
+
+    with make_engine(model, config("host", tmp_path)) as engine:
+        monkeypatch.setattr(Scaled, "__tensor_flatten__", counted)
+        engine._places.check()
+        assert len(flattened) == 1
+        packed = saved._pack_page(model[1].weight)
+        assert isinstance(packed, saved.SavedWrapper)
+        assert len(flattened) == 2
 
 
 @pytest.mark.parametrize("make", [_codes_of_linear, _nested_of_linear])

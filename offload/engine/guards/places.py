@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 )
 
 from offload.engine.paging.pages import PagedParameter, paged_by_owner
-from offload.errors import GuardError
+from offload.errors import GuardError, listed
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 
@@ -31,10 +31,10 @@ class Places:
         paged_of = paged_by_owner(parameters)
         self._module = module
         self._places = [
-            (owner._parameters, name, paged)
+            (owner._parameters, name, paged_of[id(parameter)])
             for owner in module.modules()
             for name, parameter in owner._parameters.items()
-            for paged in paged_of.get(id(parameter), ())
+            if id(parameter) in paged_of
         ]
         self._known = set(module.parameters())
         self._owners = weakref.WeakSet(module.modules())
@@ -54,18 +54,18 @@ class Places:
             GuardError: a place does not; names the parameter.
         """
         with _NO_GUARD():
-            for held, name, paged in self._places:
+            for held, name, parts in self._places:
                 parameter = held.get(name)
                 if parameter is None:
                     continue  # moved, as parametrizations do: wherever it is, it is the same object
-                if parameter is paged.owner and paged.is_in_place():
-                    continue
-                raise GuardError(
-                    f"parameter {paged.state.name} was replaced: the engine trains the one it was "
-                    "given",
-                    remedy="convert or exchange parameters before offload.initialize; change "
-                    "values in place",
-                )
+                moved = _moved(parameter, parts)
+                if moved is not None:
+                    raise GuardError(
+                        f"parameter {moved.state.name} was replaced: the engine trains the one it "
+                        "was given",
+                        remedy="convert or exchange parameters before offload.initialize; change "
+                        "values in place",
+                    )
             if self._has_additions:
                 self._warn_of_additions()
 
@@ -85,12 +85,19 @@ class Places:
         self._known.update(added.values())
         names = [name for name, parameter in added.items() if parameter.requires_grad]
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             warnings.warn(
-                f"{', '.join(names[:3])}{more}: added after offload.initialize, so the engine does "
-                "not train them; add adapters and modules before it",
+                f"{listed(names)}: added after offload.initialize, so the engine does not train "
+                "them; add adapters and modules before it",
                 stacklevel=4,
             )
+
+
+def _moved(parameter: nn.Parameter, parts: Sequence[PagedParameter]) -> PagedParameter | None:
+    """The first of the parts of a parameter that are not in its place any more."""
+    composite = parts[0].composite
+    if parameter is not parts[0].owner or not (composite is None or composite.is_whole()):
+        return parts[0]
+    return next((paged for paged in parts if not paged.is_in_place()), None)
 
 
 class _Registration:

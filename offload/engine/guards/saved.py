@@ -27,7 +27,6 @@ import torch
 from offload.engine.activations.store import ActivationStore, SavedActivation, SavedOnDevice
 from offload.engine.guards.composite import (
     guard_classes,
-    inner_tensors,
     is_wrapper,
     plain_class_of,
     unwrapped,
@@ -115,11 +114,11 @@ def _pack_page(tensor: torch.Tensor) -> SavedPage | SavedWrapper | None:
 
 
 def _pack_wrapper(wrapper: Any) -> SavedWrapper | None:
-    pages = {name: _pack_page(inner) for name, inner in inner_tensors(wrapper)}
+    inner, context = unwrapped(wrapper)
+    pages = {n: _pack_page(value) for n, value in inner.items() if isinstance(value, torch.Tensor)}
     paged = next((page.paged for page in pages.values() if page is not None), None)
     if paged is None:
         return None
-    inner, context = unwrapped(wrapper)
     version = wrapper._version
     return SavedWrapper(
         paged,

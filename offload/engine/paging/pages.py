@@ -154,9 +154,8 @@ class PagedParameter:
         return self.state.numel * self._itemsize
 
     def is_in_place(self) -> bool:
-        """Whether the module's parameter still has the memory that it had; with guards off."""
-        same = self.state.parameter.untyped_storage()._cdata == self.storage._cdata
-        return same and (self.composite is None or self.composite.is_whole())
+        """Whether the tensor still has the memory that it had; with guards off."""
+        return bool(self.state.parameter.untyped_storage()._cdata == self.storage._cdata)
 
     @property
     def current_version(self) -> int:
