@@ -22,7 +22,7 @@ from offload.engine.guards.composite import (
 from offload.engine.guards.guard import guard_class_of
 from offload.engine.paging.pages import find_paged
 from offload.engine.paging.poison import is_poison
-from offload.engine.tiling.selection import tileable_parameters
+from offload.engine.tiling.tileable import tileable_parameters
 from offload.errors import ConfigError, OffloadError, listed
 from offload.partition.arrays import DTYPE_NAMES, TORCH_DTYPES
 from offload.partition.layout import ParamSpec

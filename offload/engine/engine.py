@@ -31,14 +31,13 @@ from offload.engine.build import Parts
 from offload.engine.departed import GradientSlots
 from offload.engine.forward_only import ForwardOnlyEngine
 from offload.engine.guards.places import Places
+from offload.engine.guards.whole_modules import fused_modules, gathered_modules
 from offload.engine.guards.windows import (
     FusedWindow,
     GatheredWindow,
     RootWindow,
     Window,
     encoder_windows,
-    fused_modules,
-    gathered_modules,
     install,
 )
 from offload.engine.loss.chunked_head import Handle, chunk_head

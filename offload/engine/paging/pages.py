@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from offload.engine.guards.composite import Composite
-    from offload.engine.tiling.tiles import TiledParameter
+    from offload.engine.tiling.tiled import TiledParameter
     from offload.partition.blocks import Block
     from offload.partition.parameters import ParameterState
     from offload.tiers.device import DeviceLease

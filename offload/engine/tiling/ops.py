@@ -26,7 +26,7 @@ from torch.autograd import Function
 from offload.engine.guards.autocast import autocast_dtype, autocast_to
 from offload.engine.guards.saved_version import version_error
 from offload.engine.paging.pages import PagedParameter, find_paged
-from offload.engine.tiling.tiles import Rows, TiledParameter
+from offload.engine.tiling.tiled import Rows, TiledParameter
 from offload.errors import GuardError
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass

@@ -1,8 +1,7 @@
 """Which parameters are tiled, and into how many tiles: decided before anything is allocated.
 
 [Note: Tiling]
-Tileable is what only `nn.Linear` and `nn.Embedding` modules use as their weight: two dimensions,
-floating-point, rows one after the other. Of those are tiled
+Of the tileable parameters, see tileable.py, are tiled
 
   named     in `tiling.modules`, in any case;
   by size   if the plan does not fit the device: the largest first, until it does. Only those whose
@@ -20,10 +19,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from offload.engine.guards.windows import fused_modules, gathered_modules
 from offload.engine.tiling.tiles import NUM_SLOTS
 from offload.errors import ConfigError
 from offload.partition.layout import MIN_BUCKET_ELEMENTS
@@ -38,40 +35,6 @@ if TYPE_CHECKING:
 PlanSpecs = Callable[[Sequence["ParamSpec"], int], "Plan"]
 
 _MIN_TILES = 2
-
-
-def tileable_parameters(module: nn.Module) -> frozenset[nn.Parameter]:
-    """The parameters that linear and embedding modules use as their weight, and nothing else does.
-
-    Not those of modules that see raw memory: compiled ones, fused kernels.
-    """
-    found: set[nn.Parameter] = set()
-    refused: set[nn.Parameter] = set()
-    for outer in (*fused_modules(module).values(), *gathered_modules(module, ()).values()):
-        refused.update(outer.parameters())
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            is_user = name == "weight" and _takes_tiles(owner)
-            (found if is_user and _has_rows(parameter) else refused).add(parameter)
-    return frozenset(found - refused)
-
-
-def _takes_tiles(module: nn.Module) -> bool:
-    if isinstance(module, nn.Embedding):
-        return module.max_norm is None and not (module.sparse or module.scale_grad_by_freq)
-    return isinstance(module, nn.Linear)
-
-
-def _has_rows(parameter: nn.Parameter) -> bool:
-    return (
-        parameter.dim() == 2
-        and parameter.is_floating_point()
-        and parameter.dtype.itemsize > 1
-        and parameter.is_contiguous()
-        and parameter.shape[0] > 1
-        and parameter.shape[1] > 0
-        and type(parameter.data) is torch.Tensor
-    )
 
 
 def plan_tiled(

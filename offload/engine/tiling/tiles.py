@@ -22,13 +22,13 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from offload.engine.tiling.tiled import Arriving, Rows, TiledParameter
 from offload.errors import OffloadError
 from offload.partition.arrays import field_tensor
 from offload.partition.blocks import Block, BlockStore, Staged
@@ -36,23 +36,10 @@ from offload.tiers.transfer import Transfer, Urgency
 
 if TYPE_CHECKING:
     from offload.engine.paging.pager import Pager
-    from offload.engine.paging.pages import PagedParameter
-    from offload.partition.parameters import ParameterState
     from offload.schedule.plan import TiledWeight
 
 NUM_SLOTS = 2  # of the largest tile: one in use, one arriving
 _STAGED_CHUNKS = 2  # at a time; the plan's ring of weight chunks has twice as many
-
-
-Take = Callable[[int, torch.Tensor], None]
-Arriving = Callable[["ParameterState"], AbstractContextManager[Take]]
-
-
-class Rows(NamedTuple):
-    """A tile: the rows [start, stop)."""
-
-    start: int
-    stop: int
 
 
 class TileSlots:
@@ -89,7 +76,7 @@ class TileSlots:
             StorageError: an edit could not be written home; on iteration, a read failed. All
                 staging has been given back when the block ends.
         """
-        page = tiled.paged.page
+        page = self._pager.pages[tiled.bucket]
         self._pager.begin_tiles(page, user)
         with self._lock:
             stream = _TileStream(tiled, order, page.block, self._store, self._pager)
@@ -110,38 +97,6 @@ class TileSlots:
             yield rows, values
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TiledParameter:
-    """One parameter by tiles of `tile_rows` rows; its elements are contiguous, row after row."""
-
-    paged: PagedParameter
-    tile_rows: int
-    slots: TileSlots
-
-    @property
-    def state(self) -> ParameterState:
-        """What is true of the parameter wherever it is."""
-        return self.paged.state
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the whole parameter."""
-        return int(self.state.shape[0])
-
-    @property
-    def row_numel(self) -> int:
-        """Elements of one row."""
-        return int(self.state.shape[1])
-
-    @property
-    def tiles(self) -> list[Rows]:
-        """All tiles, in order."""
-        return [
-            Rows(start, min(start + self.tile_rows, self.num_rows))
-            for start in range(0, self.num_rows, self.tile_rows)
-        ]
-
-
 def open_tiles(
     planned: Sequence[TiledWeight],
     pager: Pager,
@@ -160,7 +115,7 @@ def open_tiles(
     for each in planned:
         page = pager.pages[each.bucket]
         (paged,) = page.parameters
-        paged.tiles = TiledParameter(paged, each.tile_rows, slots)
+        paged.tiles = TiledParameter(paged.state, each.bucket, each.tile_rows, slots)
         page.is_tiled = True
     return slots
 
