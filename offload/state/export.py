@@ -143,7 +143,7 @@ def _refuse_quantized(names: Sequence[str]) -> None:
     """
     if names:
         raise CheckpointError(
-            f"quantized parameters ({listed(names)}): an export holds plain weights",
+            f"{listed(names)}: quantized, but an export holds plain weights",
             remedy="keep the adapters, e.g. peft's, beside the base that you quantized; or save "
             "engine.state_dict() with torch.save; checkpoints hold everything",
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from tests.engine.accelerator import (
     train,
     use_accelerator,
 )
+from tests.threads import run_in_threads
 
 PAGE = 4096
 
@@ -238,11 +238,7 @@ def test_threads_in_backward_at_once_are_all_counted(
                 layer(torch.ones(2, 64)).sum().backward()
 
         for _ in range(2):
-            threads = [threading.Thread(target=run) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            run_in_threads(*[run] * 3)
         state = dict(engine.named_state())
         for name, tensors in state.items():
             assert torch.equal(tensors["gradient"], torch.full_like(tensors["weight"], 12.0)), name
