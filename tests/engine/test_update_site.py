@@ -564,3 +564,50 @@ def test_what_is_unfrozen_and_too_large_for_a_slot_is_the_cpus(tmp_path: Path) -
         found = engine.report().update
     assert found.num_cpu == 1
     assert len(found.on_device) >= 2
+
+
+def run_with_given_gradients(config: dict[str, Any], width: int) -> Any:
+    """The gradients are given, because those of a backward need not repeat on a GPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+    drawn = torch.Generator().manual_seed(0)
+    with offload.initialize(model, config) as engine:
+        for _ in range(STEPS):
+            for name, parameter in model.named_parameters():
+                gradient = 1e-4 * torch.randn(parameter.shape, generator=drawn)
+                engine.set_state(name, {"gradient": gradient})
+            assert engine.optimizer.step() is None
+            engine.optimizer.zero_grad()
+        return engine.global_steps, dict(engine.named_state()), engine.report()
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
+def test_given_gradients_give_the_same_bits(
+    compute: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    placement = PLACEMENTS["host"]
+    on_cpu = run_with_given_gradients(make_config(tmp_path, placement, "cpu", compute), 64)
+    request.getfixturevalue("accelerator")
+    found = run_with_given_gradients(make_config(tmp_path, placement, "device", compute), 64)
+    assert found[0] == STEPS
+    assert_same(found, on_cpu)
+    assert found[2].update.on_device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("placement", ["device", "host", "split", "state"])
+def test_a_gpu_updates_to_the_bits_of_the_cpu(placement: str, compute: str, tmp_path: Path) -> None:
+    def run(update: str | float) -> Any:
+        config = make_config(tmp_path, PLACEMENTS[placement], update, compute)
+        config["tiers"]["device"] = {"kind": "cuda", "memory": "256MiB"}
+        config["tiers"]["host"] = {"memory": "256MiB"}
+        config["partition"]["bucket_elements"] = 1 << 20
+        return run_with_given_gradients(config, 1024)
+
+    on_cpu = run("cpu")
+    for update in ("device", 0.5, "auto"):
+        found = run(update)
+        assert_same(found, on_cpu)
+        assert found[2].update.on_device or update == "auto"

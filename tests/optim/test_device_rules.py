@@ -99,15 +99,21 @@ def by_kernel(
 
 
 def by_ops(
-    rule: DeviceRule, precision: str, tensors: State, hyper: Mapping[str, object], step: int
+    rule: DeviceRule,
+    precision: str,
+    tensors: State,
+    hyper: Mapping[str, object],
+    step: int,
+    device: str = "cpu",
 ) -> tuple[State, bool]:
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone().to(device) for name, tensor in tensors.items()}
     numel = tensors["weight"].numel()
-    largest = torch.zeros((), dtype=torch.int32)
+    largest = torch.zeros((), dtype=torch.int32, device=device)
     # The rows hold NaNs at first: none may be read before it is written.
-    memory = torch.full((rows_bytes(numel),), 0xFF, dtype=torch.uint8)
+    memory = torch.full((rows_bytes(numel),), 0xFF, dtype=torch.uint8, device=device)
     scalars = rule.scalars(hyper, step, 0.37)
     rule.update(precision, tensors, scalars, Rows.over(memory, numel), largest)  # type: ignore[arg-type]
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     return tensors, int(largest) < FIRST_UNHOLDABLE[precision]  # type: ignore[index]
 
 
@@ -139,6 +145,23 @@ def test_ops_have_the_bits_of_the_kernel(
     found, found_finite = by_ops(ops, precision, tensors, hyper, step)
     assert_same(found, expected)
     assert found_finite == finite
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("precision", "gradient_fp32"), FORMATS)
+@pytest.mark.parametrize("case", GROUPS)
+def test_a_gpu_has_the_bits_of_the_kernel(case: str, precision: str, gradient_fp32: bool) -> None:
+    name, hyper = GROUPS[case]
+    rule = make_rule(name, [hyper])
+    ops = device_rule(rule)
+    assert ops is not None
+    for seed, step in enumerate((1, 2, 3, 1000, 10**6)):
+        tensors = make_state(rule, precision, gradient_fp32, 1 << 20, seed, finite=True)
+        expected, finite = by_kernel(rule, precision, tensors, hyper, step)
+        found, found_finite = by_ops(ops, precision, tensors, hyper, step, "cuda")
+        assert_same(found, expected)
+        assert found_finite == finite
 
 
 @pytest.mark.parametrize(("precision", "gradient_fp32"), FORMATS)

@@ -32,6 +32,7 @@ ARGUMENTS = {
         *("--rounds=1", "--steps=1", "--hidden=64", "--layers=1", "--vocabulary=64"),
         *("--tokens=8", "--no-match", "--device=4", "--host=16"),
     ],
+    "update_site": ["--device=cpu", "--parameters=1", "--threads=1", "--rounds=1"],
 }
 
 
@@ -100,6 +101,13 @@ def test_train_step(tmp_path: Path) -> None:
         assert_positive(*found[side]["shares"], found[side]["io_seconds"])
     assert output.count("\n| on | 1") == 1, "all state is on NVMe: more than 10 bytes a parameter"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_update_site() -> None:
+    found = last_line(run("update_site"))
+    assert set(found["seconds"]) == {"cpu", "device", "auto"}
+    assert_positive(*found["seconds"].values(), *found["speeds"].values())
+    assert 0 <= found["share"] <= 1
 
 
 @pytest.mark.parametrize(
