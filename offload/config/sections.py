@@ -190,6 +190,10 @@ class TrainingSection(Section):
 
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Backward passes before each optimizer step."""
+    accumulation: Literal["micro_batch_major", "layer_major"] = "micro_batch_major"
+    """The order in which `engine.accumulate` runs the micro-batches of a step: one after the other,
+    or all of them through a layer before any goes on to the next, so that weights move twice a step
+    however many there are; see docs/accumulation.md. Losses and gradients are the same."""
     max_grad_norm: NotNegative = 0.0
     """Gradients are clipped to this global norm; 0 is no clipping."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -29,7 +29,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -91,6 +91,14 @@ def _refusal(func: Any, args: Sequence[Any]) -> GuardError:
     )
 
 
+class ArrivalOrder(Protocol):
+    """Decides when gradients may go home."""
+
+    def keep(self, state: ParameterState, gradient: torch.Tensor | None) -> bool:
+        """Whether a gradient does not go home now; None: one that comes by tiles, and does."""
+        ...
+
+
 class _Slot:
     """One parameter's `p.grad`. Its methods are to be called with guards off."""
 
@@ -130,6 +138,7 @@ class _Slot:
         """A gradient is about to arrive that never is with autograd as a whole."""
         self.adopt()
         self._slots.check(self.state)
+        self._slots.keeps(self.state, None)
         self._show()
 
     def hide(self) -> None:
@@ -165,6 +174,8 @@ class _Slot:
         with _NO_GUARD(), torch.no_grad(), self._lock, self._slots.losing(self):
             self.adopt()
             self._slots.check(self.state)
+            if self._slots.keeps(self.state, gradient):
+                return (None,)
             if self._has_hooks_of_the_user():
                 self._bring_back()
                 return None
@@ -285,6 +296,7 @@ class GradientSlots:
         self.home = home
         self.bring_back = bring_back
         self.check = check
+        self._order: ArrivalOrder | None = None
         self._slots: dict[int, _Slot] = {}
         _own_references()  # before any backward runs
         self.admit(parameters)
@@ -293,6 +305,19 @@ class GradientSlots:
         """These are trained from now on; a gradient that they have in `p.grad` counts."""
         with _NO_GUARD():
             self._slots.update({state.index: _Slot(self, state) for state in parameters})
+
+    @contextlib.contextmanager
+    def ordered_by(self, order: ArrivalOrder) -> Iterator[None]:
+        """A block in which `order` is asked about every gradient that autograd brings."""
+        self._order = order
+        try:
+            yield
+        finally:
+            self._order = None
+
+    def keeps(self, state: ParameterState, gradient: torch.Tensor | None) -> bool:
+        """Whether a gradient does not go home now."""
+        return self._order is not None and self._order.keep(state, gradient)
 
     def losing(self, slot: _Slot) -> _Losing:
         """A block whose errors lose the gradient: the accumulation has to start again."""

@@ -27,9 +27,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from offload.config import OffloadConfig
+from offload.engine.accumulation.accumulating import AccumulatingEngine
 from offload.engine.build import Parts
 from offload.engine.departed import GradientSlots
-from offload.engine.forward_only import ForwardOnlyEngine
 from offload.engine.guards.places import Places
 from offload.engine.guards.whole_modules import fused_modules, gathered_modules
 from offload.engine.guards.windows import (
@@ -65,7 +65,7 @@ _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
-class Engine(ForwardOnlyEngine):
+class Engine(AccumulatingEngine):
     """A module under the engine. Call it as the module; see [Note: One step].
 
     Attributes:
@@ -166,14 +166,22 @@ class Engine(ForwardOnlyEngine):
         self._check_ready("backward")
         self._check_has_gradients("backward")
         self._end_interrupted()
+        with self._running_backward():
+            self._scaled(loss).backward(**kwargs)
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         scale = 1.0 / self.config.training.gradient_accumulation_steps
         if self.loss_scale is not None:
             loss = loss.float()
             scale *= self.loss_scale.scale
+        return loss if scale == 1.0 else loss * scale
+
+    @contextlib.contextmanager
+    def _running_backward(self) -> Iterator[None]:
         self._in_backward = True
         with self._meter.computing():
             try:
-                (loss if scale == 1.0 else loss * scale).backward(**kwargs)
+                yield
                 self._after_backward()
                 self._parts.gradients.collect()
             except BaseException:
@@ -399,8 +407,11 @@ class Engine(ForwardOnlyEngine):
         self._parts.gradients.flush()
 
     def _after_backward(self) -> None:
-        self._parts.pager.release_nodes()
         self._release_gathered()
+        self._after_piece()
+
+    def _after_piece(self) -> None:
+        self._parts.pager.release_nodes()
         if self._parts.activations is not None:
             self._parts.activations.collect()
 
@@ -477,7 +488,7 @@ class Engine(ForwardOnlyEngine):
         self._meter.end_step()
         # A fetch ahead that fails is tried again, and reported, when the weights are needed.
         with contextlib.suppress(StorageError):
-            self._parts.pager.expect((self.module.training, True))
+            self._parts.pager.expect((self.module.training, True, *self._root.order))
 
     def _settings(self) -> StepSettings | None:
         """Freeze what the step applies; None when it is skipped."""

@@ -30,14 +30,23 @@ class StepMeter:
         self._faults = 0
         self._activations = ActivationReport()
         self._last: StepReport | None = None
+        self._is_computing = False
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Count a block as compute, less the time in which touches waited for transfers."""
+        """Count a block as compute, less the time in which touches waited for transfers.
+
+        A block inside another is part of it, also in a thread that the outer one waits for.
+        """
+        if self._is_computing:
+            yield
+            return
+        self._is_computing = True
         started, stalled = time.perf_counter(), self._stall_seconds()
         try:
             yield
         finally:
+            self._is_computing = False
             waited = self._stall_seconds() - stalled
             self._meter.add("compute", 0, max(time.perf_counter() - started - waited, 0.0))
 

@@ -18,8 +18,9 @@ there already, as inside `gathered()`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -237,6 +238,10 @@ class RootWindow:
 
     Resident parameters stay plain until `rest`, so that recomputation in backward finds them so;
     a run without gradients has none, and leaves them guarded if it has found them so.
+
+    Attributes:
+        order: the name under which `one_run` keeps the trace of the last run with gradients; ()
+            for a run that is one forward.
     """
 
     def __init__(
@@ -255,6 +260,8 @@ class RootWindow:
         self._resident = tuple(resident)
         self._awake = False
         self._wakes_until_leave = False
+        self._is_held = False
+        self.order: tuple[object, ...] = ()
         self._open = threading.local()
 
     def enter(self) -> None:
@@ -264,17 +271,33 @@ class RootWindow:
             stack.append(False)
             return
         if not stack:
-            self._before_run()
             _stop_autocast_cache()
-            self.pager.begin((self.module.training, torch.is_grad_enabled()))
-            if not self._awake:
-                self._awake = True
-                self._wakes_until_leave = not torch.is_grad_enabled()
-                for parameter in self._resident:
-                    parameter.wear_plain()
-            if self._activations is not None:
-                self._activations.begin(self.module)
+            if not self._is_held:
+                self._begin(())
         stack.append(push_page_hooks(self._activations))
+
+    def _begin(self, order: tuple[object, ...]) -> None:
+        self._before_run()
+        if torch.is_grad_enabled():
+            self.order = order
+        self.pager.begin((self.module.training, torch.is_grad_enabled(), *order))
+        if not self._awake:
+            self._awake = True
+            self._wakes_until_leave = not torch.is_grad_enabled()
+            for parameter in self._resident:
+                parameter.wear_plain()
+        if self._activations is not None:
+            self._activations.begin(self.module)
+
+    @contextlib.contextmanager
+    def one_run(self, *order: object) -> Iterator[None]:
+        """A block whose forwards are all one run, whose trace is kept under the name `order`."""
+        self._begin(order)
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
 
     def leave(self) -> None:
         """After it. A run without gradients has no backward: it ends here."""
@@ -283,7 +306,7 @@ class RootWindow:
             return
         if stack.pop():
             pop_page_hooks()
-        if not stack and not torch.is_grad_enabled():
+        if not stack and not torch.is_grad_enabled() and not self._is_held:
             self.pager.end()
             if self._wakes_until_leave:
                 self.rest()

@@ -27,6 +27,7 @@ from offload.engine.paging.node_pins import NodePins
 from offload.engine.paging.page_in import Arrivals, PageIn
 from offload.engine.paging.pages import PagedParameter, WeightPage
 from offload.engine.paging.runs import RunKey, Runs
+from offload.engine.paging.turns import turn
 from offload.errors import BudgetError, EngineStateError, OffloadError, listed
 from offload.native import crc32c
 from offload.partition.blocks import BlockStore
@@ -145,7 +146,7 @@ class Pager:
         Raises:
             BudgetError, StorageError: as `pin`; the window is not open then.
         """
-        thread = threading.get_ident()
+        thread = turn()
         with self._lock:
             self._node_pins.enter_node()
             opened = 0
@@ -162,7 +163,7 @@ class Pager:
 
     def close_window(self, pages: Sequence[WeightPage]) -> None:
         """The forward has ended."""
-        thread = threading.get_ident()
+        thread = turn()
         with self._lock:
             for page in pages:
                 page.windows -= 1
@@ -175,7 +176,7 @@ class Pager:
     def is_in_window(self) -> bool:
         """Whether windows that this thread has opened are open."""
         with self._lock:
-            return threading.get_ident() in self._window_threads
+            return turn() in self._window_threads
 
     def keep_until_step(self, page: WeightPage) -> None:
         """A raw pointer to a page that is on the device has been given away: it stays."""
@@ -383,7 +384,7 @@ class Pager:
     def _victim(self) -> WeightPage | None:
         """The page to evict: unused, best next use farthest away; None if there is none."""
         free = [page for page in self._present if not (page.pins or page.kept or page.windows)]
-        if not free and set(self._window_threads) <= {threading.get_ident()}:
+        if not free and set(self._window_threads) <= {turn()}:
             free = [
                 page
                 for page in self._present

@@ -1,0 +1,1 @@
+"""Gradient accumulation: the order in which the micro-batches of a step run."""
