@@ -52,12 +52,13 @@ class _Slot:
 
 @dataclass(slots=True, eq=False)
 class _Updated:
-    """A chunk that has been updated in its slot: the results of its staged classes, by class.
+    """A chunk that `settings` has updated in its slot: the results of its staged classes, by class.
 
     `owners` are the parameters of the pieces, whose patterns the slot has; `transfers` bring the
     results home.
     """
 
+    settings: StepSettings
     slot: _Slot
     results: dict[str, torch.Tensor]
     owners: list[int]
@@ -137,6 +138,9 @@ class DeviceUpdate(ChunkUpdate):
         """
         key = work.bucket.index, work.chunk
         updated = self._updated.get(key)
+        if updated is not None and updated.settings is not settings:
+            self._forget(key)  # of an update that was made ahead of its step, and dropped
+            updated = None
         if updated is None:
             updated = self._updated[key] = self._apply(work, settings)
         with torch.cuda.stream(self._stream):
@@ -167,9 +171,12 @@ class DeviceUpdate(ChunkUpdate):
 
     def abandon(self) -> None:
         """See `ChunkUpdate.abandon`."""
-        for updated in self._updated.values():
-            self._give_back(updated.slot, updated.transfers.values())
-        self._updated.clear()
+        for key in list(self._updated):
+            self._forget(key)
+
+    def _forget(self, key: tuple[int, int]) -> None:
+        updated = self._updated.pop(key)
+        self._give_back(updated.slot, updated.transfers.values())
 
     def _lease(self, nbytes: int) -> torch.Tensor:
         self._leases.append(self._store.device.lease(nbytes, SCRATCH_OWNER))
@@ -194,7 +201,7 @@ class DeviceUpdate(ChunkUpdate):
             self._give_back(slot, [staged.transfer for staged in work.staged.values()])
             raise
         results = {name: blocks[name] for name in STORED_CLASSES if name in work.staged}
-        return _Updated(slot, results, owners, cast("Precision", work.bucket.dtype), {})
+        return _Updated(settings, slot, results, owners, cast("Precision", work.bucket.dtype), {})
 
     def _fetched(self, work: ChunkWork, slot: _Slot) -> dict[str, torch.Tensor]:
         """The chunk blocks on the device, uint8, by class: what is staged is on its way."""
