@@ -38,6 +38,7 @@ def contradictions(config: Plain) -> list[str]:
         _settings_of_activations_that_stay,
         _settings_of_another_optimizer,
         _nesterov_without_momentum,
+        _eight_bit_without_moments,
         _forward_only_with_gradients,
         _decay_without_end,
         _unaligned_blocks,
@@ -119,6 +120,25 @@ def _nesterov_without_momentum(config: Plain) -> list[str]:
     if optimizer.get("momentum") and not optimizer.get("dampening"):
         return []
     return ["optimizer.nesterov needs optimizer.momentum above 0 and optimizer.dampening = 0"]
+
+
+def _eight_bit_without_moments(config: Plain) -> list[str]:
+    """An optimizer from a factory takes the place of the name's; what that is comes out later."""
+    optimizer = section_of(config, "optimizer")
+    if optimizer.get("moments") != "8bit":
+        return []
+    name, groups = optimizer.get("name", "adamw"), optimizer.get("groups")
+    if name in ("adagrad", "mezo"):
+        return [
+            f"optimizer.moments = '8bit' is not for {name}, but for adamw, adam, lion, and sgd "
+            "with momentum: remove it, or choose another optimizer.name"
+        ]
+    sections = [optimizer, *groups] if isinstance(groups, (list, tuple)) else [optimizer]
+    if name == "sgd" and not any(
+        section.get("momentum") for section in sections if isinstance(section, Mapping)
+    ):
+        return ["optimizer.moments = '8bit' needs optimizer.momentum above 0: sgd keeps none"]
+    return []
 
 
 def _forward_only_with_gradients(config: Plain) -> list[str]:

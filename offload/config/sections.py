@@ -249,6 +249,10 @@ class OptimizerSection(Section):
     """Dampening of the momentum; sgd only."""
     nesterov: bool = False
     """Nesterov momentum; sgd only."""
+    moments: Literal["fp32", "8bit"] = "fp32"
+    """How the optimizer keeps its moments. `8bit`: one byte each and an fp32 scale for 64 of them,
+    which changes the numbers; adamw, adam, lion, and sgd with momentum only. See
+    docs/lossy-moments.md."""
     groups: Annotated[tuple[OptimizerGroupSection, ...], BeforeValidator(_as_tuple)] = ()
     """Groups with settings of their own, by name pattern; none = one group."""
 

@@ -23,7 +23,7 @@ from offload.engine.update_site import plan_with_update
 from offload.errors import ConfigError, DoesNotFitError, format_bytes
 from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.generic import GenericRule
-from offload.optim.rules import UpdateRule, from_torch, make_rule
+from offload.optim.rules import UpdateRule, eight_bit_rule, from_torch, make_rule
 from offload.optim.zeroth_order import ZerothOrderRule
 from offload.partition.layout import (
     BLOCK_ALIGNMENT_BYTES,
@@ -221,7 +221,7 @@ def _plan_kernels(
     machine: Machine,
 ) -> Plan:
     if known is None:
-        return plan_buckets(specs, config, machine=machine, moments=rule.state_fields)
+        return plan_buckets(specs, config, machine=machine, moments=rule.state_specs)
     lay_out = partial(_kernel_layouts, config=config, rule=rule)
     return extend_plan(known, specs, config, machine=machine, lay_out=lay_out)
 
@@ -230,7 +230,7 @@ def _kernel_layouts(
     bucket: Bucket, config: OffloadConfig, rule: UpdateRule
 ) -> dict[str, ClassLayout]:
     dtype = resolve_gradient_dtype(config)
-    return layout_state([bucket], gradient_dtype=dtype, moments=rule.state_fields)[0]
+    return layout_state([bucket], gradient_dtype=dtype, moments=rule.state_specs)[0]
 
 
 def with_overhead(planned: Plan, tier: str, nbytes: int) -> Plan:
@@ -366,8 +366,10 @@ def choose_rule(
     """The update rule and the parameter groups, from the config or from a factory's optimizer.
 
     Raises:
+        ConfigError: the optimizer cannot keep its moments as `[optimizer] moments` says.
         OffloadError: the factory's optimizer cannot be applied to one bucket at a time.
     """
+    eight_bit = config.optimizer.moments == "8bit"
     named = [(c.names, _trained(c)) for c in collection.paged]
     if optimizer is None:
         groups = configured_groups(config.optimizer, named)
@@ -376,10 +378,12 @@ def choose_rule(
             if config.optimizer.name == ZerothOrderRule.name
             else make_rule(config.optimizer.name, groups)
         )
+        rule = eight_bit_rule(rule) if eight_bit else rule
         return ChosenRule(rule, groups, configured_settings(config.optimizer), True)
     prototype = optimizer([parameter for _, parameter in named if parameter is not None])
     groups = [dict(group) for group in prototype.param_groups]
     rule = from_torch(prototype) or GenericRule(prototype)
+    rule = eight_bit_rule(rule) if eight_bit else rule
     return ChosenRule(rule, groups, dict(prototype.defaults), False)
 
 

@@ -103,7 +103,7 @@ class ChunkUpdate(ABC):
         """
 
     def _fields(self, work: ChunkWork) -> Iterator[tuple[str, tuple[torch.Tensor, Field]]]:
-        """Every field that has one element for each element of the chunk."""
+        """Every field that has values for the elements of the chunk."""
         for state_class, staged in work.staged.items():
             layout = self._store.block(work.bucket.index, state_class).layout
             for field in layout.element_fields(work.chunk):
@@ -139,22 +139,28 @@ class KernelUpdate(ChunkUpdate):
     ) -> Iterator[partial[bool]]:
         state = self._parameters[segment.param]
         precision = cast("Precision", work.bucket.dtype)
+        places = dict(self._fields(work))
         arrays: dict[str, Any] = {
             name: field_array(*place, segment.start_in_chunk, segment.numel)
-            for name, place in self._fields(work)
+            for name, place in places.items()
         }
+        fields = {name: field for name, (_, field) in places.items()}
         master = arrays.get("remainder", arrays.get("master"))
         if state.edited and master is not None:
             _follow_edit(arrays["weight"], master)
         for start in range(0, segment.numel, PIECE_NUMEL):
-            piece = slice(start, start + PIECE_NUMEL)
+            numel = min(PIECE_NUMEL, segment.numel - start)
+            piece = slice(start, start + numel)
             yield partial(
                 self._rule.update,
                 precision=precision,
                 weight=arrays["weight"][piece],
                 master=None if master is None else master[piece],
                 gradient=arrays["gradient"][piece],
-                state={name: arrays[name][piece] for name in self._rule.state_fields},
+                state={
+                    name: arrays[name][fields[name].values(start, numel)]
+                    for name in self._rule.state_fields
+                },
                 hyper=settings.hyper[segment.param],
                 step=state.steps + 1,
                 gradient_scale=settings.gradient_scale,

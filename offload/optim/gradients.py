@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offload.optim import kernels
+from offload.optim.compilation import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +64,7 @@ def accumulate_gradient(
     """
     assert len(target) == len(source)
     assert len(block_sums) == num_blocks(len(target))
-    kernel = kernels.compiled(
+    kernel = compiled(
         kernels.copy_gradient if first else kernels.add_gradient,
         _KERNEL_DTYPES[target_dtype],
         _KERNEL_DTYPES[source_dtype],

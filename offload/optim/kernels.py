@@ -29,27 +29,28 @@ All loops are in this one file because numba's disk cache looks at the file of a
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
 BLOCK_NUMEL = 65_536
 """Elements of one block of `add_gradient` and of its kin; see `gradients`."""
 
+MOMENT_BLOCK = 64
+"""Elements that share a scale; see [Note: 8-bit moments] in `moments`."""
+
+_TILE = 32 * MOMENT_BLOCK  # decoded at a time: two moments of it in fp32 stay in the nearest cache
 _LANES = 256  # partial sums of a block: element k adds to lane k % 256, so that the loop vectorises
 
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _INFINITY = np.uint32(0x7F80_0000)
+_LARGEST_FINITE = np.uint32(0x7F7F_FFFF)
 _ONE = np.uint32(1)
+_F1 = np.float32(1)
 _HALF_SHIFT = np.uint32(13)  # fp32 has 23 bits of mantissa, fp16 has 10
 _WORD_SHIFT = np.uint32(16)
-
-Kernel = Callable[..., Any]
 
 
 # --- number formats: see [Note: number formats] ---------------------------------------------------
@@ -224,6 +225,7 @@ def _magnitude(value: Any) -> Any:
 # --- update rules: `scalars` are float32, in the order in which they are unpacked -----------------
 
 
+@register_jitable
 def adam(
     weight: Any, master: Any, gradient: Any, exp_avg: Any, exp_avg_sq: Any, scalars: Any
 ) -> Any:
@@ -257,6 +259,7 @@ def sgd(weight: Any, master: Any, gradient: Any, scalars: Any) -> Any:
     return largest
 
 
+@register_jitable
 def sgd_momentum(
     weight: Any, master: Any, gradient: Any, momentum_buffer: Any, scalars: Any
 ) -> Any:
@@ -289,6 +292,7 @@ def adagrad(weight: Any, master: Any, gradient: Any, squares: Any, scalars: Any)
     return largest
 
 
+@register_jitable
 def lion(weight: Any, master: Any, gradient: Any, exp_avg: Any, scalars: Any) -> Any:
     """Step Lion. Source: Chen et al. 2302.06675, algorithm 2."""
     scale, decay, beta1, rate1, beta2, rate2, lr = scalars
@@ -304,6 +308,162 @@ def lion(weight: Any, master: Any, gradient: Any, exp_avg: Any, scalars: Any) ->
         _write_value(weight, master, i, value)
         largest = max(largest, _magnitude(value))
     return largest
+
+
+# --- 8-bit moments: see [Note: 8-bit moments] in `moments`; arrays begin with a block -------------
+
+
+@register_jitable
+def decode_signed(codes: Any, scales: Any, values: Any) -> None:
+    """Write the moments that int8 codes stand for."""
+    for block in range(len(scales)):
+        scale = scales[block]
+        first = np.uint64(block) * np.uint64(MOMENT_BLOCK)
+        for k in range(min(MOMENT_BLOCK, len(codes) - block * MOMENT_BLOCK)):
+            i = first + np.uint64(k)
+            q = np.float32(codes[i])
+            values[i] = scale * (q / (np.float32(254) - abs(q)))
+
+
+@register_jitable
+def decode_unsigned(codes: Any, scales: Any, values: Any) -> None:
+    """Write the moments that uint8 codes stand for."""
+    for block in range(len(scales)):
+        scale = scales[block]
+        first = np.uint64(block) * np.uint64(MOMENT_BLOCK)
+        for k in range(min(MOMENT_BLOCK, len(codes) - block * MOMENT_BLOCK)):
+            i = first + np.uint64(k)
+            root = scale * (np.float32(codes[i]) * np.float32(1 / 255))
+            values[i] = root * root
+
+
+@register_jitable(inline="always")
+def _block_largest(values: Any, first: Any, numel: Any) -> Any:
+    """Return the largest finite magnitude of a block, as its pattern."""
+    largest = np.uint32(0)
+    for k in range(numel):
+        largest = max(largest, _magnitude(values[first + np.uint64(k)]))
+    return min(largest, _LARGEST_FINITE)
+
+
+@register_jitable
+def encode_signed(values: Any, codes: Any, scales: Any) -> None:
+    """Write the int8 codes and scales of moments."""
+    for block in range(len(scales)):
+        first = np.uint64(block) * np.uint64(MOMENT_BLOCK)
+        numel = min(MOMENT_BLOCK, len(codes) - block * MOMENT_BLOCK)
+        largest = _from_bits(_block_largest(values, first, numel))
+        scale = np.float32(0)
+        inverse = np.float32(0)
+        if largest >= np.float32(2.0**-108):  # else every code would be 0
+            scale = min(max(largest, np.float32(2.0**-100)), np.float32(2.0**126))
+            inverse = np.float32(1) / scale
+        scales[block] = scale
+        for k in range(numel):
+            i = first + np.uint64(k)
+            bits = _bits(values[i])
+            x = min(_from_bits(min(np.uint32(bits & _MAGNITUDE), _bits(scale))) * inverse, _F1)
+            q = np.int32(np.float32(254) * (x / (np.float32(1) + x)) + np.float32(0.5))
+            sign = np.int32(bits) >> np.int32(31)  # -1 or 0
+            codes[i] = np.int8((q ^ sign) - sign)
+
+
+@register_jitable
+def encode_unsigned(values: Any, codes: Any, scales: Any) -> None:
+    """Write the uint8 codes and scales of moments that are no less than 0."""
+    for block in range(len(scales)):
+        first = np.uint64(block) * np.uint64(MOMENT_BLOCK)
+        numel = min(MOMENT_BLOCK, len(codes) - block * MOMENT_BLOCK)
+        largest = _from_bits(_block_largest(values, first, numel))
+        scale = np.float32(0)
+        inverse = np.float32(0)
+        if largest > 0:
+            scale = max(np.sqrt(largest), np.float32(2.0**-55))
+            inverse = np.float32(1) / scale
+        scales[block] = scale
+        for k in range(numel):
+            i = first + np.uint64(k)
+            pattern = min(_magnitude(values[i]), _LARGEST_FINITE)
+            root = np.sqrt(_from_bits(pattern)) * inverse
+            q = np.uint32(np.int32(np.float32(255) * root + np.float32(0.5)))
+            codes[i] = np.uint8(max(q, min(pattern, _ONE)))
+
+
+def _cut(array: Any, start: Any, stop: Any) -> Any:  # a part of an array, or None of None
+    raise NotImplementedError
+
+
+@overload(_cut, inline="always")
+def _cut_overload(array: Any, start: Any, stop: Any) -> Any:
+    def nothing(array: Any, start: Any, stop: Any) -> Any:
+        return None
+
+    def part(array: Any, start: Any, stop: Any) -> Any:
+        return array[start:stop]
+
+    return nothing if isinstance(array, types.NoneType) else part
+
+
+def adam_8bit(
+    weight: Any,
+    master: Any,
+    gradient: Any,
+    exp_avg: Any,
+    exp_avg_scale: Any,
+    exp_avg_sq: Any,
+    exp_avg_sq_scale: Any,
+    scalars: Any,
+) -> Any:
+    """Step `adam` between decoding and encoding its moments."""
+    m = np.empty(_TILE, np.float32)
+    v = np.empty(_TILE, np.float32)
+    largest = np.uint32(0)
+    for start in range(0, len(weight), _TILE):
+        stop = min(start + _TILE, len(weight))
+        first, last = start // MOMENT_BLOCK, -(-stop // MOMENT_BLOCK)
+        average, scale = exp_avg[start:stop], exp_avg_scale[first:last]
+        squares, root_scale = exp_avg_sq[start:stop], exp_avg_sq_scale[first:last]
+        decode_signed(average, scale, m)
+        decode_unsigned(squares, root_scale, v)
+        cut = _cut(master, start, stop)
+        found = adam(weight[start:stop], cut, gradient[start:stop], m, v, scalars)
+        encode_signed(m, average, scale)
+        encode_unsigned(v, squares, root_scale)
+        largest = max(largest, found)
+    return largest
+
+
+@register_jitable
+def _step_signed(
+    loop: Any, weight: Any, master: Any, gradient: Any, codes: Any, scales: Any, scalars: Any
+) -> Any:
+    """Step a loop with one signed moment between decoding and encoding it."""
+    m = np.empty(_TILE, np.float32)
+    largest = np.uint32(0)
+    for start in range(0, len(weight), _TILE):
+        stop = min(start + _TILE, len(weight))
+        average = codes[start:stop]
+        scale = scales[start // MOMENT_BLOCK : -(-stop // MOMENT_BLOCK)]
+        decode_signed(average, scale, m)
+        cut = _cut(master, start, stop)
+        found = loop(weight[start:stop], cut, gradient[start:stop], m, scalars)
+        encode_signed(m, average, scale)
+        largest = max(largest, found)
+    return largest
+
+
+def sgd_momentum_8bit(
+    weight: Any, master: Any, gradient: Any, buffer: Any, buffer_scale: Any, scalars: Any
+) -> Any:
+    """Step `sgd_momentum` with an 8-bit momentum buffer."""
+    return _step_signed(sgd_momentum, weight, master, gradient, buffer, buffer_scale, scalars)
+
+
+def lion_8bit(
+    weight: Any, master: Any, gradient: Any, exp_avg: Any, exp_avg_scale: Any, scalars: Any
+) -> Any:
+    """Step `lion` with an 8-bit average."""
+    return _step_signed(lion, weight, master, gradient, exp_avg, exp_avg_scale, scalars)
 
 
 # --- forward-only training: a weight without a master, and the normals of its elements ------------
@@ -390,56 +550,3 @@ def add_gradient(target: Any, source: Any, sums: Any) -> None:
                 written = np.float64(_store(target, i, _load(target, i) + _load(source, i)))
                 lanes[k] += written * written
         sums[block] = _sum_lanes(lanes)
-
-
-# --- compilation ----------------------------------------------------------------------------------
-
-_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "parallel": False,
-    "fastmath": False,
-    "error_model": "numpy",
-}
-_compiled: dict[str, Kernel] = {}
-_compile_lock = threading.Lock()
-
-
-def compiled(function: Callable[..., Any], *arguments: str | int | None) -> Kernel:
-    """Return `function` compiled for these arguments, from the disk cache where there is one.
-
-    Args:
-        function: A loop of this module.
-        *arguments: For each parameter the dtype of its array (``"float32"``, ``"int16"``, ...),
-            None for None, or the number of its float32 scalars.
-    """
-    name = "_".join([function.__name__, *(str(argument) for argument in arguments)])
-    kernel = _compiled.get(name)
-    if kernel is None:
-        with _compile_lock:
-            kernel = _compiled.get(name)
-            if kernel is None:
-                kernel = _compile(function, name, tuple(_numba_type(a) for a in arguments))
-                _compiled[name] = kernel
-    return kernel
-
-
-def _numba_type(argument: str | int | None) -> Any:
-    if argument is None:
-        return types.none
-    if isinstance(argument, int):
-        return types.UniTuple(types.float32, argument)
-    return types.Array(getattr(types, argument), 1, "C")
-
-
-def _compile(function: Callable[..., Any], name: str, signature: tuple[Any, ...]) -> Kernel:
-    # Each signature is cached under its own name: numba's index file of a function loses or mixes
-    # up entries when two processes add different signatures to it at once.
-    assert isinstance(function, FunctionType)
-    named = FunctionType(function.__code__, function.__globals__, name)
-    named.__qualname__ = name
-    named.__module__ = function.__module__
-    try:
-        kernel: Kernel = njit(signature, cache=True, **_OPTIONS)(named)
-    except Exception:  # noqa: BLE001 - whatever is wrong with the cache, we can do without it
-        kernel = njit(signature, cache=False, **_OPTIONS)(named)
-    return kernel

@@ -29,6 +29,7 @@ from numba import types
 from numba.extending import register_jitable
 
 from offload.optim import kernels
+from offload.optim.compilation import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,7 +86,7 @@ class Noise:
             ],
             dtype=np.uint64,
         )
-        kernels.compiled(normals, "float32", "uint64")(out, key)
+        compiled(normals, "float32", "uint64")(out, key)
 
 
 @register_jitable(inline="always")

@@ -5,7 +5,8 @@
 A rule's arithmetic is that of the `torch.optim` class of the same name with ``foreach=False,
 fused=False`` on fp32 masters: the same operations in the same order. State starts as zeros.
 A rule holds no state: it is told the parameter's step count and group, so that it may be called on
-any part of a parameter, in any order and from several threads.
+any part of a parameter, in any order and from several threads. A rule with 8-bit moments
+(`eight_bit_rule`) does the same between decoding and encoding them; its parts begin with a block.
 
 Anything else than these rules goes the way of `generic`.
 """
@@ -21,8 +22,10 @@ import numpy as np
 
 from offload.errors import ConfigError
 from offload.optim import kernels
+from offload.optim.compilation import Kernel, compiled
 from offload.optim.gradients import kernel_view
 from offload.optim.split import FIRST_UNHOLDABLE
+from offload.partition.layout import FieldSpec
 
 if TYPE_CHECKING:
     import torch
@@ -37,20 +40,49 @@ _MASTER_DTYPES: dict[Precision, str | None] = {"fp32": None, "bf16": "int16", "f
 _WEIGHT_DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "uint16", "fp16": "int16"}
 
 
+_STATE_DTYPES = {"fp32": "float32", "int8": "int8", "uint8": "uint8"}
+
+
+def _fp32(*names: str) -> tuple[FieldSpec, ...]:
+    return tuple(FieldSpec(name, "fp32", 4) for name in names)
+
+
+def _signed(name: str) -> tuple[FieldSpec, ...]:
+    return FieldSpec(name, "int8", 1), _scale(name)
+
+
+def _unsigned(name: str) -> tuple[FieldSpec, ...]:
+    return FieldSpec(name, "uint8", 1), _scale(name)
+
+
+def _scale(name: str) -> FieldSpec:
+    return FieldSpec(scale_field(name), "fp32", 4, kernels.MOMENT_BLOCK)
+
+
+def scale_field(name: str) -> str:
+    """The field that holds the scales of an 8-bit moment."""
+    return f"{name}_scale"
+
+
 class UpdateRule(ABC):
-    """One update rule; `state_fields` names its fp32 state arrays, as torch does."""
+    """One update rule; `state_specs` are its state arrays, under torch's names."""
 
     name: ClassVar[str]
     hyper_defaults: ClassVar[dict[str, Any]]
     num_scalars: ClassVar[int]
-    state_fields: tuple[str, ...]
-    _loop: kernels.Kernel
+    state_specs: ClassVar[tuple[FieldSpec, ...]]
+    _loop: Kernel
+
+    @property
+    def state_fields(self) -> tuple[str, ...]:
+        """Names of the state arrays."""
+        return tuple(spec.name for spec in self.state_specs)
 
     @abstractmethod
     def scalars(self, hyper: Hyper, step: int) -> tuple[float, ...]:
         """Return the kernel's scalars after the gradient scale, from a full group and step."""
 
-    def compile(self, precision: Precision, *, gradient_fp32: bool) -> kernels.Kernel:
+    def compile(self, precision: Precision, *, gradient_fp32: bool) -> Kernel:
         """Compile this rule's kernel, or load it from the disk cache; later calls return at once.
 
         Args:
@@ -58,12 +90,12 @@ class UpdateRule(ABC):
             gradient_fp32: Whether gradients are fp32, and not in the weights' format.
         """
         weight = _WEIGHT_DTYPES[precision]
-        return kernels.compiled(
+        return compiled(
             self._loop,
             weight,
             _MASTER_DTYPES[precision],
             "float32" if gradient_fp32 else weight,
-            *("float32" for _ in self.state_fields),
+            *(_STATE_DTYPES[spec.dtype] for spec in self.state_specs),
             self.num_scalars,
         )
 
@@ -74,21 +106,23 @@ class UpdateRule(ABC):
         weight: NDArray[Any],
         master: NDArray[Any] | None,
         gradient: NDArray[Any],
-        state: Mapping[str, NDArray[np.float32]],
+        state: Mapping[str, NDArray[Any]],
         hyper: Hyper,
         step: int,
         gradient_scale: float = 1.0,
     ) -> bool:
-        """Apply one update in place; all arrays are 1-D, contiguous and of one length.
+        """Apply one update in place; all arrays are 1-D, contiguous and of the same elements.
 
-        The bits written for an element do not depend on where the arrays begin or end.
+        The bits written for an element do not depend on where the arrays begin or end; where a
+        state array has values for several elements, arrays begin with such a value, and end with
+        one or where the parameter does.
 
         Args:
             precision: Format of the weight.
             weight: float32, or uint16 bits of bf16 or fp16.
             master: None (fp32), int16 remainder (bf16) or float32 values (fp16).
             gradient: float32, or uint16 bits in the weight's format.
-            state: A float32 array for each of `state_fields`.
+            state: An array for each of `state_specs`.
             hyper: The parameter's group; what is absent is as in `hyper_defaults`.
             step: How many updates the parameter has had, with this one.
             gradient_scale: The gradient is multiplied by this first.
@@ -121,8 +155,8 @@ class AdamRule(UpdateRule):
         "decoupled_weight_decay": False,
     }
     num_scalars = 9
-    state_fields = ("exp_avg", "exp_avg_sq")
-    _loop: kernels.Kernel = staticmethod(kernels.adam)
+    state_specs: ClassVar[tuple[FieldSpec, ...]] = _fp32("exp_avg", "exp_avg_sq")
+    _loop: Kernel = staticmethod(kernels.adam)
 
     def scalars(self, hyper: Hyper, step: int) -> tuple[float, ...]:
         lr, eps, weight_decay = (float(hyper[key]) for key in ("lr", "eps", "weight_decay"))
@@ -163,8 +197,8 @@ class SGDRule(UpdateRule):
         "nesterov": False,
     }
     num_scalars = 3
-    state_fields: tuple[str, ...] = ()
-    _loop: kernels.Kernel = staticmethod(kernels.sgd)
+    state_specs: ClassVar[tuple[FieldSpec, ...]] = ()
+    _loop: Kernel = staticmethod(kernels.sgd)
 
     def scalars(self, hyper: Hyper, step: int) -> tuple[float, ...]:
         del step
@@ -175,8 +209,8 @@ class MomentumSGDRule(SGDRule):
     """`torch.optim.SGD` with a momentum buffer; a parameter's first step copies the gradient."""
 
     num_scalars = 7
-    state_fields = ("momentum_buffer",)
-    _loop: kernels.Kernel = staticmethod(kernels.sgd_momentum)
+    state_specs: ClassVar[tuple[FieldSpec, ...]] = _fp32("momentum_buffer")
+    _loop: Kernel = staticmethod(kernels.sgd_momentum)
 
     def scalars(self, hyper: Hyper, step: int) -> tuple[float, ...]:
         momentum = float(hyper["momentum"])
@@ -200,8 +234,8 @@ class AdagradRule(UpdateRule):
         "eps": 1e-10,
     }
     num_scalars = 5
-    state_fields = ("sum",)
-    _loop: kernels.Kernel = staticmethod(kernels.adagrad)
+    state_specs: ClassVar[tuple[FieldSpec, ...]] = _fp32("sum")
+    _loop: Kernel = staticmethod(kernels.adagrad)
 
     def scalars(self, hyper: Hyper, step: int) -> tuple[float, ...]:
         lr = float(hyper["lr"]) / (1 + (step - 1) * float(hyper["lr_decay"]))
@@ -219,8 +253,8 @@ class LionRule(UpdateRule):
         "weight_decay": 0.0,
     }
     num_scalars = 7
-    state_fields = ("exp_avg",)
-    _loop: kernels.Kernel = staticmethod(kernels.lion)
+    state_specs: ClassVar[tuple[FieldSpec, ...]] = _fp32("exp_avg")
+    _loop: Kernel = staticmethod(kernels.lion)
 
     def scalars(self, hyper: Hyper, step: int) -> tuple[float, ...]:
         del step
@@ -228,6 +262,41 @@ class LionRule(UpdateRule):
         beta1, beta2 = (float(beta) for beta in hyper["betas"])
         return 1 - lr * float(hyper["weight_decay"]), beta1, 1 - beta1, beta2, 1 - beta2, lr
 
+
+class EightBitAdamRule(AdamRule):
+    """`AdamRule` with 8-bit moments."""
+
+    state_specs = (*_signed("exp_avg"), *_unsigned("exp_avg_sq"))
+    _loop: Kernel = staticmethod(kernels.adam_8bit)
+
+
+class EightBitAdamWRule(AdamWRule):
+    """`AdamWRule` with 8-bit moments."""
+
+    state_specs = EightBitAdamRule.state_specs
+    _loop: Kernel = staticmethod(kernels.adam_8bit)
+
+
+class EightBitMomentumSGDRule(MomentumSGDRule):
+    """`MomentumSGDRule` with an 8-bit momentum buffer."""
+
+    state_specs = _signed("momentum_buffer")
+    _loop: Kernel = staticmethod(kernels.sgd_momentum_8bit)
+
+
+class EightBitLionRule(LionRule):
+    """`LionRule` with an 8-bit average."""
+
+    state_specs = _signed("exp_avg")
+    _loop: Kernel = staticmethod(kernels.lion_8bit)
+
+
+_EIGHT_BIT: dict[type[UpdateRule], type[UpdateRule]] = {
+    AdamRule: EightBitAdamRule,
+    AdamWRule: EightBitAdamWRule,
+    MomentumSGDRule: EightBitMomentumSGDRule,
+    LionRule: EightBitLionRule,
+}
 
 RULES: dict[str, type[UpdateRule]] = {
     rule.name: rule for rule in (AdamWRule, AdamRule, SGDRule, AdagradRule, LionRule)
@@ -255,6 +324,25 @@ def make_rule(name: str, groups: Sequence[Hyper] = ()) -> UpdateRule:
     if name == "sgd" and any(float(group.get("momentum", 0.0)) != 0 for group in groups):
         return MomentumSGDRule()
     return RULES[name]()
+
+
+def eight_bit_rule(rule: object) -> UpdateRule:
+    """The rule that does the same with 8-bit moments.
+
+    Adagrad has none: its sum only grows, and stands still once what is added is less than half a
+    step of its code.
+
+    Raises:
+        ConfigError: This rule has none, or keeps no moments.
+    """
+    for plain, eight_bit in _EIGHT_BIT.items():
+        if type(rule) is plain:
+            return eight_bit()
+    problem = (
+        "optimizer.moments = '8bit' needs adamw, adam, lion, or sgd with momentum, and the "
+        f"optimizer is {getattr(rule, 'name', rule)}: choose one of them, or moments = 'fp32'"
+    )
+    raise ConfigError(problems=[problem])
 
 
 def from_torch(optimizer: torch.optim.Optimizer) -> UpdateRule | None:

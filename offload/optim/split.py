@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from offload.optim import kernels
+from offload.optim.compilation import compiled
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def split_master(
     Returns:
         Whether every weight is finite.
     """
-    kernel = kernels.compiled(kernels.split, "float32", "uint16", "int16")
+    kernel = compiled(kernels.split, "float32", "uint16", "int16")
     return int(kernel(values, weight, remainder)) < FIRST_UNHOLDABLE["bf16"]
 
 
@@ -51,7 +52,7 @@ def merge_master(
     weight: NDArray[np.uint16], remainder: NDArray[np.int16], values: NDArray[np.float32]
 ) -> None:
     """Write the fp32 `values` of bf16 `weight` bits and `remainder`; all 1-D of one length."""
-    kernels.compiled(kernels.merge, "uint16", "int16", "float32")(weight, remainder, values)
+    compiled(kernels.merge, "uint16", "int16", "float32")(weight, remainder, values)
 
 
 def split_tensor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,6 +26,7 @@ import torch
 
 from offload.optim import kernels
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
+from offload.optim.compilation import compiled
 from offload.optim.gradients import kernel_view
 from offload.optim.philox import NOISE_BLOCK_NUMEL, Noise
 from offload.optim.split import FIRST_UNHOLDABLE
@@ -78,7 +79,7 @@ def perturb_weights(
     `weight` itself.
     """
     dtype = _KERNEL_DTYPES[precision]
-    kernel = kernels.compiled(kernels.perturb, dtype, "float32", dtype, 1)
+    kernel = compiled(kernels.perturb, dtype, "float32", dtype, 1)
     drawn = np.empty(len(weight), np.float32)
     noise.fill(drawn, start)
     kernel(
@@ -104,7 +105,7 @@ def update_weights(
         Whether all updated weights are finite. If not, they have been written.
     """
     dtype = _KERNEL_DTYPES[precision]
-    kernel = kernels.compiled(kernels.zeroth_order, dtype, "float32", 3)
+    kernel = compiled(kernels.zeroth_order, dtype, "float32", 3)
     drawn = np.empty(len(weight), np.float32)
     noise.fill(drawn, start)
     settings = {**ZerothOrderRule.hyper_defaults, **hyper}

@@ -30,25 +30,33 @@ _ARRAY_DTYPES: dict[str, Any] = {
     "bf16": np.uint16,
     "fp16": np.uint16,
     "int16": np.int16,
+    "int8": np.int8,
+    "uint8": np.uint8,
 }
 
 
 def field_tensor(chunk: torch.Tensor, field: Field, start: int, numel: int) -> torch.Tensor:
-    """`numel` elements of a field from element `start` of its chunk; 1-D, of the field's dtype.
+    """The values of `numel` elements from element `start` of a chunk; 1-D, of the field's dtype.
 
     `chunk` is the chunk block: uint8, 1-D.
     """
-    begin = field.offset_bytes + start * field.itemsize
-    return chunk[begin : begin + numel * field.itemsize].view(TORCH_DTYPES[field.dtype])
+    return chunk[_bytes(field, start, numel)].view(TORCH_DTYPES[field.dtype])
 
 
 def field_array(
     chunk: torch.Tensor, field: Field, start: int, numel: int
 ) -> npt.NDArray[np.generic]:
     """As `field_tensor`, as the array a kernel takes: 16-bit floats as their bits."""
-    begin = field.offset_bytes + start * field.itemsize
-    raw: npt.NDArray[np.generic] = chunk[begin : begin + numel * field.itemsize].numpy()
+    raw: npt.NDArray[np.generic] = chunk[_bytes(field, start, numel)].numpy()
     return raw.view(_ARRAY_DTYPES[field.dtype])
+
+
+def _bytes(field: Field, start: int, numel: int) -> slice:
+    values = field.values(start, numel)
+    return slice(
+        field.offset_bytes + values.start * field.itemsize,
+        field.offset_bytes + values.stop * field.itemsize,
+    )
 
 
 def tensor_bits(flat: torch.Tensor) -> npt.NDArray[np.generic]:

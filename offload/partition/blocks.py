@@ -57,7 +57,7 @@ class BlockLayout(Protocol):
         ...
 
     def element_fields(self, chunk: int) -> Sequence[Field]:
-        """The fields of a chunk block that have one element for each element of the chunk."""
+        """The fields of a chunk block that have values for the elements of the chunk."""
         ...
 
 

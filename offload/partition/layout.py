@@ -11,6 +11,9 @@
   chunk block   the state of one class of one chunk: its fields one after the other, each at a
                 multiple of 4096 bytes. A block is one O_DIRECT request with aligned fields.
   class layout  the chunk blocks of a bucket one after the other, the same on disk and in memory.
+  value         what a field has for each element, or one for `elements_per_value` of them (a scale
+                for a block of quantized ones): elements [k * n, k * n + n) of the bucket have value
+                k. Slots then start at multiples of n, so that values are those of one parameter.
 
 Counts named `numel`, `offset`, `start` are elements; bytes are named `nbytes` or `*_bytes`.
 """
@@ -100,11 +103,15 @@ class Bucket:
 
 
 class FieldSpec(NamedTuple):
-    """One array of a state class, with one element for each element of the bucket."""
+    """One array of a state class, with one value for `elements_per_value` elements of the bucket.
+
+    `elements_per_value` divides 65536, so that a chunk begins with a value of its own.
+    """
 
     name: str
     dtype: str
     itemsize: int
+    elements_per_value: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,16 @@ class Field:
     itemsize: int
     offset_bytes: int
     nbytes: int
+    elements_per_value: int = 1
+
+    def values(self, start: int, numel: int) -> slice:
+        """The values of `numel` elements from element `start` on, which begins one.
+
+        The last value may have fewer elements than the others.
+        """
+        each = self.elements_per_value
+        assert start % each == 0, "ranges begin where a value does"
+        return slice(start // each, -(-(start + numel) // each))
 
 
 class Segment(NamedTuple):
@@ -128,7 +145,11 @@ class Segment(NamedTuple):
 
 
 def pack(
-    specs: Sequence[ParamSpec], *, bucket_elements: int, chunk_elements: int | None = None
+    specs: Sequence[ParamSpec],
+    *,
+    bucket_elements: int,
+    chunk_elements: int | None = None,
+    slot_elements: int = 1,
 ) -> tuple[Bucket, ...]:
     """Packs the parameters into buckets; buckets are ordered by their first parameter.
 
@@ -141,6 +162,7 @@ def pack(
         bucket_elements: most elements in a bucket of several parameters, padding included.
         chunk_elements: where a large parameter is cut; a multiple of 65536; by default
             `bucket_elements` rounded up to one.
+        slot_elements: slots start at multiples of this many elements, too; a power of two.
 
     Raises:
         ValueError: a size is not positive, or `chunk_elements` is not a multiple of 65536.
@@ -155,23 +177,26 @@ def pack(
             f"expected a positive multiple of {REDUCTION_ELEMENTS}"
         )
     return tuple(
-        _bucket(index, members, specs, chunk_elements)
-        for index, members in enumerate(_groups(specs, bucket_elements))
+        _bucket(index, members, specs, chunk_elements, slot_elements)
+        for index, members in enumerate(_groups(specs, bucket_elements, slot_elements))
     )
 
 
-def _slot_elements(spec: ParamSpec) -> int:
+def _padded_numel(spec: ParamSpec, slot_elements: int) -> int:
     """Elements a parameter takes with its padding; an empty one takes none."""
-    return round_up(spec.nbytes, SLOT_ALIGNMENT_BYTES) // spec.itemsize
+    in_bytes = max(SLOT_ALIGNMENT_BYTES, slot_elements * spec.itemsize)
+    return round_up(spec.nbytes, in_bytes) // spec.itemsize
 
 
-def _groups(specs: Sequence[ParamSpec], bucket_elements: int) -> list[list[int]]:
+def _groups(
+    specs: Sequence[ParamSpec], bucket_elements: int, slot_elements: int
+) -> list[list[int]]:
     groups: list[list[int]] = []
     open_groups: dict[tuple[str, bool], list[int]] = {}
     filled: dict[tuple[str, bool], int] = {}
     for param, spec in enumerate(specs):
         kind = (spec.dtype, spec.trainable)
-        needed = _slot_elements(spec)
+        needed = _padded_numel(spec, slot_elements)
         if needed > bucket_elements or spec.tile_numel is not None:
             groups.append([param])
         elif kind in open_groups and filled[kind] + needed <= bucket_elements:
@@ -185,14 +210,18 @@ def _groups(specs: Sequence[ParamSpec], bucket_elements: int) -> list[list[int]]
 
 
 def _bucket(
-    index: int, members: Sequence[int], specs: Sequence[ParamSpec], chunk_elements: int
+    index: int,
+    members: Sequence[int],
+    specs: Sequence[ParamSpec],
+    chunk_elements: int,
+    slot_elements: int,
 ) -> Bucket:
     first = specs[members[0]]
     slots = []
     offset = 0
     for param in members:
         slots.append(ParamSlot(param, offset, specs[param].numel))
-        offset += _slot_elements(specs[param])
+        offset += _padded_numel(specs[param], slot_elements)
     # A bucket of empty parameters still has one unit: leases and records are never empty.
     numel = max(offset, SLOT_ALIGNMENT_BYTES // first.itemsize)
     step = chunk_elements if len(members) == 1 else numel
@@ -241,7 +270,7 @@ class ClassLayout:
         return self._chunks[chunk][name]
 
     def element_fields(self, chunk: int) -> Sequence[Field]:
-        """The fields of chunk number `chunk`; each has one element for each of the chunk's."""
+        """The fields of chunk number `chunk`, which have values for its elements."""
         return tuple(self._chunks[chunk].values())
 
 
@@ -249,8 +278,10 @@ def _chunk_block(chunk: Chunk, fields: Sequence[FieldSpec]) -> tuple[dict[str, F
     placed = {}
     offset = 0
     for spec in fields:
-        nbytes = chunk.numel * spec.itemsize
-        placed[spec.name] = Field(spec.name, spec.dtype, spec.itemsize, offset, nbytes)
+        nbytes = -(-chunk.numel // spec.elements_per_value) * spec.itemsize
+        placed[spec.name] = Field(
+            spec.name, spec.dtype, spec.itemsize, offset, nbytes, spec.elements_per_value
+        )
         offset = round_up(offset + nbytes, BLOCK_ALIGNMENT_BYTES)
     assert len(placed) == len(fields), "field names of a state class are unique"
     return placed, offset
@@ -271,7 +302,7 @@ def segments(bucket: Bucket, chunk: Chunk) -> tuple[Segment, ...]:
 
 
 def state_fields(
-    bucket: Bucket, *, gradient_dtype: str, moments: Sequence[str] | None
+    bucket: Bucket, *, gradient_dtype: str, moments: Sequence[FieldSpec] | None
 ) -> dict[str, tuple[FieldSpec, ...]]:
     """The fields of each state class of a bucket; a frozen bucket has weights only.
 
@@ -281,8 +312,8 @@ def state_fields(
     Args:
         bucket: the bucket.
         gradient_dtype: "fp32", or "compute" for the bucket's own dtype.
-        moments: names of the fp32 state of the update rule, which follow; None for a rule that
-            needs weights only, without gradients and masters.
+        moments: the state of the update rule, which follows; None for a rule that needs weights
+            only, without gradients and masters.
     """
     weights = FieldSpec("weight", bucket.dtype, bucket.itemsize)
     if not bucket.trainable or moments is None:
@@ -298,8 +329,13 @@ def state_fields(
         completion = (FieldSpec("remainder", "int16", 2),)
     else:
         completion = (FieldSpec("master", "fp32", 4),)
-    state = tuple(FieldSpec(name, "fp32", 4) for name in moments)
-    return {"weights": (weights,), "gradients": (gradient,), "optimizer": completion + state}
+    state = (*completion, *moments)
+    return {"weights": (weights,), "gradients": (gradient,), "optimizer": state}
+
+
+def slot_elements(moments: Sequence[FieldSpec] | None) -> int:
+    """Where slots have to start for these fields: multiples of the elements of a value."""
+    return max((spec.elements_per_value for spec in moments or ()), default=1)
 
 
 def resolve_bucket_elements(specs: Sequence[ParamSpec], device_budget_bytes: int) -> int:

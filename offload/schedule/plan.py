@@ -17,9 +17,11 @@ from offload.partition.layout import (
     MIN_BUCKET_ELEMENTS,
     Bucket,
     ClassLayout,
+    FieldSpec,
     ParamSpec,
     pack,
     resolve_bucket_elements,
+    slot_elements,
     state_fields,
 )
 from offload.schedule.cost import LaneSpeeds, bound_seconds, compute_flops, lane_seconds
@@ -159,7 +161,7 @@ def plan_buckets(
     config: OffloadConfig,
     *,
     machine: Machine,
-    moments: Sequence[str] | None,
+    moments: Sequence[FieldSpec] | None,
     speeds: LaneSpeeds | None = None,
     workload: Workload | None = None,
 ) -> Plan:
@@ -172,15 +174,15 @@ def plan_buckets(
         specs: the parameters, in registration order, in the dtype they compute in.
         config: reads `partition`, `placement`, `training`.
         machine: resolved budgets; `config.tiers` is not read.
-        moments: names of the fp32 state of the update rule; None for forward-only training, which
-            keeps weights only.
+        moments: the state of the update rule; None for forward-only training, which keeps weights
+            only.
         speeds: measured lane speeds; by default conservative ones.
         workload: what a step computes; by default its transfers and updates only.
     """
     gradient_dtype = resolve_gradient_dtype(config)
 
     def plan(elements: int) -> Plan:
-        buckets = pack(specs, bucket_elements=elements)
+        buckets = pack(specs, bucket_elements=elements, slot_elements=slot_elements(moments))
         return plan_layouts(
             specs,
             buckets,
@@ -240,7 +242,7 @@ def extend_plan(
 
 
 def layout_state(
-    buckets: Sequence[Bucket], *, gradient_dtype: str, moments: Sequence[str] | None
+    buckets: Sequence[Bucket], *, gradient_dtype: str, moments: Sequence[FieldSpec] | None
 ) -> tuple[dict[str, ClassLayout], ...]:
     """Lays out every state class of every bucket; arguments as of `state_fields`."""
     return tuple(

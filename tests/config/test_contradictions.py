@@ -33,6 +33,15 @@ CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"name": "mezo"}, "placement": {"optimizer": "host"}}, "placement.optimizer is"),
     ({"optimizer": {"name": "mezo"}, "placement": {"weights": "device"}}, "no true weights"),
     ({"optimizer": {"name": "mezo"}, "placement": {"update": 0.5}}, "placement.update is of no"),
+    (
+        {"optimizer": {"name": "mezo", "moments": "8bit"}},
+        "optimizer.moments = '8bit' is not for mezo",
+    ),
+    (
+        {"optimizer": {"name": "adagrad", "moments": "8bit"}},
+        "is not for adagrad, but for adamw, adam, lion, and sgd with momentum",
+    ),
+    ({"optimizer": {"name": "sgd", "moments": "8bit"}}, "needs optimizer.momentum above 0: sgd"),
     ({"lr_scheduler": {"name": "cosine"}}, "needs the step at which the decay ends"),
     (
         {"lr_scheduler": {"name": "cosine", "warmup_steps": 8}, "run": {"steps": 7}},
@@ -50,6 +59,17 @@ LEGAL: list[dict[str, Any]] = [
         "placement": {"weights": "host", "gradients": "auto"},
         "training": {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0},
     },
+    {"optimizer": {"moments": "8bit"}},
+    {"optimizer": {"name": "lion", "moments": "8bit"}},
+    {"optimizer": {"name": "sgd", "momentum": 0.9, "moments": "8bit"}},
+    {
+        "optimizer": {
+            "name": "sgd",
+            "moments": "8bit",
+            "groups": [{"match": ["*"], "momentum": 0.9}],
+        }
+    },
+    {"optimizer": {"name": "mezo", "moments": "fp32"}},
     {"lr_scheduler": {"name": "constant", "warmup_steps": 8}},
     {"lr_scheduler": {"name": "linear", "warmup_steps": 8, "total_steps": 8}},
     {"io": {"block_bytes": 8192}},

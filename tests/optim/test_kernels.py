@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload.optim import kernels
+from offload.optim import compilation, kernels
+from offload.optim.compilation import compiled
 
 SIGNATURE = ("uint16", "int16", "uint16", 3)  # of kernels.sgd
 
@@ -32,7 +33,7 @@ print(sum(kernel.stats.cache_hits.values()))
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty disk cache, and nothing compiled in this process."""
     monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(compilation, "_compiled", {})
     return tmp_path
 
 
@@ -58,9 +59,9 @@ def test_without_a_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_place(*_: object) -> None:
         raise RuntimeError("cannot cache function: no locator available")
 
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(compilation, "_compiled", {})
     monkeypatch.setattr("numba.core.dispatcher.FunctionCache", no_place)
-    kernel = kernels.compiled(kernels.sgd, *SIGNATURE)
+    kernel = compiled(kernels.sgd, *SIGNATURE)
     empty = np.zeros(0, np.uint16)
     assert kernel(empty, empty.view(np.int16), empty, (np.float32(0),) * 3) == 0
 
@@ -76,38 +77,38 @@ def test_a_cache_that_cannot_be_written(fresh_cache: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
-    assert callable(kernels.compiled(kernels.sgd, *SIGNATURE))
+    assert callable(compiled(kernels.sgd, *SIGNATURE))
     assert not list(fresh_cache.rglob("*.nb*"))
 
 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
 def test_a_cache_file_that_was_cut_off(fresh_cache: Path, suffix: str) -> None:
-    kernels.compiled(kernels.sgd, *SIGNATURE)
+    compiled(kernels.sgd, *SIGNATURE)
     files = list(fresh_cache.rglob(f"*.{suffix}"))
     assert len(files) == 1
     os.truncate(files[0], 20)
-    kernels._compiled.clear()
-    kernel = kernels.compiled(kernels.sgd, *SIGNATURE)
+    compilation._compiled.clear()
+    kernel = compiled(kernels.sgd, *SIGNATURE)
     empty = np.zeros(0, np.uint16)
     assert kernel(empty, empty.view(np.int16), empty, (np.float32(0),) * 3) == 0
 
 
 def test_each_signature_has_an_index_of_its_own(fresh_cache: Path) -> None:
-    kernels.compiled(kernels.merge, "uint16", "int16", "float32")
-    kernels.compiled(kernels.merge, "int16", "float32", "float32")
+    compiled(kernels.merge, "uint16", "int16", "float32")
+    compiled(kernels.merge, "int16", "float32", "float32")
     assert len(list(fresh_cache.rglob("*.nbi"))) == 2
 
 
 @pytest.mark.usefixtures("fresh_cache")
 def test_nothing_is_contracted() -> None:
-    kernel = kernels.compiled(kernels.adam, "uint16", "int16", "uint16", "float32", "float32", 9)
+    kernel = compiled(kernels.adam, "uint16", "int16", "uint16", "float32", "float32", 9)
     assembly = kernel.inspect_asm(kernel.signatures[0])
     assert "sqrt" in assembly
     assert not re.search(r"\bv?fn?m(add|sub|la|ls)", assembly)
 
 
 def test_a_wrong_dtype_is_refused() -> None:
-    kernel = kernels.compiled(kernels.sgd, *SIGNATURE)
+    kernel = compiled(kernels.sgd, *SIGNATURE)
     wrong = np.zeros(3, np.float64)
     with pytest.raises(TypeError):
         kernel(wrong, wrong, wrong, (np.float32(0),) * 3)

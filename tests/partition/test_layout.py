@@ -18,9 +18,11 @@ from offload.partition.layout import (
     resolve_bucket_elements,
     round_up,
     segments,
+    slot_elements,
     state_fields,
 )
 
+MOMENTS = (FieldSpec("exp_avg", "fp32", 4), FieldSpec("exp_avg_sq", "fp32", 4))
 ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "uint8": 1}
 NUMELS = st.one_of(
     st.integers(0, 200),
@@ -43,9 +45,15 @@ specs_of_models = st.lists(
 bucket_sizes = st.one_of(st.integers(1, 2000), st.sampled_from([65_536, 131_072, 100_000]))
 
 
-@given(specs=specs_of_models, bucket_elements=bucket_sizes)
-def test_every_parameter_has_one_aligned_slot(specs: list[ParamSpec], bucket_elements: int) -> None:
-    buckets = pack(specs, bucket_elements=bucket_elements)
+@given(
+    specs=specs_of_models,
+    bucket_elements=bucket_sizes,
+    multiple=st.sampled_from([1, 16, 64, 256]),
+)
+def test_every_parameter_has_one_aligned_slot(
+    specs: list[ParamSpec], bucket_elements: int, multiple: int
+) -> None:
+    buckets = pack(specs, bucket_elements=bucket_elements, slot_elements=multiple)
     assert [bucket.index for bucket in buckets] == list(range(len(buckets)))
     assert sorted(slot.param for bucket in buckets for slot in bucket.slots) == list(
         range(len(specs))
@@ -61,11 +69,14 @@ def test_every_parameter_has_one_aligned_slot(specs: list[ParamSpec], bucket_ele
             assert slot.numel == of.numel
             assert slot.offset >= end, "slots do not overlap"
             assert slot.offset * bucket.itemsize % SLOT_ALIGNMENT_BYTES == 0
-            assert (slot.offset - end) * bucket.itemsize < SLOT_ALIGNMENT_BYTES, "least padding"
+            assert slot.offset % multiple == 0
+            alignment_bytes = max(SLOT_ALIGNMENT_BYTES, multiple * bucket.itemsize)
+            assert (slot.offset - end) * bucket.itemsize < alignment_bytes, "least padding"
             end = slot.offset + slot.numel
         assert bucket.numel >= max(end, 1)
         assert bucket.nbytes % SLOT_ALIGNMENT_BYTES == 0
-        assert bucket.nbytes - end * bucket.itemsize <= SLOT_ALIGNMENT_BYTES
+        least_bytes = max(SLOT_ALIGNMENT_BYTES, multiple * bucket.itemsize)
+        assert bucket.nbytes - end * bucket.itemsize <= least_bytes
     firsts = [bucket.slots[0].param for bucket in buckets]
     assert firsts == sorted(firsts), "buckets are in the order of their first parameters"
 
@@ -129,12 +140,14 @@ def test_chunks_cover_and_segments_conserve(
 @given(
     specs=specs_of_models,
     bucket_elements=bucket_sizes,
-    itemsizes=st.lists(st.sampled_from([1, 2, 4, 8]), max_size=4),
+    sizes=st.lists(
+        st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 64, 65_536])), max_size=4
+    ),
 )
 def test_class_layouts_do_not_overlap(
-    specs: list[ParamSpec], bucket_elements: int, itemsizes: list[int]
+    specs: list[ParamSpec], bucket_elements: int, sizes: list[tuple[int, int]]
 ) -> None:
-    fields = [FieldSpec(f"field{n}", "any", itemsize) for n, itemsize in enumerate(itemsizes)]
+    fields = [FieldSpec(f"field{n}", "any", *each) for n, each in enumerate(sizes)]
     for bucket in pack(specs, bucket_elements=bucket_elements):
         layout = ClassLayout(bucket, fields)
         end = 0
@@ -143,8 +156,12 @@ def test_class_layouts_do_not_overlap(
             filled = 0
             for wanted in fields:
                 field = layout.field(chunk.index, wanted.name)
-                assert (field.name, field.dtype, field.itemsize) == wanted
-                assert field.nbytes == chunk.numel * wanted.itemsize
+                assert (field.name, field.dtype, field.itemsize, field.elements_per_value) == wanted
+                values = field.values(0, chunk.numel)
+                assert values.start == 0
+                assert chunk.numel <= values.stop * wanted.elements_per_value
+                assert (values.stop - 1) * wanted.elements_per_value < chunk.numel
+                assert field.nbytes == values.stop * wanted.itemsize
                 assert field.offset_bytes % BLOCK_ALIGNMENT_BYTES == 0
                 assert 0 <= field.offset_bytes - filled < BLOCK_ALIGNMENT_BYTES
                 filled = field.offset_bytes + field.nbytes
@@ -197,7 +214,7 @@ def test_sizes_that_cannot_be_are_refused(bucket_elements: int, chunk_elements: 
 )
 def test_state_fields_complete_the_weight_to_fp32(dtype: str, optimizer_bytes: int) -> None:
     (bucket,) = pack([spec(100, dtype)], bucket_elements=1000)
-    fields = state_fields(bucket, gradient_dtype="compute", moments=("exp_avg", "exp_avg_sq"))
+    fields = state_fields(bucket, gradient_dtype="compute", moments=MOMENTS)
     assert sum(field.itemsize for field in fields["optimizer"]) == optimizer_bytes
     assert fields["weights"] == (FieldSpec("weight", dtype, ITEMSIZES[dtype]),)
     assert fields["gradients"] == (FieldSpec("gradient", dtype, ITEMSIZES[dtype]),)
@@ -207,7 +224,7 @@ def test_state_fields_complete_the_weight_to_fp32(dtype: str, optimizer_bytes: i
 
 def test_a_frozen_bucket_has_weights_only() -> None:
     (bucket,) = pack([spec(100, trainable=False)], bucket_elements=1000)
-    assert list(state_fields(bucket, gradient_dtype="fp32", moments=("exp_avg",))) == ["weights"]
+    assert list(state_fields(bucket, gradient_dtype="fp32", moments=MOMENTS)) == ["weights"]
 
 
 @given(budget=st.integers(0, 2**40), dtype=st.sampled_from(sorted(ITEMSIZES)))
@@ -220,3 +237,26 @@ def test_automatic_buckets_leave_room_for_eight(budget: int, dtype: str) -> None
         assert 8 * elements * itemsize <= budget
     if elements < MAX_BUCKET_ELEMENTS:
         assert 8 * 2 * elements * itemsize > budget
+
+
+@given(
+    specs=specs_of_models,
+    bucket_elements=bucket_sizes,
+    each=st.sampled_from([2, 64, 256]),
+)
+def test_a_value_of_several_elements_is_of_one_parameter(
+    specs: list[ParamSpec], bucket_elements: int, each: int
+) -> None:
+    """And which elements of the parameter share it does not depend on the buckets."""
+    scale = FieldSpec("scale", "fp32", 4, each)
+    assert slot_elements([*MOMENTS, scale]) == each
+    for bucket in pack(specs, bucket_elements=bucket_elements, slot_elements=each):
+        layout = ClassLayout(bucket, [scale])
+        for chunk in bucket.chunks:
+            owner: dict[int, tuple[int, int]] = {}
+            for part in segments(bucket, chunk):
+                values = layout.field(chunk.index, "scale").values(part.start_in_chunk, part.numel)
+                assert values.stop - values.start == -(-part.numel // each)
+                assert part.start_in_param % each == 0
+                for number, value in enumerate(range(values.start, values.stop)):
+                    assert owner.setdefault(value, (part.param, number)) == (part.param, number)

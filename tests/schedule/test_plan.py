@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from offload.config import OffloadConfig, load_config
 from offload.errors import DoesNotFitError
-from offload.partition.layout import MIN_BUCKET_ELEMENTS, ParamSpec
+from offload.partition.layout import MIN_BUCKET_ELEMENTS, FieldSpec, ParamSpec
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import STATE_CLASSES, TIERS, Machine
 from offload.schedule.plan import (
@@ -26,7 +26,7 @@ from offload.schedule.plan import (
 )
 
 MIB = 1 << 20
-ADAM = ("exp_avg", "exp_avg_sq")
+ADAM = (FieldSpec("exp_avg", "fp32", 4), FieldSpec("exp_avg_sq", "fp32", 4))
 ROOMY = Machine(device_bytes=1 << 40, host_bytes=1 << 40, nvme_bytes=1 << 40)
 
 
