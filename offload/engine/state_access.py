@@ -6,6 +6,11 @@
     exp_avg, ...         the optimizer's tensors, under the names that torch gives them
     gradient             what has arrived in this step; absent before
 All tensors are full, on the CPU, and copies.
+
+A moment with 8 bits a value (see [Note: 8-bit moments] in optim.moments) is two fields: its codes,
+int8 or uint8 in the parameter's shape, and `exp_avg_scale`, fp32 and 1-D. Blocks follow the
+parameter's memory, so the codes say nothing in another order: where that differs from the order of
+the shape, and of a complex parameter, the field is the fp32 values.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ from offload.engine.paging.pager import Pager
 from offload.engine.paging.pages import WeightPage
 from offload.errors import OffloadError
 from offload.optim.chunk_update import OptimizerUpdate
+from offload.optim.moments import EncodedMoment, decode, encode
+from offload.optim.rules import scale_field
 from offload.optim.split import merge_tensor, split_tensor
 from offload.partition.arrays import TORCH_DTYPES, field_tensor, memory_order, module_order
 from offload.partition.blocks import Block, BlockStore
@@ -71,6 +78,9 @@ class StateAccess:
         layout = self._store.block(state.bucket, "optimizer").layout
         for field in layout.element_fields(0):
             found[field.name] = (TORCH_DTYPES[field.dtype], self._shape(state, field))
+        for name in () if _in_shape_order(state) else self.eight_bit_moments(state):
+            found[name] = (torch.float32, found[name][1])
+            del found[scale_field(name)]
         if isinstance(layout, TensorLayout):
             for spec in layout.keys(state.index):
                 found[spec.key] = (spec.dtype, spec.shape)
@@ -86,30 +96,72 @@ class StateAccess:
         tensor = self._own_tensor(state, name)
         if tensor is not None:
             return tensor
-        state_class = _class_of(name)
-        flat: torch.Tensor | None = None
+        if name in self.eight_bit_moments(state) and not _in_shape_order(state):
+            return self.read_moment(state, name)
+        flat = self._read_elements(state, name)
+        if state.edited and name in COMPLETIONS:
+            flat = self._followed(state, name)
+        return flat if self._is_scale(state, name) else self._shaped(state, flat, name)
+
+    def _read_elements(self, state: ParameterState, name: str) -> torch.Tensor:
+        """All values of a field, 1-D, in the order of the parameter's memory."""
+        block = self._store.block(state.bucket, _class_of(name))
+        dtype = TORCH_DTYPES[_field(block, 0, name).dtype]
+        flat = torch.empty(0, dtype=dtype)
         for chunk in self._buckets[state.bucket].chunks:
-            block = self._store.block(state.bucket, state_class)
             field = _field(block, chunk.index, name)
             for segment in segments(self._buckets[state.bucket], chunk):
                 if segment.param != state.index:
                     continue
                 staged = self._store.load(block, chunk.index)
                 part = field_tensor(staged.tensor, field, segment.start_in_chunk, segment.numel)
-                if flat is None:
-                    flat = torch.empty(state.numel, dtype=part.dtype)
-                flat[segment.start_in_param : segment.start_in_param + segment.numel] = part
+                if not flat.numel():
+                    flat = torch.empty(field.values(0, state.numel).stop, dtype=dtype)
+                flat[field.values(segment.start_in_param, segment.numel)] = part
                 staged.release()
-        if flat is None:
-            flat = torch.empty(0, dtype=state.parameter.dtype)
-        if state.edited and name in COMPLETIONS:
-            flat = self._followed(state, name)
-        return self._shaped(state, flat, name)
+        return flat
+
+    def eight_bit_moments(self, state: ParameterState) -> list[str]:
+        """The names of the moments that are kept with 8 bits a value."""
+        names = [field.name for field in self._optimizer_fields(state)]
+        return [name for name in names if scale_field(name) in names]
+
+    def read_moment(self, state: ParameterState, name: str) -> torch.Tensor:
+        """The fp32 values of a moment that is kept with 8 bits a value."""
+        self._pager.flush()
+        codes = self._read_elements(state, name)
+        scales = self._read_elements(state, scale_field(name))
+        return self._shaped(state, decode(EncodedMoment(codes, scales)), name)
+
+    def write_moment(self, state: ParameterState, name: str, tensor: torch.Tensor) -> None:
+        """Replace a moment that is kept with 8 bits a value by what is next to these values.
+
+        Raises:
+            OffloadError: the shape is another, or the moment cannot have these values.
+            StorageError: it could not be written.
+        """
+        self._pager.flush()
+        field = self._codes_field(state, name)
+        self._check_shape(state, name, tensor, self._shape(state, field))
+        signed = field.dtype == "int8"
+        if not bool(torch.isfinite(tensor).all()) or not (signed or bool((tensor >= 0).all())):
+            raise OffloadError(
+                f"{name} of parameter {state.name}: values that no code stands for",
+                expected="finite ones" if signed else "finite ones, no less than 0",
+            )
+        self._encode(state, name, tensor)
+
+    def _encode(self, state: ParameterState, name: str, tensor: torch.Tensor) -> None:
+        values = self._memory_order(state, tensor.detach().float().cpu())
+        encoded = encode(values, signed=self._codes_field(state, name).dtype == "int8")
+        self._write_elements(state, name, encoded.codes)
+        self._write_elements(state, scale_field(name), encoded.scales)
 
     def write(self, state: ParameterState, name: str, tensor: torch.Tensor) -> None:
         """Replace one field by a tensor of its shape; the dtype is converted.
 
-        A new weight alone leaves what completes it as it is: write that too, or `set_master`.
+        A new weight alone leaves what completes it as it is: write that too, or `set_master`. A
+        floating-point tensor for the codes of a moment is its values.
 
         Raises:
             OffloadError: the shape is another.
@@ -117,17 +169,18 @@ class StateAccess:
         """
         self._pager.flush()
         known = self.fields(state).get(name)
-        if known is None or tuple(tensor.shape) != known[1]:
-            expected = "a field of it" if known is None else f"shape {known[1]}"
-            raise OffloadError(
-                f"{name} of parameter {state.name} with shape {tuple(tensor.shape)}",
-                expected=expected,
-                remedy=f"its fields are {', '.join(self.fields(state))}",
-            )
+        self._check_shape(state, name, tensor, None if known is None else known[1])
+        assert known is not None
         with torch.no_grad():
             if self._write_own_tensor(state, name, tensor):
                 return
-            self._write_elements(state, name, tensor.to(known[0]).cpu())
+            if name in self.eight_bit_moments(state) and tensor.is_floating_point():
+                self._encode(state, name, tensor)
+                return
+            flat = tensor.to(known[0]).cpu()
+            if not self._is_scale(state, name):
+                flat = self._memory_order(state, flat)
+            self._write_elements(state, name, flat)
         if name == "weight":
             self._pager.drop_stale(self._page(state))
         elif name in COMPLETIONS:
@@ -157,10 +210,40 @@ class StateAccess:
         if "master" in fields:
             self.write(state, "master", values)
 
+    def _check_shape(
+        self,
+        state: ParameterState,
+        name: str,
+        tensor: torch.Tensor,
+        shape: tuple[int, ...] | None,
+    ) -> None:
+        if tuple(tensor.shape) != shape:
+            raise OffloadError(
+                f"{name} of parameter {state.name} with shape {tuple(tensor.shape)}",
+                expected="a field of it" if shape is None else f"shape {shape}",
+                remedy=f"its fields are {', '.join(self.fields(state))}",
+            )
+
+    def _optimizer_fields(self, state: ParameterState) -> Sequence[Field]:
+        if not state.trainable or "optimizer" not in self._store.classes(state.bucket):
+            return ()
+        return self._store.block(state.bucket, "optimizer").layout.element_fields(0)
+
+    def _codes_field(self, state: ParameterState, name: str) -> Field:
+        (field,) = [field for field in self._optimizer_fields(state) if field.name == name]
+        return field
+
+    def _is_scale(self, state: ParameterState, name: str) -> bool:
+        return any(
+            f.name == name and f.elements_per_value > 1 for f in self._optimizer_fields(state)
+        )
+
     def _page(self, state: ParameterState) -> WeightPage:
         return self._pager.pages[state.bucket]
 
     def _shape(self, state: ParameterState, field: Field) -> tuple[int, ...]:
+        if field.elements_per_value > 1:
+            return (field.values(0, state.numel).stop,)
         shape = tuple(state.shape)
         pairs = state.parameter.dtype.is_complex and field.name != "weight"
         return (*shape, 2) if pairs else shape
@@ -179,10 +262,13 @@ class StateAccess:
             return torch.zeros(state.numel, dtype=torch.int16)
         return memory_order(self.read(state, "weight"), state).float()
 
-    def _write_elements(self, state: ParameterState, name: str, tensor: torch.Tensor) -> None:
+    def _memory_order(self, state: ParameterState, tensor: torch.Tensor) -> torch.Tensor:
         if state.parameter.dtype.is_complex and not tensor.is_complex():
             tensor = torch.view_as_complex(tensor.contiguous())
-        flat = memory_order(tensor, state)
+        return memory_order(tensor, state)
+
+    def _write_elements(self, state: ParameterState, name: str, flat: torch.Tensor) -> None:
+        """Replace all values of a field; 1-D, in the order of the parameter's memory."""
         bucket = self._buckets[state.bucket]
         block = self._store.block(state.bucket, _class_of(name))
         for chunk in bucket.chunks:
@@ -192,7 +278,7 @@ class StateAccess:
                 staged = self._store.load(block, chunk.index)
                 field = _field(block, chunk.index, name)
                 part = field_tensor(staged.tensor, field, segment.start_in_chunk, segment.numel)
-                values = flat[segment.start_in_param : segment.start_in_param + segment.numel]
+                values = flat[field.values(segment.start_in_param, segment.numel)]
                 part.copy_(values if values.dtype == part.dtype else values.view(part.dtype))
                 self._store.start_store(block, chunk.index, staged)
         self._store.drain()
@@ -260,6 +346,13 @@ def _revived(value: Any) -> Any:
     if isinstance(value, dict):
         return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
     return value
+
+
+def _in_shape_order(state: ParameterState) -> bool:
+    """Whether the order of the parameter's memory is that of its shape, element by element."""
+    if state.parameter.dtype.is_complex:
+        return False
+    return torch.empty(state.shape, device="meta").stride() == tuple(state.stride)
 
 
 def _class_of(name: str) -> str:

@@ -17,6 +17,7 @@ from offload.engine.paging.pages import PagedParameter, paged_by_owner
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
 from offload.errors import OffloadError
 from offload.optim.loss_scale import LossScale
+from offload.optim.rules import scale_field
 from offload.partition.parameters import ParameterState
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
@@ -102,8 +103,9 @@ class StatefulEngine(ABC):
         """Each parameter's name and full state, one parameter at a time; copies on the CPU.
 
         Keys: "weight" (compute dtype), "master" (fp32) and the optimizer's tensors for trainable
-        parameters, "gradient" if one has arrived (unscaled by the loss scale). A quantized weight
-        comes as its parts, each under a name of its own and in its own dtype.
+        parameters (moments in fp32, also where they are kept with 8 bits), "gradient" if one has
+        arrived (unscaled by the loss scale). A quantized weight comes as its parts, each under a
+        name of its own and in its own dtype.
         """
         for state in self._parts.parameters:
             self._check_open()
@@ -112,7 +114,8 @@ class StatefulEngine(ABC):
     def set_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace parts of a parameter's state; keys as in `named_state`.
 
-        A weight without a master sets the master as well; a master sets the weight.
+        A weight without a master sets the master as well; a master sets the weight. An 8-bit moment
+        takes what is next to the values.
 
         Raises:
             OffloadError: a name is unknown, or a shape is another.
@@ -127,6 +130,8 @@ class StatefulEngine(ABC):
                 self._state.set_master(state, tensor) if state.trainable else (
                     self._state.write(state, "weight", tensor)
                 )
+            elif key in self._state.eight_bit_moments(state):
+                self._state.write_moment(state, key, tensor)
             elif key != "weight":
                 self._state.write(state, key, tensor)
 
@@ -259,8 +264,12 @@ class StatefulEngine(ABC):
         found = {"weight": self._state.read(state, "weight")}
         if state.trainable:
             found["master"] = self._state.master(state)
+        eight_bit = self._state.eight_bit_moments(state)
+        stored = {"weight", "remainder", "master", *map(scale_field, eight_bit)}
         for name in self._state.fields(state):
-            if name not in ("weight", "remainder", "master"):
+            if name in eight_bit:
+                found[name] = self._state.read_moment(state, name)
+            elif name not in stored:
                 found[name] = self._state.read(state, name)
         if state.gradient_sums is not None:
             self._parts.gradients.flush()

@@ -21,6 +21,7 @@ from offload import __version__
 from offload.errors import CheckpointError, DiskFullError
 from offload.state import durable, export, folders, manifest, plain, random_state, stored
 from offload.state.manifest import FileRecord, Manifest, TensorRecord
+from offload.state.moments import Described, Key, as_wanted, tensors_as_wanted
 from offload.state.safetensors_stream import (
     DATA_ALIGNMENT_BYTES,
     SafetensorsWriter,
@@ -107,8 +108,9 @@ def load_checkpoint(
 
     The client state is {} if none was saved. Without a tag the newest checkpoint that verifies is
     used, and each newer, damaged one is named in a warning. Placement, budgets and bucket sizes
-    may differ from the saving run's. A step that is pending and gradients are given up, and
-    nothing of the engine's old state is read: it may be damaged.
+    may differ from the saving run's, and moments may be fp32 in one and 8-bit in the other. A step
+    that is pending and gradients are given up, and nothing of the engine's old state is read: it
+    may be damaged.
 
     Raises:
         CheckpointError: none found; the one asked for is damaged (file and tensor are named); or
@@ -120,11 +122,12 @@ def load_checkpoint(
     if tag is not None:
         manifest.check_tag(tag)
     with stored.find(root, tag) as found:
-        _check_matches(engine, found.content, found.folder)
+        wanted = {(i.kind, i.name, i.field): (str(i.dtype), i.shape) for i in _items(engine)}
+        _check_matches(engine, wanted, found.content, found.folder)
         _warn_of_other_numerics(engine, found.content)
         with engine.replacing_state():
-            for record in found.records():
-                _restore_tensor(engine, record, found.read(record))
+            for record, tensor in tensors_as_wanted(found, wanted):
+                _restore_tensor(engine, record, tensor)
             return _restore_values(engine, found.content.values)
 
 
@@ -207,10 +210,15 @@ def _write_tensors(
     return files, records
 
 
-def _check_matches(engine: StateSource, content: Manifest, folder: Path) -> None:
-    """The checkpoint's tensors and the engine's are the same set, with equal dtypes and shapes."""
+def _check_matches(
+    engine: StateSource, wanted: Mapping[Key, Described], content: Manifest, folder: Path
+) -> None:
+    """The checkpoint's tensors and the engine's are the same set, with equal dtypes and shapes.
+
+    Moments may be fp32 in one and 8-bit in the other.
+    """
     stored = {(r.kind, r.name, r.field): (r.dtype, r.shape) for r in content.tensors}
-    wanted = {(i.kind, i.name, i.field): (str(i.dtype), i.shape) for i in _items(engine)}
+    stored = as_wanted(stored, wanted)
     problems = [
         f"{field} of {name!r} is missing" for _, name, field in wanted.keys() - stored.keys()
     ]
@@ -247,12 +255,18 @@ def _numerics(engine: StateSource) -> dict[str, Any]:
 
 
 def _warn_of_other_numerics(engine: StateSource, content: Manifest) -> None:
+    # A setting that the saving version did not have was what is now its default.
+    defaults = type(engine.config)().model_dump(mode="json")
     stored, now = content.values["config"], _numerics(engine)
+    then = {
+        section: (defaults.get(section) or {}) | (stored.get(section) or {})
+        for section in _NUMERIC_SECTIONS
+    }
     changed = [
-        f"{section}.{key}: {(stored.get(section) or {}).get(key)!r} then, {value!r} now"
+        f"{section}.{key}: {then[section].get(key)!r} then, {value!r} now"
         for section in _NUMERIC_SECTIONS
         for key, value in (now[section] or {}).items()
-        if (stored.get(section) or {}).get(key) != value
+        if then[section].get(key) != value
     ]
     if changed:
         warnings.warn(

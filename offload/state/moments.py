@@ -1,0 +1,70 @@
+"""A checkpoint with 8-bit moments read by an engine with fp32 ones, and the other way round.
+
+An 8-bit moment is stored as two fields: codes, int8 or uint8, and their scales (see [Note: State
+fields] in engine.state_access). What the checkpoint has and the engine keeps otherwise is decoded
+here, which is exact, or encoded where it is written, which rounds as a step does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from offload.optim.kernels import MOMENT_BLOCK
+from offload.optim.moments import EncodedMoment, decode
+from offload.optim.rules import scale_field
+from offload.state.manifest import TensorRecord
+from offload.state.stored import StoredCheckpoint
+
+Key = tuple[str, str, str]
+"""Kind, name and field of a tensor."""
+Described = tuple[str, tuple[int, ...]]
+"""Its dtype, as torch prints it, and its shape."""
+
+_FP32 = str(torch.float32)
+_CODES = (str(torch.int8), str(torch.uint8))
+
+
+def as_wanted(
+    stored: Mapping[Key, Described], wanted: Mapping[Key, Described]
+) -> dict[Key, Described]:
+    """What a checkpoint holds, with moments as the engine keeps them where it can have them so."""
+    found = dict(stored)
+    for key in stored.keys() & wanted.keys():
+        if _is_encoded(key, wanted) and stored[key] == (_FP32, wanted[key][1]):
+            found |= {each: wanted[each] for each in (key, _scale_key(key))}
+        elif _is_encoded(key, stored) and wanted[key] == (_FP32, stored[key][1]):
+            found[key] = wanted[key]
+            del found[_scale_key(key)]
+    return found
+
+
+def tensors_as_wanted(
+    checkpoint: StoredCheckpoint, wanted: Mapping[Key, Described]
+) -> Iterator[tuple[TensorRecord, torch.Tensor]]:
+    """Every tensor of a checkpoint that matches; codes are decoded for who keeps fp32 moments."""
+    records = {(r.kind, r.name, r.field): r for r in checkpoint.records()}
+    stored = {key: (r.dtype, r.shape) for key, r in records.items()}
+    decoded = {key for key in wanted if _is_encoded(key, stored) and wanted[key][0] == _FP32}
+    scales = {_scale_key(key) for key in decoded}
+    for key, record in records.items():
+        if key in scales:
+            continue
+        tensor = checkpoint.read(record)
+        if key in decoded:
+            scale = checkpoint.read(records[_scale_key(key)])
+            tensor = decode(EncodedMoment(tensor.flatten(), scale)).view(record.shape)
+        yield record, tensor
+
+
+def _scale_key(key: Key) -> Key:
+    return key[0], key[1], scale_field(key[2])
+
+
+def _is_encoded(key: Key, described: Mapping[Key, Described]) -> bool:
+    """Whether it is the codes of a moment that has as many scales as it needs."""
+    scale = described.get(_scale_key(key))
+    dtype, shape = described.get(key, (_FP32, ()))
+    return dtype in _CODES and scale == (_FP32, (-(-math.prod(shape) // MOMENT_BLOCK),))
