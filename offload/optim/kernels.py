@@ -41,7 +41,7 @@ BLOCK_NUMEL = 65_536
 MOMENT_BLOCK = 64
 """Elements that share a scale; see [Note: 8-bit moments] in `moments`."""
 
-_TILE = 32 * MOMENT_BLOCK  # decoded at a time: two moments of it in fp32 stay in the nearest cache
+_TILE = 8 * MOMENT_BLOCK  # decoded at a time, in the nearest cache beside what it is updated with
 _LANES = 256  # partial sums of a block: element k adds to lane k % 256, so that the loop vectorises
 
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)

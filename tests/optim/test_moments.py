@@ -161,7 +161,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
     "lion": {"lr": 1e-3, "weight_decay": 0.1},
 }
-NUMEL = 5_003  # two tiles of the kernels and a part of a block
+NUMEL = 5_003  # several tiles of the kernels and a part of a block
 
 
 def rules_of(name: str) -> tuple[UpdateRule, UpdateRule]:

@@ -79,7 +79,9 @@ def test_they_are_listed_with_what_they_measure(capsys: pytest.CaptureFixture[st
 
 def test_kernels() -> None:
     found = json.loads(run("kernels"))
-    assert {"bound", "offload", "torch fused + casts"} <= set(found["seconds"])
+    assert {"bound", "offload", "offload, 8-bit moments", "torch fused + casts"} <= set(
+        found["seconds"]
+    )
     assert_positive(*found["seconds"].values(), *found["time_over_ours"].values())
 
 
