@@ -528,6 +528,21 @@ def test_what_the_device_has_no_rule_for_is_the_cpus(tmp_path: Path) -> None:
     assert (found.on_device, found.reason) == ((), "GenericRule has no form for the device")
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.usefixtures("accelerator")
+def test_8_bit_moments_are_the_cpus(
+    placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, PLACEMENTS[placement], "device")
+    config["optimizer"]["moments"] = "8bit"
+    found = train(config)
+    assert not found[2].update.on_device
+    assert found[2].update.reason == "EightBitAdamWRule has no form for the device"
+    monkeypatch.undo()
+    config["placement"] = PLACEMENTS["host"]
+    assert_same(found, train(config))
+
+
 def test_a_device_that_is_host_memory_has_one_site(tmp_path: Path) -> None:
     found = choice_of(make_config(tmp_path, PLACEMENTS["host"], "device"))
     assert (found.on_device, found.reason) == ((), "the device is host memory")

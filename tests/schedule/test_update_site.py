@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.partition.layout import ParamSpec, pack
+from offload.partition.layout import FieldSpec, ParamSpec, pack
 from offload.schedule.plan import layout_state
 from offload.schedule.update_site import (
     NUM_SLOTS,
@@ -24,6 +24,7 @@ from offload.schedule.update_site import (
 
 # AdamW in bf16: weight, gradient, remainder and two moments of a million parameters.
 ADAMW = UpdateBytes(0, 14_000_000, 14_000_000, 12_000_000, 0, 0)
+MOMENTS = (FieldSpec("exp_avg", "fp32", 4), FieldSpec("exp_avg_sq", "fp32", 4))
 TIERS = ("device", "host", "nvme")
 
 
@@ -128,7 +129,7 @@ def test_the_scratch_has_room_for_every_chunk(
 ) -> None:
     specs = [ParamSpec(f"p{i}", (n,), n, *dtype, True) for i, n in enumerate(sizes)]
     buckets = pack(specs, bucket_elements=elements)
-    layouts = layout_state(buckets, gradient_dtype="fp32", moments=("exp_avg", "exp_avg_sq"))
+    layouts = layout_state(buckets, gradient_dtype="fp32", moments=MOMENTS)
     blocks = [{name: each.chunk_nbytes for name, each in classes.items()} for classes in layouts]
     scratch = update_scratch(buckets, blocks, lambda numel: 16 * numel + 4)
     for bucket in buckets:
