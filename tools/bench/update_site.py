@@ -118,7 +118,7 @@ def _plan(specs: list[ParamSpec]) -> Plan:
     room = 1 << 50
     machine = Machine(room, room, host_addressable=False)
     return plan_with_update(
-        lambda beside: plan_buckets(specs, config, machine=beside, moments=rule.state_fields),
+        lambda beside: plan_buckets(specs, config, machine=beside, moments=rule.state_specs),
         config,
         machine,
         rule,
