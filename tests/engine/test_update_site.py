@@ -16,53 +16,28 @@ import torch
 from torch import nn
 
 import offload
-from offload.engine import build, planning
+from offload.engine import planning
 from offload.engine import update_site as sites
 from offload.errors import DoesNotFitError, NonFiniteError, StorageError
 from offload.optim import device_update
 from offload.optim.streamed import StreamedStep
 from offload.schedule import update_site
-from offload.tiers.host import HostArena
 from offload.tiers.nvme import NvmeStore
-from offload.tiers.simulated import LaneModel, SimulatedDeviceTier, SimulatedIo, VirtualClock
+from offload.tiers.simulated import SimulatedDeviceTier
 from offload.tiers.transfer import CompletedTransfer, Transfer
+from tests.engine.accelerator import PLACEMENTS as ACCELERATOR_PLACEMENTS
+from tests.engine.accelerator import STEPS, make_model, use_accelerator
 
-STEPS = 4
-PLACEMENTS = {
-    "device": {"weights": "device", "gradients": "device", "optimizer": "device"},
-    "host": {"weights": "host", "gradients": "host", "optimizer": "host"},
-    "nvme": {"weights": "nvme", "gradients": "nvme", "optimizer": "nvme"},
-    "mixed": {"weights": "host", "gradients": "device", "optimizer": "nvme"},
+PLACEMENTS = ACCELERATOR_PLACEMENTS | {
     "split": {"weights": "device", "gradients": "host", "optimizer": "host"},
     "state": {"weights": "host", "gradients": "host", "optimizer": "device"},
 }
-
-
-def use_accelerator(monkeypatch: pytest.MonkeyPatch, fault: str | None = None) -> None:
-    def open_device_tier(
-        kind: str, budget_bytes: int, io: object, *, deadline_seconds: float
-    ) -> SimulatedDeviceTier:
-        del kind, io, deadline_seconds
-        slow = LaneModel(bytes_per_second=1e9, latency_seconds=1e-4, jitter_seconds=1e-3)
-        lanes = {"h2d": slow, "d2h": slow}
-        simulated = SimulatedIo(VirtualClock(), lanes=lanes, seed=3, fault=fault)
-        return SimulatedDeviceTier(budget_bytes, simulated, host_addressable=False)
-
-    monkeypatch.setattr(planning, "device_is_host_memory", lambda config: False)
-    monkeypatch.setattr(build, "open_device_tier", open_device_tier)
-    monkeypatch.setattr(HostArena, "page_lock", lambda arena: None)
 
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines get a simulated accelerator for their device tier."""
     use_accelerator(monkeypatch)
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    blocks = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())]
-    return nn.Sequential(nn.Embedding(64, 64), *blocks, nn.Linear(64, 64))
 
 
 def make_config(
