@@ -79,9 +79,10 @@ def plan_with_update(
     taken, beside = 0, planned
     while (needed := scratch_of(beside).total) > taken:
         taken = needed
+        if asked == "auto" and taken > MAX_SCRATCH_SHARE * machine.device_bytes:
+            return planned
         beside = _counted(plan(_beside(machine, taken)), taken)
-    costly = taken > MAX_SCRATCH_SHARE * machine.device_bytes
-    return planned if asked == "auto" and (costly or not beside.fits) else beside
+    return planned if asked == "auto" and not beside.fits else beside
 
 
 def why_cpu(config: OffloadConfig, host_addressable: bool, rule: object) -> str | None:
@@ -147,7 +148,7 @@ class UpdateSites:
         No step may be under way.
         """
         blocks = blocks_of(plan)
-        self._buckets = update_bytes(blocks, plan.placement.tier_of)
+        self._buckets = update_bytes(plan.buckets, blocks, plan.placement.tier_of)
         if self.updater is None or self._scratch is None:
             return
         chosen = first_on_device(self._buckets, self.share)
@@ -196,7 +197,7 @@ def open_update(
     scratch = scratch_of(plan)
     updater = DeviceUpdate(parameters, store, ops, kernel, scratch)
     if asked == "auto":
-        buckets = update_bytes(blocks_of(plan), plan.placement.tier_of)
+        buckets = update_bytes(plan.buckets, blocks_of(plan), plan.placement.tier_of)
         speeds = measure_speeds(updater, kernel, store, plan)
         share = len(choose_on_device(buckets, speeds)) / max(len(buckets), 1)
         reason = (

@@ -12,7 +12,8 @@ and fastest when both work at once (Deep Optimizer States, Maurya et al. 2410.21
 
 The lanes work at the same time, so the update takes as long as the busiest of them. State whose
 home is the device does not travel at all when it is updated there; so those buckets come first.
-The others follow spread evenly over the model, so that both sites are busy all the time.
+The others follow spread evenly over the model, so that both sites are busy all the time. Buckets of
+many small parameters come last: the device is started once for each piece, whatever its size.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 NUM_SLOTS = 3
 # `auto` gives the update at most this share of the device's budget.
 MAX_SCRATCH_SHARE = 1 / 8
+# State bytes a piece for which a start of the device's kernels is worth its while.
+MIN_PIECE_BYTES = 1 << 20
 # Elements that are computed at once: enough to hide the launches, little enough to hold.
 PIECE_NUMEL = 1 << 20
 
@@ -50,6 +53,7 @@ class UpdateBytes:
         host_written: the same without gradients, which are not written.
         device_read: the part of it whose home is the device.
         device_written: the same without gradients.
+        pieces: in which the device computes it.
     """
 
     bucket: int
@@ -58,6 +62,12 @@ class UpdateBytes:
     host_written: int
     device_read: int
     device_written: int
+    pieces: int = 1
+
+    @property
+    def is_small_cut(self) -> bool:
+        """Whether its pieces are too small for the device to be quick with them."""
+        return self.state < self.pieces * MIN_PIECE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +81,36 @@ class SiteSpeeds:
 
 
 def update_bytes(
-    blocks: Sequence[BlockBytes], tier_of: Mapping[tuple[int, str], str]
+    buckets: Sequence[Bucket],
+    blocks: Sequence[BlockBytes],
+    tier_of: Mapping[tuple[int, str], str],
 ) -> list[UpdateBytes]:
     """What the update of each trainable bucket touches.
 
     Args:
+        buckets: all of them.
         blocks: the chunk block bytes of each bucket, by state class.
         tier_of: home tier by (bucket, state class).
     """
     found = []
-    for bucket, classes in enumerate(blocks):
+    for bucket, classes in zip(buckets, blocks, strict=True):
         if "gradients" not in classes:
             continue
         read = {"host": 0, "device": 0}
         written = dict(read)
         for state_class, sizes in classes.items():
-            side = "device" if tier_of[bucket, state_class] == "device" else "host"
+            side = "device" if tier_of[bucket.index, state_class] == "device" else "host"
             read[side] += sum(sizes)
             written[side] += sum(sizes) if state_class != "gradients" else 0
         found.append(
             UpdateBytes(
-                bucket,
+                bucket.index,
                 read["host"] + read["device"],
                 read["host"],
                 written["host"],
                 read["device"],
                 written["device"],
+                sum(num_pieces(bucket, chunk, PIECE_NUMEL) for chunk in bucket.chunks),
             )
         )
     return found
@@ -125,10 +139,12 @@ def _seconds(each: UpdateBytes, speeds: SiteSpeeds, *, on_device: bool) -> dict[
 
 
 def device_order(buckets: Sequence[UpdateBytes]) -> list[int]:
-    """The buckets in the order in which they get the device: at home there first, then spread."""
+    """The buckets in the order in which they get the device; see [Note: Update site]."""
     homed = [each.bucket for each in buckets if each.device_written]
-    others = [each.bucket for each in buckets if not each.device_written]
-    return homed + [others[i] for i in spread_order(len(others))]
+    away = [each for each in buckets if not each.device_written]
+    small = [each.bucket for each in away if each.is_small_cut]
+    others = [each.bucket for each in away if not each.is_small_cut]
+    return homed + [each[i] for each in (others, small) for i in spread_order(len(each))]
 
 
 def first_on_device(buckets: Sequence[UpdateBytes], share: float) -> frozenset[int]:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from offload.cli.main import main
 from offload.cli.report import read_outcome
 from offload.errors import OffloadError
-from offload.telemetry import JsonlWriter, LaneReport, StepReport, TierReport
+from offload.telemetry import JsonlWriter, LaneReport, StepReport, TierReport, UpdateReport
 
 
 def step(number: int, *, loss: float, faults: int = 0) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def step(number: int, *, loss: float, faults: int = 0) -> dict[str, Any]:
         bound_seconds=0.5,
         measured_seconds=2.0,
         faults=faults,
+        update=UpdateReport((0, 2), 3, "measured"),
     )
     return {
         "kind": "step",
@@ -70,6 +71,7 @@ def test_the_command_prints_the_summary(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for part in ("nvme_read", "3.00 MiB", "efficiency 25%", "bottleneck cpu"):
         assert part in result.output
+    assert "updated on the device: 2 of 5 buckets (measured)" in result.output
 
 
 def test_a_run_without_a_step(tmp_path: Path) -> None:

@@ -49,17 +49,18 @@ speeds_drawn = st.builds(
 @st.composite
 def buckets_drawn(draw: st.DrawFn) -> list[UpdateBytes]:
     blocks, tier_of = [], {}
-    for bucket in range(draw(st.integers(0, 9))):
+    sizes = draw(st.lists(st.integers(1, 64).map(lambda pages: 4096 * pages), max_size=9))
+    specs = [ParamSpec(f"p{i}", (n,), n, "bf16", 2, True) for i, n in enumerate(sizes)]
+    for bucket, numel in enumerate(sizes):
         if draw(st.booleans()) and draw(st.booleans()):
             blocks.append({"weights": (4096,)})  # frozen
             continue
-        numel = draw(st.integers(1, 64)) * 4096
         blocks.append(
             {"weights": (2 * numel,), "gradients": (2 * numel,), "optimizer": (10 * numel,)}
         )
         for name in blocks[-1]:
             tier_of[bucket, name] = draw(st.sampled_from(TIERS))
-    return update_bytes(blocks, tier_of)
+    return update_bytes(pack(specs, bucket_elements=1), blocks, tier_of)
 
 
 @given(buckets=buckets_drawn(), speeds=speeds_drawn)
@@ -109,6 +110,23 @@ def test_state_at_home_on_the_device_stays_there() -> None:
     # The CPU is as fast as the device, but what is at home there would have to travel.
     speeds = SiteSpeeds(h2d=10e9, d2h=10e9, cpu=1e12, device=1e12)
     assert choose_on_device(buckets, speeds) == {1}
+
+
+def test_many_small_parameters_come_to_the_device_last() -> None:
+    small = UpdateBytes(1, 14_000_000, 14_000_000, 12_000_000, 0, 0, pieces=100)
+    buckets = [ADAMW, small, UpdateBytes(2, 14_000_000, 14_000_000, 12_000_000, 0, 0)]
+    assert device_order(buckets) == [0, 2, 1]
+
+
+def test_pieces_are_those_of_the_segments() -> None:
+    specs = [ParamSpec(f"p{i}", (n,), n, "fp32", 4, True) for i, n in enumerate((3 << 20, 8, 8))]
+    buckets = pack(specs, bucket_elements=1 << 21)
+    blocks = [{"weights": (4096,), "gradients": (4096,)} for _ in buckets]
+    tiers = {(b, name): "host" for b in range(len(buckets)) for name in ("weights", "gradients")}
+    found = update_bytes(buckets, blocks, tiers)
+    assert [each.pieces for each in found] == [3, 2]
+    assert [each.is_small_cut for each in found] == [True, True]
+    assert [each.is_small_cut for each in alike(1)] == [False]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])

@@ -15,6 +15,7 @@ from offload.telemetry import (
     LaneReport,
     StepReport,
     TierReport,
+    UpdateReport,
     lanes_between,
     read_jsonl,
 )
@@ -99,6 +100,7 @@ def report(measured_seconds: float = 4.0) -> StepReport:
         bound_seconds=3.0,
         measured_seconds=measured_seconds,
         faults=1,
+        update=UpdateReport((2, 5), 3, "placement.update says so"),
     )
 
 
@@ -111,6 +113,7 @@ def test_step_report_derives_efficiency_and_bottleneck() -> None:
 def test_step_report_is_json() -> None:
     entry = json.loads(json.dumps(report().to_dict()))
     assert entry["tiers"]["host"]["peak_bytes"] == 8
+    assert entry["update"]["on_device"] == [2, 5]
     assert entry["lanes"]["cpu"] == {"bytes": 6, "busy_seconds": 2.0}
     assert (entry["efficiency"], entry["bottleneck"], entry["faults"]) == (0.75, "cpu", 1)
     assert StepReport.from_dict(entry) == report()

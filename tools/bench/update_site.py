@@ -146,7 +146,7 @@ def _parameters(plan: Plan) -> list[ParameterState]:
 
 def model_seconds(plan: Plan, on_device: frozenset[int], speeds: SiteSpeeds) -> tuple[float, str]:
     """The busiest lane and its seconds."""
-    buckets = update_bytes(blocks_of(plan), plan.placement.tier_of)
+    buckets = update_bytes(plan.buckets, blocks_of(plan), plan.placement.tier_of)
     lanes = lane_seconds(buckets, on_device, speeds)
     lane = max(lanes, key=lambda each: lanes[each])
     return lanes[lane], lane
@@ -162,7 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     with ExitStack() as stack:
         step = Step(options, stack)
-        buckets = update_bytes(blocks_of(step.plan), step.plan.placement.tier_of)
+        buckets = update_bytes(step.plan.buckets, blocks_of(step.plan), step.plan.placement.tier_of)
         sites = {
             "cpu": frozenset[int](),
             "device": first_on_device(buckets, 1.0),
