@@ -354,7 +354,8 @@ TEST(registered_memory_gives_the_same_bytes) {
 }
 
 // What is written last at a place stays there, and what is read tells what was written before: so
-// the order shows without a clock. The first write is long enough in flight for all to be queued.
+// the order shows without a clock. The first write is as urgent as any, so it goes first, and long
+// enough in flight for all others to be queued behind it.
 TEST(urgent_requests_pass_bulk_ones_of_both_lanes) {
   for (const auto& backend : working_backends()) {
     const Engine engine(backend, "op=write,nth=1,delay=300", 1, 1);
@@ -362,7 +363,7 @@ TEST(urgent_requests_pass_bulk_ones_of_both_lanes) {
     CHECK_EQUAL(::ftruncate(file.fd(), 8 * kBlockBytes), 0);
     const Memory first(kBlockBytes, 1), bulk(2 * kBlockBytes, 2), urgent(2 * kBlockBytes, 3),
         raised(kBlockBytes, 4), seen(2 * kBlockBytes), left(4 * kBlockBytes);
-    Ticket holds(engine, OFFLOAD_WRITE, file, 7 * kBlockBytes, first.data(), kBlockBytes);
+    Ticket holds(engine, OFFLOAD_WRITE, file, 7 * kBlockBytes, first.data(), kBlockBytes, 0);
     Ticket bulk_write(engine, OFFLOAD_WRITE, file, 0, bulk.data(), 2 * kBlockBytes);
     Ticket bulk_read(engine, OFFLOAD_READ, file, 2 * kBlockBytes, seen.data(), 2 * kBlockBytes);
     Ticket passes_write(engine, OFFLOAD_WRITE, file, 0, urgent.data(), kBlockBytes, 0);
@@ -388,10 +389,14 @@ TEST(urgent_request_does_not_wait_for_the_bulk_that_the_disk_has) {
     CHECK_EQUAL(::ftruncate(file.fd(), 8 * kBlockBytes), 0);
     const Memory memory(4 * kBlockBytes, 1), target(kBlockBytes);
     Ticket bulk(engine, OFFLOAD_WRITE, file, 0, memory.data(), 4 * kBlockBytes);
+    offload_lane_report lanes[OFFLOAD_NUM_LANES]{};
+    while (lanes[1].busy_seconds == 0) {  // until its first block is in flight
+      CHECK_EQUAL(offload_lanes(engine.get(), lanes), 0);
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
     Ticket urgent(engine, OFFLOAD_READ, file, 4 * kBlockBytes, target.data(), kBlockBytes, 0);
     CHECK_EQUAL(urgent.wait().error, 0);
     CHECK(!bulk.done());
-    offload_lane_report lanes[OFFLOAD_NUM_LANES];
     CHECK_EQUAL(offload_lanes(engine.get(), lanes), 0);
     CHECK_EQUAL(lanes[1].nbytes, 0u);  // its other blocks are held back
     CHECK_EQUAL(bulk.wait().error, 0);
@@ -464,7 +469,7 @@ TEST(urgent_copy_passes_between_the_blocks_of_a_bulk_one) {
   CHECK_EQUAL(
       offload_start_copy(engine, OFFLOAD_D2H, target.data(), bulk.data(), 4 * kBlockBytes, &first),
       0);
-  CHECK_EQUAL(offload_start_copy_urgent(engine, OFFLOAD_H2D, target.data() + 3 * kBlockBytes,
+  CHECK_EQUAL(offload_start_copy_urgent(engine, OFFLOAD_D2H, target.data() + 3 * kBlockBytes,
                                         urgent.data(), kBlockBytes, 0, &second),
               0);
   offload_outcome outcome{};
