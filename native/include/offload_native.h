@@ -37,7 +37,7 @@ typedef struct {
   uint32_t queue_depth;  /* blocks in flight at once */
   uint32_t threads;      /* of system calls ("threads") or of checksums (the others) */
   uint32_t copy_threads; /* of memory copies */
-  uint32_t bulk_depth;   /* blocks of bulk in flight at once; 0 = chosen by the library */
+  uint32_t bulk_depth;   /* blocks of bulk in flight at once; 0 = no limit */
   uint64_t block_bytes;  /* a multiple of 4096, at most 1 GiB */
   const char* fault;     /* NULL, or a fault specification (src/fault.hpp) */
 } offload_options;

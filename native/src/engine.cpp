@@ -15,9 +15,6 @@ constexpr std::uint64_t kBlockAlignment = 4096;
 constexpr std::uint64_t kMaxBlockBytes = std::uint64_t{1} << 30;
 constexpr std::uint32_t kMaxCount = 4096;
 constexpr std::uint64_t kCopyAlignment = 4096;
-// Blocks of bulk that keep a disk busy: with 8 MiB each, tools/bench/io.py reaches the throughput
-// of 16, and tools/bench/urgent.py shows what an urgent read waits behind them.
-constexpr std::uint32_t kBulkDepth = 4;
 
 void check(const EngineOptions& options) {
   const auto in_range = [](std::uint32_t count) { return count >= 1 && count <= kMaxCount; };
@@ -79,9 +76,9 @@ bool Engine::is_child() const { return ::getpid() != pid_; }
 
 // Of `num_slots` that can be in flight one is kept free of bulk, if bulk does not need them all.
 void Engine::limit_bulk(std::uint32_t num_slots) {
-  const std::uint32_t depth = options_.bulk_depth != 0 ? options_.bulk_depth : kBulkDepth;
-  const std::uint32_t num_blocks = depth < num_slots ? num_slots - 1 : num_slots;
-  files_.limit_bulk(num_blocks, depth * options_.block_bytes);
+  const std::uint32_t depth = options_.bulk_depth;
+  if (depth == 0) return;
+  files_.limit_bulk(depth < num_slots ? num_slots - 1 : num_slots, depth * options_.block_bytes);
 }
 
 RequestQueue& Engine::queue_of(const Request& request) {

@@ -18,7 +18,7 @@ struct EngineOptions {
   std::uint32_t threads = 0;
   std::uint32_t copy_threads = 0;
   std::uint64_t block_bytes = 0;
-  std::uint32_t bulk_depth = 0;  // 0 = kBulkDepth
+  std::uint32_t bulk_depth = 0;  // 0 = no limit
   std::string fault;
 };
 
