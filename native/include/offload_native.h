@@ -37,7 +37,7 @@ typedef struct {
   uint32_t queue_depth;  /* blocks in flight at once */
   uint32_t threads;      /* of system calls ("threads") or of checksums (the others) */
   uint32_t copy_threads; /* of memory copies */
-  uint32_t bulk_depth;   /* blocks of bulk in flight at once; 0 = no limit */
+  uint32_t held_depth;   /* blocks in flight at once but for the first class; 0 = no limit */
   uint64_t block_bytes;  /* a multiple of 4096, at most 1 GiB */
   const char* fault;     /* NULL, or a fault specification (src/fault.hpp) */
 } offload_options;
@@ -47,9 +47,10 @@ enum { OFFLOAD_H2D = 0, OFFLOAD_D2H = 1 };
 
 /* How urgent a request is: the lower, the sooner; of equals the first. The upper 8 bits are its
  * class, the others its place in the class. Reads and writes of one class take turns, blocks of an
- * earlier class pass those of a later one. From OFFLOAD_URGENCY_BULK on little is given to the disk
- * at once, so that what is urgent does not wait there either. */
+ * earlier class pass those of a later one. Class 0 is given to the disk at once; of the others so
+ * little that what is urgent does not wait there either (src/request_queue.hpp, [Note: order]). */
 #define OFFLOAD_URGENCY_CLASS_SHIFT 56
+/* Of requests that were started without one. */
 #define OFFLOAD_URGENCY_BULK (UINT64_C(2) << OFFLOAD_URGENCY_CLASS_SHIFT)
 
 typedef struct {

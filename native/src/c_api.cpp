@@ -105,7 +105,7 @@ int offload_engine_create(const offload_options* options, offload_engine** engin
                                         options->threads,
                                         options->copy_threads,
                                         options->block_bytes,
-                                        options->bulk_depth,
+                                        options->held_depth,
                                         options->fault != nullptr ? options->fault : ""};
     *engine = new offload_engine{std::make_shared<offload::Engine>(chosen)};
     return 0;

@@ -62,7 +62,7 @@ void Engine::make_first_backend() {
 }
 
 void Engine::make_backend(const std::string& name) {
-  limit_bulk(name == "threads" ? options_.threads : options_.queue_depth);
+  limit(name == "threads" ? options_.threads : options_.queue_depth);
   if (name == "threads") {
     workers_ = std::make_unique<WorkerPool>(files_, fault_, options_.threads);
   } else {
@@ -74,11 +74,11 @@ void Engine::make_backend(const std::string& name) {
 
 bool Engine::is_child() const { return ::getpid() != pid_; }
 
-// Of `num_slots` that can be in flight one is kept free of bulk, if bulk does not need them all.
-void Engine::limit_bulk(std::uint32_t num_slots) {
-  const std::uint32_t depth = options_.bulk_depth;
+// Of `num_slots` that can be in flight one is kept for the most urgent, if it can be spared.
+void Engine::limit(std::uint32_t num_slots) {
+  const std::uint32_t depth = options_.held_depth;
   if (depth == 0) return;
-  files_.limit_bulk(depth < num_slots ? num_slots - 1 : num_slots, depth * options_.block_bytes);
+  files_.limit(depth < num_slots ? num_slots - 1 : num_slots, depth * options_.block_bytes);
 }
 
 RequestQueue& Engine::queue_of(const Request& request) {

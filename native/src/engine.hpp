@@ -18,7 +18,7 @@ struct EngineOptions {
   std::uint32_t threads = 0;
   std::uint32_t copy_threads = 0;
   std::uint64_t block_bytes = 0;
-  std::uint32_t bulk_depth = 0;  // 0 = no limit
+  std::uint32_t held_depth = 0;  // 0 = no limit
   std::string fault;
 };
 
@@ -47,7 +47,7 @@ class Engine {
  private:
   void make_first_backend();  // that works
   void make_backend(const std::string& name);
-  void limit_bulk(std::uint32_t num_slots);
+  void limit(std::uint32_t num_slots);
   RequestQueue& queue_of(const Request& request);
 
   const pid_t pid_;

@@ -69,7 +69,6 @@ class Request {
   std::vector<std::uint32_t> checksums;
 
   std::uint64_t urgency_class() const { return urgency >> OFFLOAD_URGENCY_CLASS_SHIFT; }
-  bool is_bulk() const { return urgency >= OFFLOAD_URGENCY_BULK; }
 
   // Guarded by the queue's mutex.
   std::uint64_t urgency;        // the lower, the sooner; only ever lowered

@@ -1,12 +1,13 @@
 #include "request_queue.hpp"
 
+#include <algorithm>
 #include <utility>
 
 namespace offload {
 
-void RequestQueue::limit_bulk(std::uint64_t num_blocks, std::uint64_t nbytes) {
-  max_bulk_blocks_ = num_blocks;
-  max_bulk_bytes_ = nbytes;
+void RequestQueue::limit(std::uint64_t num_blocks, std::uint64_t nbytes) {
+  max_blocks_ = num_blocks;
+  max_bytes_ = nbytes;
 }
 
 bool RequestQueue::push(const std::shared_ptr<Request>& request) {
@@ -66,10 +67,17 @@ std::shared_ptr<Request> RequestQueue::choose() const {
 }
 
 bool RequestQueue::may_start(const Request& request) const {
-  if (!request.is_bulk() || num_blocks_in_flight_ == 0) return true;
+  const std::size_t place = class_place(request.urgency);
+  if (place == 0 || num_blocks_in_flight_ == 0) return true;
+  const bool beside_urgent = std::any_of(num_in_flight_.begin(), num_in_flight_.begin() + place,
+                                         [](std::uint64_t count) { return count != 0; });
   const std::uint64_t nbytes = request.extent(request.num_taken).nbytes;
-  return num_blocks_in_flight_ < max_bulk_blocks_ &&
-         num_bytes_in_flight_ + nbytes <= max_bulk_bytes_;
+  return num_blocks_in_flight_ < max_blocks_ &&
+         num_bytes_in_flight_ + nbytes <= (beside_urgent ? max_bytes_ / 2 : max_bytes_);
+}
+
+std::size_t RequestQueue::class_place(std::uint64_t urgency) const {
+  return std::min<std::size_t>(urgency >> OFFLOAD_URGENCY_CLASS_SHIFT, num_in_flight_.size() - 1);
 }
 
 std::optional<Block> RequestQueue::take_locked() {
@@ -87,6 +95,7 @@ std::optional<Block> RequestQueue::take_locked() {
   block.index = request.num_taken++;
   block.extent = request.extent(block.index);
   ++request.num_open;
+  ++num_in_flight_[class_place(block.urgency)];
   ++num_blocks_in_flight_;
   num_bytes_in_flight_ += block.extent.nbytes;
   lanes_[request.spec.lane].begin();
@@ -111,9 +120,10 @@ std::optional<Block> RequestQueue::take() {
 void RequestQueue::end_transfer(const Block& block, bool well) {
   const std::lock_guard lock(mutex_);
   lanes_[block.request->spec.lane].end(well ? block.extent.nbytes : 0);
+  --num_in_flight_[class_place(block.urgency)];
   --num_blocks_in_flight_;
   num_bytes_in_flight_ -= block.extent.nbytes;
-  // There may be room for bulk. The listener looks by itself: it is who calls this.
+  // There may be room for more. The listener looks by itself: it is who calls this.
   if (listener_ == nullptr && has_waiting()) pushed_.notify_one();
 }
 

@@ -10,8 +10,9 @@
 // equally urgent the one that came first. Between the lanes the class decides (see
 // OFFLOAD_URGENCY_BULK), and lanes whose first requests are of one class take turns.
 //
-// What the disk has is out of this order's reach, so little bulk is given to it: a bulk block is
-// taken only while few bytes are in flight. Blocks of the other classes are taken at once.
+// What the disk has is out of this order's reach, and a scheduler of the kernel may serve what
+// comes last first. So little is given to it: a block is taken only while few bytes are in flight,
+// and half as few while more urgent ones are. Blocks of the first class are taken at once.
 //
 // The oldest request gets a block, whatever its urgency, when kMaxPassed blocks of more urgent ones
 // have been taken since it got its last: so every request ends while urgent ones go on without end.
@@ -44,9 +45,9 @@ class RequestQueue {
     virtual void on_push() noexcept = 0;
   };
 
-  // Both before the first push. A bulk block is taken only if with it at most `num_blocks` blocks
-  // and `nbytes` bytes of any urgency are in flight, or none but it.
-  void limit_bulk(std::uint64_t num_blocks, std::uint64_t nbytes);
+  // Both before the first push. A block that is not of the first class is taken only if with it at
+  // most `num_blocks` blocks and `nbytes` bytes are in flight, or none but it.
+  void limit(std::uint64_t num_blocks, std::uint64_t nbytes);
   void set_listener(Listener* listener) { listener_ = listener; }
 
   // False after stop(). Throws std::bad_alloc.
@@ -80,6 +81,7 @@ class RequestQueue {
   const std::shared_ptr<Request>& oldest() const;
   std::shared_ptr<Request> choose() const;
   bool may_start(const Request& request) const;
+  std::size_t class_place(std::uint64_t urgency) const;  // in num_in_flight_
   std::optional<Block> take_locked();
   void tell(bool several);
   static bool is_exhausted(const Request& request);
@@ -92,10 +94,11 @@ class RequestQueue {
   std::array<LaneClock, 2> lanes_;
   std::uint64_t num_requests_ = 0;  // that have not ended
   std::uint64_t next_sequence_ = 0;
+  std::array<std::uint64_t, 4> num_in_flight_{};  // blocks by class; the last is of all later ones
   std::uint64_t num_blocks_in_flight_ = 0;
   std::uint64_t num_bytes_in_flight_ = 0;
-  std::uint64_t max_bulk_blocks_ = std::numeric_limits<std::uint64_t>::max();
-  std::uint64_t max_bulk_bytes_ = std::numeric_limits<std::uint64_t>::max();
+  std::uint64_t max_blocks_ = std::numeric_limits<std::uint64_t>::max();
+  std::uint64_t max_bytes_ = std::numeric_limits<std::uint64_t>::max();
   unsigned num_passed_ = 0;  // blocks taken of requests more urgent than the oldest
   unsigned turn_ = 0;
   bool stopped_ = false;

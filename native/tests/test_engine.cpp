@@ -34,9 +34,9 @@ class Engine {
  public:
   explicit Engine(const std::string& backend, const char* fault = nullptr,
                   std::uint32_t queue_depth = 8, std::uint32_t threads = 2,
-                  std::uint32_t bulk_depth = 0) {
+                  std::uint32_t held_depth = 0) {
     const offload_options options{backend.c_str(), queue_depth, threads, 2,
-                                  bulk_depth,      kBlockBytes, fault};
+                                  held_depth,      kBlockBytes, fault};
     char text[200] = "";
     if (const int error = offload_engine_create(&options, &engine_, text, sizeof text)) {
       throw std::runtime_error(backend + ": " + std::to_string(error) + " " + text);

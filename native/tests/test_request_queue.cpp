@@ -112,20 +112,23 @@ TEST(expedited_request_passes_and_is_never_put_back) {
   CHECK(!letters.queue.can_take());
 }
 
-TEST(bulk_is_held_while_much_is_in_flight_and_urgent_is_not) {
+TEST(all_but_the_first_class_is_held_while_much_is_in_flight) {
   Letters letters;
-  letters.queue.limit_bulk(3, 2 * kBlockBytes);
+  letters.queue.limit(5, 4 * kBlockBytes);
   offload::Request& first = letters.push('a', kRead, 4, kBulk);
   letters.push('x', kWrite, 4, kBulk);
-  CHECK_EQUAL(letters.take(), 'a');
-  CHECK_EQUAL(letters.take(), 'x');
+  for (const char expected : {'a', 'x', 'a', 'x'}) CHECK_EQUAL(letters.take(), expected);
   CHECK(letters.is_held());
-  letters.push('u', kRead, 2, kPlanned);
+  letters.push('p', kRead, 1, kPlanned);
+  CHECK(letters.is_held());
+  letters.push('u', kRead, 2, 0);
   CHECK_EQUAL(letters.take(), 'u');
-  letters.end_first();
+  for (int i = 0; i < 4; ++i) letters.end_first();
   CHECK_EQUAL(letters.take(), 'u');
-  CHECK(letters.is_held());  // two urgent ones and a bulk one are in flight
+  // Beside more urgent blocks half as much.
+  CHECK(letters.is_held());
   letters.end_first();
+  CHECK_EQUAL(letters.take(), 'p');
   CHECK(letters.is_held());
   letters.end_first();
   CHECK_EQUAL(letters.take(), 'x');
@@ -134,9 +137,18 @@ TEST(bulk_is_held_while_much_is_in_flight_and_urgent_is_not) {
   CHECK_EQUAL(letters.take(), 'a');
 }
 
+TEST(number_of_blocks_in_flight_is_limited_too) {
+  Letters letters;
+  letters.queue.limit(2, 100 * kBlockBytes);
+  letters.push('a', kRead, 3, kBulk);
+  CHECK_EQUAL(letters.take(), 'a');
+  CHECK_EQUAL(letters.take(), 'a');
+  CHECK(letters.is_held());
+}
+
 TEST(bulk_block_larger_than_the_limit_goes_alone) {
   Letters letters;
-  letters.queue.limit_bulk(4, kBlockBytes / 2);
+  letters.queue.limit(4, kBlockBytes / 2);
   letters.push('a', kRead, 2, kBulk);
   CHECK_EQUAL(letters.take(), 'a');
   CHECK(letters.is_held());
@@ -146,7 +158,7 @@ TEST(bulk_block_larger_than_the_limit_goes_alone) {
 
 TEST(oldest_request_is_served_while_urgent_ones_go_on) {
   Letters letters;
-  letters.queue.limit_bulk(1, kBlockBytes);
+  letters.queue.limit(1, kBlockBytes);
   letters.push('a', kWrite, 3, kBulk);
   std::string taken;
   for (int i = 0; i < 60; ++i) {
@@ -172,7 +184,7 @@ TEST(failed_request_gives_its_turn_up) {
 
 TEST(a_thread_that_waits_for_room_takes_the_next_bulk_block) {
   RequestQueue queue;
-  queue.limit_bulk(1, kBlockBytes);
+  queue.limit(1, kBlockBytes);
   const auto request = make_request(kRead, 64, kBulk);
   CHECK(queue.push(request));
   const auto work = [&queue] {

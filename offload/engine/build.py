@@ -48,7 +48,7 @@ from offload.engine.tiling.tiles import TileSlots, open_tiles
 from offload.engine.update_site import UpdateSites, all_on_cpu, open_update
 from offload.errors import ConfigError, DoesNotFitError, UnsupportedPlatformError, format_bytes
 from offload.native import IoEngine
-from offload.native.engine import BULK_DEPTH
+from offload.native.engine import HELD_DEPTH
 from offload.optim.chunk_update import ChunkUpdate, OptimizerUpdate
 from offload.optim.generic import GenericRule
 from offload.optim.split import split_tensor
@@ -117,9 +117,9 @@ class Parts:
 
 
 def open_io(config: OffloadConfig) -> IoEngine:
-    """The I/O engine that `[io]` describes; every disk gets as much bulk as keeps it busy."""
+    """The I/O engine that `[io]` describes; as much is in flight as keeps every disk busy."""
     num_disks = max(1, len(config.tiers.nvme.paths))
-    given: dict[str, Any] = {"backend": config.io.backend, "bulk_depth": num_disks * BULK_DEPTH}
+    given: dict[str, Any] = {"backend": config.io.backend, "held_depth": num_disks * HELD_DEPTH}
     for name in ("queue_depth", "threads", "block_bytes"):
         value = getattr(config.io, name)
         if value != "auto":

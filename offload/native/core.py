@@ -73,7 +73,7 @@ class CoreSettings:
     threads: int
     block_bytes: int
     copy_threads: int
-    bulk_depth: int
+    held_depth: int
     fault: str | None
 
 

@@ -47,9 +47,9 @@ from offload.native.files import Descriptors, IoFile
 
 Backend = Literal["auto", "io_uring", "libaio", "threads", "python"]
 BACKENDS = ("io_uring", "libaio", "threads", "python")  # in the order in which auto tries them
-# Blocks of bulk that keep one disk busy: with 8 MiB each, tools/bench/io.py reaches the throughput
-# of 16; tools/bench/urgent.py shows what an urgent read waits behind them.
-BULK_DEPTH = 4
+# Blocks that keep one disk busy: with 8 MiB each, tools/bench/io.py reaches the throughput of 16;
+# tools/bench/urgent.py shows what an urgent read waits behind them.
+HELD_DEPTH = 4
 _BLOCK_ALIGNMENT = 4096
 _ADDRESS_LIMIT = 1 << 63
 _MAX_COUNT = 4096
@@ -173,9 +173,9 @@ class IoEngine:
     are in flight at once; the defaults were measured with tools/bench/io.py. `threads` do the
     system calls (backends threads and python) or the checksums (the others), `copy_threads` the
     memory copies. Blocks are started in the order of their requests' urgency, of equals in that of
-    their start, reads and writes taking turns; they end in any order. Of bulk at most `bulk_depth`
-    blocks are started at once, see [Note: order] in native/src/request_queue.hpp. `fault` is the
-    hook of tests, see [Note: fault specification].
+    their start, reads and writes taking turns; they end in any order. But for those of the first
+    class only `held_depth` are in flight at once, see [Note: order] in
+    native/src/request_queue.hpp. `fault` is the hook of tests, see [Note: fault specification].
 
     Raises:
         ConfigError: a setting is out of range, or `fault` cannot be read.
@@ -192,11 +192,11 @@ class IoEngine:
         threads: int = 4,
         block_bytes: int = 8 << 20,
         copy_threads: int = 1,
-        bulk_depth: int = BULK_DEPTH,
+        held_depth: int = HELD_DEPTH,
         fault: str | None = None,
     ) -> None:
         settings = CoreSettings(
-            backend, queue_depth, threads, block_bytes, copy_threads, bulk_depth, fault
+            backend, queue_depth, threads, block_bytes, copy_threads, held_depth, fault
         )
         _check(settings)
         self._pid = os.getpid()
@@ -421,7 +421,7 @@ def _check(settings: CoreSettings) -> None:
     problems = []
     if settings.backend not in ("auto", *BACKENDS):
         problems.append(f"backend {settings.backend!r} is none of auto, {', '.join(BACKENDS)}")
-    for name in ("queue_depth", "threads", "copy_threads", "bulk_depth"):
+    for name in ("queue_depth", "threads", "copy_threads", "held_depth"):
         value = getattr(settings, name)
         if not 1 <= value <= _MAX_COUNT:
             problems.append(f"{name} is {value}, not between 1 and {_MAX_COUNT}")

@@ -37,6 +37,7 @@ class _Block:
     start: int  # bytes from the request's start
     nbytes: int
     direct: bool
+    urgency: int  # of the request when it was taken
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +101,7 @@ class PythonCore:
         self._block_bytes = settings.block_bytes
         self._fault = FaultSpec(settings.fault or "")
         self._changed = threading.Condition()
-        depth, threads = settings.bulk_depth, settings.threads
+        depth, threads = settings.held_depth, settings.threads
         self._queues: dict[str, RequestOrder[_Task]] = {
             "file": RequestOrder(
                 max_blocks=threads - 1 if depth < threads else threads,
@@ -223,14 +224,14 @@ class PythonCore:
                 queue.remove(task)
             self._lanes[task.lane].begin()
             start, nbytes, direct = task.blocks[index]
-            return _Block(task, index, start, nbytes, direct)
+            return _Block(task, index, start, nbytes, direct, task.urgency)
 
     def _end(self, block: _Block, error: int, checksum: int, *, short: bool) -> None:
         task = block.task
         with self._changed:
             self._lanes[task.lane].end(0 if error else block.nbytes)
             queue = self._queues["file" if isinstance(task.request, Request) else "copy"]
-            queue.end(block.nbytes)
+            queue.end(block.urgency, block.nbytes)
             task.checksums[block.index] = checksum
             task.num_open -= 1
             if error and not task.errno:

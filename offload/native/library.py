@@ -32,7 +32,7 @@ class _Options(ctypes.Structure):
         ("queue_depth", u32),
         ("threads", u32),
         ("copy_threads", u32),
-        ("bulk_depth", u32),
+        ("held_depth", u32),
         ("block_bytes", u64),
         ("fault", c_char_p),
     )
@@ -156,7 +156,7 @@ class NativeCore:
             queue_depth=settings.queue_depth,
             threads=settings.threads,
             copy_threads=settings.copy_threads,
-            bulk_depth=settings.bulk_depth,
+            held_depth=settings.held_depth,
             block_bytes=settings.block_bytes,
             fault=settings.fault.encode() if settings.fault else None,
         )

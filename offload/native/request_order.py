@@ -7,9 +7,10 @@ core and the simulated engine follow it too, so that what holds of one holds of 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Generic, Protocol, TypeVar
 
-from offload.native.core import BULK_URGENCY, urgency_class
+from offload.native.core import urgency_class
 
 MAX_PASSED = 16  # blocks
 
@@ -34,8 +35,9 @@ _T = TypeVar("_T", bound=Ordered)
 class RequestOrder(Generic[_T]):
     """The requests that wait for something that carries them out, of one or several lanes.
 
-    A bulk block is taken only if with it at most `max_blocks` blocks and `max_bytes` bytes of any
-    urgency are in flight, or none but it. Not thread-safe.
+    A block that is not of the first class is taken only if with it at most `max_blocks` blocks and
+    `max_bytes` bytes are in flight, half as many bytes beside blocks of an earlier class; or none
+    but it. Not thread-safe.
     """
 
     def __init__(self, *, max_blocks: float = math.inf, max_bytes: float = math.inf) -> None:
@@ -44,7 +46,8 @@ class RequestOrder(Generic[_T]):
         self._waiting: list[_T] = []  # the oldest first
         self._last_lane = ""
         self._num_passed = 0
-        self._num_blocks = self._num_bytes = 0  # in flight
+        self._num_in_flight: Counter[int] = Counter()  # blocks by class
+        self._num_bytes = 0  # in flight
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -68,13 +71,13 @@ class RequestOrder(Generic[_T]):
         elif request.urgency < oldest.urgency:
             self._num_passed += 1
         self._last_lane = request.lane
-        self._num_blocks += 1
+        self._num_in_flight[urgency_class(request.urgency)] += 1
         self._num_bytes += request.next_nbytes
         return request
 
-    def end(self, nbytes: int) -> None:
-        """A block of so many bytes is no longer in flight."""
-        self._num_blocks -= 1
+    def end(self, urgency: int, nbytes: int) -> None:
+        """A block that was taken with this urgency and so many bytes is no longer in flight."""
+        self._num_in_flight[urgency_class(urgency)] -= 1
         self._num_bytes -= nbytes
 
     def _choose(self) -> _T | None:
@@ -94,7 +97,10 @@ class RequestOrder(Generic[_T]):
         return chosen if self._may_start(chosen) else None
 
     def _may_start(self, request: _T) -> bool:
-        if request.urgency < BULK_URGENCY or self._num_blocks == 0:
+        own = urgency_class(request.urgency)
+        num_blocks = self._num_in_flight.total()
+        if own == 0 or num_blocks == 0:
             return True
-        fits = self._num_bytes + request.next_nbytes <= self._max_bytes
-        return fits and self._num_blocks < self._max_blocks
+        beside_urgent = any(self._num_in_flight[each] for each in range(own))
+        max_bytes = self._max_bytes / 2 if beside_urgent else self._max_bytes
+        return num_blocks < self._max_blocks and self._num_bytes + request.next_nbytes <= max_bytes

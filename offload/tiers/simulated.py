@@ -311,14 +311,14 @@ class SimulatedIo:
         self._is_moving[lane] = movement is not None
         if movement is None:
             return
-        nbytes = movement.next_nbytes
+        nbytes, urgency = movement.next_nbytes, movement.urgency
         movement.left_bytes -= nbytes
         is_last = not movement.left_bytes
         if is_last:
             waiting.remove(movement)
 
         def moved() -> None:
-            waiting.end(nbytes)
+            waiting.end(urgency, nbytes)
             if is_last:
                 movement.through()
             self._move_next(lane)

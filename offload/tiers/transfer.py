@@ -17,8 +17,8 @@ in the class, the lower, the sooner; of equals the first.
     PLANNED   fetched ahead for a use whose place is known; + that place in the trace
     BULK      state that streams through: the optimizer step's chunks, gradients, write-back
 
-A request moves block by block, so an urgent one passes a bulk one between two of its blocks, and of
-bulk no more is given to the disk at once than keeps it busy (native/src/request_queue.hpp,
+A request moves block by block, so an urgent one passes a bulk one between two of its blocks. What
+is not DEMAND is given to the disk only as far as keeps it busy (native/src/request_queue.hpp,
 [Note: order]). A wait for a planned transfer makes it DEMAND. A wait for bulk puts it before other
 bulk and no further: the optimizer step waits for each of its chunks. Who needs bulk as urgently as
 a fault says so with `Transfer.expedite`.

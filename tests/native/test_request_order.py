@@ -24,6 +24,7 @@ class Queue:
 
     def __init__(self, **limits: float) -> None:
         self.order: RequestOrder[Asked] = RequestOrder(**limits)
+        self.urgencies: list[int] = []  # of the blocks in flight
 
     def add(self, name: str, urgency: int, num_blocks: int = 1, lane: str = "read") -> Asked:
         request = Asked(name, urgency, num_blocks, lane)
@@ -34,6 +35,7 @@ class Queue:
         request = self.order.take()
         if request is None:
             return "-"
+        self.urgencies.append(request.urgency)
         request.num_blocks -= 1
         if not request.num_blocks:
             self.order.remove(request)
@@ -43,8 +45,11 @@ class Queue:
         names = ""
         for _ in range(count):
             names += self.take()
-            self.order.end(1)
+            self.end_first()
         return names
+
+    def end_first(self) -> None:
+        self.order.end(self.urgencies.pop(0), 1)
 
 
 def test_equals_keep_their_order_and_lanes_take_turns():
@@ -68,21 +73,30 @@ def test_the_urgent_pass_between_blocks_and_across_lanes():
     assert queue.take_and_end(6) == "dcbxax"
 
 
-def test_bulk_is_held_while_much_is_in_flight():
-    queue = Queue(max_blocks=3, max_bytes=2)
+def test_all_but_the_first_class_is_held_while_much_is_in_flight():
+    queue = Queue(max_blocks=5, max_bytes=4)
     first = queue.add("a", BULK_URGENCY, 4)
     queue.add("x", BULK_URGENCY, 4, lane="write")
-    assert [queue.take() for _ in range(3)] == ["a", "x", "-"]
-    queue.add("u", PLANNED, 2)
-    assert queue.take() == "u"
-    queue.order.end(1)
-    assert [queue.take() for _ in range(2)] == ["u", "-"]
-    queue.order.end(1)
+    assert [queue.take() for _ in range(5)] == ["a", "x", "a", "x", "-"]
+    queue.add("p", PLANNED)
     assert queue.take() == "-"
-    queue.order.end(1)
+    queue.add("u", 0, 2)
+    assert queue.take() == "u"
+    for _ in range(4):
+        queue.end_first()
+    assert [queue.take() for _ in range(2)] == ["u", "-"]  # half as much beside the urgent
+    queue.end_first()
+    assert [queue.take() for _ in range(2)] == ["p", "-"]
+    queue.end_first()
     assert [queue.take() for _ in range(2)] == ["x", "-"]
     first.urgency = 0
     assert queue.take() == "a"
+
+
+def test_the_number_of_blocks_in_flight_is_limited_too():
+    queue = Queue(max_blocks=2)
+    queue.add("a", BULK_URGENCY, 3)
+    assert [queue.take() for _ in range(3)] == ["a", "a", "-"]
 
 
 def test_the_oldest_is_served_while_urgent_ones_go_on():

@@ -120,7 +120,7 @@ def test_urgent_passes_what_the_disk_is_not_given(backend, tmp_path, make_memory
             backend=backend,
             block_bytes=BLOCK,
             threads=2,
-            bulk_depth=1,
+            held_depth=1,
             fault="op=write,nth=1,delay=1500",
         ) as engine,
         engine.open(str(tmp_path / "f"), flags=CREATE) as file,
@@ -147,6 +147,6 @@ def test_an_urgent_copy_passes_between_the_blocks_of_a_bulk_one(backend, make_me
     assert target.part(0, 4 * BLOCK) == bulk.part(0, 4 * BLOCK)
 
 
-def test_a_bulk_depth_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="bulk_depth is 0"):
-        IoEngine(backend="python", bulk_depth=0)
+def test_a_held_depth_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="held_depth is 0"):
+        IoEngine(backend="python", held_depth=0)

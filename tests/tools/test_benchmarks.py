@@ -32,6 +32,7 @@ ARGUMENTS = {
         *("--rounds=1", "--steps=1", "--hidden=64", "--layers=1", "--vocabulary=64"),
         *("--tokens=8", "--no-match", "--device=4", "--host=16"),
     ],
+    "urgent": ["--rounds=1", "--bulk-mib=16", "--urgent-mib=1", "--request-mib=4"],
     "update_site": ["--device=cpu", "--parameters=1", "--threads=1", "--rounds=1"],
 }
 
@@ -137,6 +138,16 @@ def test_io(tmp_path: Path) -> None:
     assert {"threads", "plain Python pool, 4 MiB"} <= {row["contender"] for row in rows}
     for row in rows:
         assert_positive(*(row[mode]["gb_per_second"] for mode in ("read", "write", "mixed")))
+
+
+def test_urgent(tmp_path: Path) -> None:
+    result = tmp_path / "urgent.json"
+    run("urgent", f"--folder={tmp_path}", f"--output={result}")
+    rows = json.loads(result.read_text())["rows"]
+    assert {row["order"] for row in rows} == {"idle", "order", "order, full", "fifo"}
+    for row in rows:
+        assert_positive(row["median_seconds"], row["times_idle"], row["gb_per_second"])
+    assert list(tmp_path.iterdir()) == [result]
 
 
 @pytest.mark.slow

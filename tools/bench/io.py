@@ -185,7 +185,7 @@ def make_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Contend
         engine = IoEngine(
             backend=backend,
             queue_depth=args.queue_depth,
-            bulk_depth=args.bulk_depth,
+            held_depth=args.held_depth,
             block_bytes=args.block_mib * MIB,
             threads=args.threads,
         )
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--request-mib", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--queue-depth", type=int, default=16)
-    parser.add_argument("--bulk-depth", type=int, default=4)
+    parser.add_argument("--held-depth", type=int, default=4)
     parser.add_argument("--block-mib", type=int, default=8)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--only", default="", help="contenders whose name contains this; | = or")

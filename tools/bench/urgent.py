@@ -5,9 +5,9 @@
 Bulk requests are queued at once (reads, writes, or both in turns), and a little later one read is
 started that somebody waits for. Its time is compared with that on an idle disk:
 
-    order        as the engine does it: the read passes the bulk that is queued, and of bulk no more
-                 than `--bulk-depth` blocks are given to the disk at once
-    order, full  the read passes what is queued, but the disk is given as much bulk as it takes
+    order        as the engine does it: the read passes the bulk that is queued, and no more than
+                 `--held-depth` blocks of that are given to the disk at once
+    order, full  the read passes what is queued, but the disk is given `--queue-depth` blocks
     fifo         the read has its turn after the bulk that was queued before
 
 Rounds are interleaved, in a rotating order. The bulk's throughput stands beside the latencies: what
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from offload.native import IoEngine, IoFile
 from offload.native.core import BULK_URGENCY
-from offload.native.engine import BULK_DEPTH
+from offload.native.engine import HELD_DEPTH
 
 MIB = 1 << 20
 GB = 1e9
@@ -71,11 +71,11 @@ def make_settings(args: argparse.Namespace) -> dict[str, Setting]:
     """The engines by the name of their order."""
     depth = args.queue_depth
 
-    def engine(bulk_depth: int) -> IoEngine:
-        return IoEngine(backend=args.backend, queue_depth=depth, bulk_depth=bulk_depth)
+    def engine(held_depth: int) -> IoEngine:
+        return IoEngine(backend=args.backend, queue_depth=depth, held_depth=held_depth)
 
     return {
-        "order": Setting(engine(args.bulk_depth), 0),
+        "order": Setting(engine(args.held_depth), 0),
         "order, full": Setting(engine(depth), 0),
         "fifo": Setting(engine(depth), BULK_URGENCY),
     }
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--urgent-mib", type=int, default=16)
     parser.add_argument("--request-mib", type=int, default=16, help="of a bulk request")
     parser.add_argument("--queue-depth", type=int, default=16)
-    parser.add_argument("--bulk-depth", type=int, default=BULK_DEPTH)
+    parser.add_argument("--held-depth", type=int, default=HELD_DEPTH)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     memory = mmap.mmap(-1, (args.bulk_mib + args.urgent_mib) * MIB)
