@@ -184,7 +184,8 @@ def skip(engine: Any, micro_step: int) -> None:
     """A step whose gradient is not finite, and which therefore changes nothing."""
     if micro_step == 1:
         engine.backward(loss_of(engine, micro_step) * float("inf"))
-        assert not engine.step()
+        taken = engine.step()
+        assert not taken
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -566,7 +567,8 @@ def run_with_given_gradients(config: dict[str, Any], width: int) -> Any:
             for name, parameter in model.named_parameters():
                 gradient = 1e-4 * torch.randn(parameter.shape, generator=drawn)
                 engine.set_state(name, {"gradient": gradient})
-            assert engine.optimizer.step() is None
+            taken = engine.optimizer.step()
+            assert taken is None
             engine.optimizer.zero_grad()
         return engine.global_steps, dict(engine.named_state()), engine.report()
 
