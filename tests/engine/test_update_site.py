@@ -392,11 +392,11 @@ def test_a_disk_that_fails_in_between_is_made_good_by_stepping_again(
 
     is_stepping = False
 
-    def stepping(step: StreamedStep, settings: Any) -> None:
+    def stepping(*arguments: Any, **named: Any) -> None:
         nonlocal is_stepping
         is_stepping = True
         try:
-            run(step, settings)
+            run(*arguments, **named)
         finally:
             is_stepping = False
 
