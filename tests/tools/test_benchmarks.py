@@ -24,6 +24,7 @@ ARGUMENTS = {
     "guard": ["--rounds=1", "--tokens=8", "--hidden=64", "--layers=1"],
     "io": ["--rounds=1", "--mib=16", "--request-mib=4", "--only=threads|pool, 4 MiB"],
     "kernels": ["--rounds=1", "--numel=200000", "--json"],
+    "larger_than_memory": ["--sizes=small", "--sequence=8", "--steps=1", "--threads=1"],
     "loading": ["--rounds=1", "--hidden=64", "--layers=1"],
     "memory": ["--hidden=64", "--layers=1", "--factor=2", "--tokens=16"],
     "nvme_step": ["--rounds=1", "--parameters", "1", "9"],
@@ -34,6 +35,9 @@ ARGUMENTS = {
     ],
     "urgent": ["--rounds=1", "--bulk-mib=16", "--urgent-mib=1", "--request-mib=4"],
     "update_site": ["--device=cpu", "--parameters=1", "--threads=1", "--rounds=1"],
+    "versus_deepspeed": [
+        *("--small", "--sequence=8", "--rounds=1", "--steps=1", "--warm-up=1", "--threads=1"),
+    ],
 }
 
 
@@ -113,12 +117,48 @@ def test_update_site() -> None:
     assert 0 <= found["share"] <= 1
 
 
+def test_versus_deepspeed_without_it(tmp_path: Path) -> None:
+    found = last_line(run("versus_deepspeed", f"--path={tmp_path}"))
+    assert set(found["sides"]) == {"ours", "plain"}, "DeepSpeed is not installed by a test"
+    assert_positive(*(side["step_seconds"] for side in found["sides"].values()))
+    assert all(check["met"] for check in found["checks"].values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_versus_deepspeed_says_what_it_needs(tmp_path: Path) -> None:
+    done = start("versus_deepspeed", f"--venv={tmp_path / 'none'}")
+    assert done.returncode == 1
+    assert "has no DeepSpeed: make it with --install" in done.stderr
+
+
+@pytest.mark.slow
+def test_larger_than_memory(tmp_path: Path) -> None:
+    found = last_line(run("larger_than_memory", f"--path={tmp_path}", "--unlimited"))
+    under, over = found["rows"]
+    assert found["losses_equal"]
+    assert under["losses"] == over["losses"]
+    assert_positive(under["step_seconds"], under["efficiency"], under["peak_rss_bytes"])
+    assert under["nvme_bytes"] > over["nvme_bytes"], "the second has its state in memory"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_larger_than_memory_is_limited(tmp_path: Path) -> None:
+    done = start("larger_than_memory", f"--path={tmp_path}")
+    if "no memory cgroup can be made here" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    for row in last_line(done.stdout)["rows"]:
+        assert 0 < row["cgroup_peak_bytes"] <= row["limit_bytes"]
+
+
 @pytest.mark.parametrize(
     ("name", "nonsense"),
     [
         ("nvme_step", "--path=/nowhere/at/all"),
         ("train_step", "--hidden=100"),
-        ("train_step", "--tokens=none"),
+        ("versus_deepspeed", "--rounds=0"),
+        ("larger_than_memory", "--sizes=huge"),
     ],
 )
 def test_nonsense_is_refused(name: str, nonsense: str) -> None:
