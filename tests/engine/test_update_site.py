@@ -23,7 +23,6 @@ from offload.optim import device_update
 from offload.optim.streamed import StreamedStep
 from offload.schedule import update_site
 from offload.tiers.nvme import NvmeStore
-from offload.tiers.simulated import SimulatedDeviceTier
 from offload.tiers.transfer import CompletedTransfer, Transfer
 from tests.engine.accelerator import PLACEMENTS as ACCELERATOR_PLACEMENTS
 from tests.engine.accelerator import STEPS, make_model, use_accelerator
@@ -275,43 +274,45 @@ def test_a_weight_that_becomes_infinite_is_told_as_on_the_cpu(
 
 
 class Broken:
-    """The nth transfer of a lane that `DeviceUpdate` starts fails, `times` times in a row."""
+    """The nth copy of a lane that `DeviceUpdate` starts fails, `times` times in a row."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, lane: str, nth: int, times: int) -> None:
         self.left = times
         self.seen = 0
         name = {"h2d": "start_copy_in", "d2h": "start_copy_out"}[lane]
-        start = getattr(SimulatedDeviceTier, name)
-        outer = self
+        start = device_update.DeviceUpdate.start
 
-        def breaking(tier: Any, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
-            transfer = start(tier, dst, src)
-            if outer.is_armed:
-                outer.seen += 1
-                if outer.seen >= nth and outer.left:
-                    outer.left -= 1
-                    ticket = transfer._ticket
-                    ticket.wait()
-                    dst.fill_(0xFF)  # a copy that failed may have left anything
-                    ticket.errno = 5
-            return transfer
+        def start_breaking(updater: Any, *arguments: Any) -> None:
+            device = updater._store.device
+            copy = getattr(device, name)
 
-        self.is_armed = False
-        monkeypatch.setattr(SimulatedDeviceTier, name, breaking)
-        for method in ("start", "finish"):
-            self._arm(monkeypatch, method)
+            def breaking(dst: torch.Tensor, src: torch.Tensor) -> Transfer:
+                return self._broken(copy(dst, src), dst, nth)
 
-    def _arm(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-        original = getattr(device_update.DeviceUpdate, method)
+            with _replaced(device, name, breaking):
+                start(updater, *arguments)
 
-        def armed(*arguments: Any) -> Any:
-            self.is_armed = True
-            try:
-                return original(*arguments)
-            finally:
-                self.is_armed = False
+        monkeypatch.setattr(device_update.DeviceUpdate, "start", start_breaking)
 
-        monkeypatch.setattr(device_update.DeviceUpdate, method, armed)
+    def _broken(self, transfer: Any, dst: torch.Tensor, nth: int) -> Transfer:
+        self.seen += 1
+        if self.seen >= nth and self.left:
+            self.left -= 1
+            ticket = transfer._ticket
+            ticket.wait()
+            dst.fill_(0xFF)  # a copy that failed may have left anything
+            ticket.errno = 5
+        return transfer
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """The attribute of one object, whatever its class, for the length of a block."""
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def train_through_errors(config: dict[str, Any]) -> Any:
@@ -452,12 +453,8 @@ def test_a_missing_wait_shows(wait: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 @contextlib.contextmanager
 def _waiting_for_nothing(updater: Any) -> Iterator[None]:
-    wait = SimulatedDeviceTier.make_current_wait
-    SimulatedDeviceTier.make_current_wait = lambda tier, transfer: None  # type: ignore[method-assign]
-    try:
+    with _replaced(updater._store.device, "make_current_wait", lambda transfer: None):
         yield
-    finally:
-        SimulatedDeviceTier.make_current_wait = wait  # type: ignore[method-assign]
 
 
 # -- the choice ------------------------------------------------------------------------------------
