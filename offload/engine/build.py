@@ -255,6 +255,7 @@ def _reserve_and_move(
     for bucket in plan.buckets:
         for state_class, layout in plan.layouts[bucket.index].items():
             store.add(bucket, state_class, layout, plan.tier(bucket.index, state_class))
+    device.reserve(plan.working_bytes)
     store.reserve_records(spare=machine.staging.spare_extents)
     meter = LaneMeter()
     pool = ComputePool(torch.get_num_threads())

@@ -1,18 +1,8 @@
-"""The device tier on a CUDA device. Importable without one.
+"""The device tier on a CUDA device; see [Note: streams] in accelerator.py. Importable without one.
 
-[Note: streams]
-
-compute  torch's current stream; forward, backward and update kernels
-h2d      fetches; a stream of its own, so that weights arrive while kernels run
-d2h      departing gradients and state; not the h2d stream, because the two directions have copy
-         engines of their own, and a departing gradient would hold up the next weight
-
-    compute --event at start--> copy      what was queued on the buffers before the copy
-    copy ----end event--------> compute   make_current_wait
-
-Every copy waits for what the compute stream had queued when it was started. That orders it after
-the kernels that last used a re-leased buffer, with no event per lease; a fetch that is started d
-buckets early can still run beside the kernels of those d buckets.
+[Note: host waits]
+Only `CudaTransfer.wait` blocks the host. What is copied is ordered by events otherwise, and counted
+when a later call finds that its end event has passed.
 """
 
 from __future__ import annotations
@@ -25,8 +15,15 @@ from typing import cast
 import torch
 
 from offload.errors import DeadlineError, OffloadError, StorageError, UnsupportedPlatformError
+from offload.tiers.accelerator import AcceleratorTier, Event, Stream
 from offload.tiers.device import CpuDeviceTier, DeviceTier
-from offload.tiers.transfer import DEFAULT_DEADLINE_SECONDS, AsyncIo, LaneTotals, Transfer
+from offload.tiers.transfer import (
+    DEFAULT_DEADLINE_SECONDS,
+    AsyncIo,
+    CopyLane,
+    LaneTotals,
+    Transfer,
+)
 
 _POLL_SECONDS = 50e-6  # an event can be polled or waited for without end; P6 wants a deadline
 
@@ -99,8 +96,8 @@ class CudaTransfer(Transfer):
         )
 
 
-class CudaDeviceTier(DeviceTier):
-    """Memory of one CUDA device; see [Note: streams].
+class CudaDeviceTier(AcceleratorTier):
+    """Memory of one CUDA device.
 
     Raises:
         UnsupportedPlatformError: torch has no such CUDA device.
@@ -122,9 +119,9 @@ class CudaDeviceTier(DeviceTier):
                 f"there is no device {device}: torch sees {num_devices} CUDA devices",
                 remedy='set tiers.device.kind = "auto" or "cpu"',
             )
-        super().__init__(torch.device("cuda", index), budget_bytes, host_addressable=False)
+        super().__init__(torch.device("cuda", index), budget_bytes)
         self.deadline_seconds = deadline_seconds
-        self._streams = {
+        self._streams: dict[CopyLane, torch.cuda.Stream] = {
             "h2d": torch.cuda.Stream(self.device),  # overlaps fetches with kernels
             "d2h": torch.cuda.Stream(self.device),  # overlaps departures with kernels and fetches
         }
@@ -133,15 +130,9 @@ class CudaDeviceTier(DeviceTier):
         # until then they own their buffers (P18).
         self._in_flight: list[CudaTransfer] = []
 
-    def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
-        return self._start_copy(dst, src, "h2d", on_device=dst)
-
-    def start_copy_out(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
-        return self._start_copy(dst, src, "d2h", on_device=src)
-
     def make_current_wait(self, transfer: Transfer) -> None:
         if isinstance(transfer, CudaTransfer):
-            torch.cuda.current_stream(self.device).wait_event(transfer.end)
+            self._wait(self._current(), transfer.end)  # A2
         else:
             transfer.wait()
 
@@ -149,6 +140,15 @@ class CudaDeviceTier(DeviceTier):
         self._settle_done()
         with self._lock:
             return dict(self._lanes)
+
+    def close(self) -> None:
+        """Also wait for copies in flight: the host arena goes next."""
+        with self._lock:
+            in_flight, self._in_flight = self._in_flight, []
+        for transfer in in_flight:
+            with contextlib.suppress(StorageError):  # its owner's wait() raises it
+                transfer.wait()
+        super().close()
 
     def count_copy(self, lane: str, nbytes: int, seconds: float) -> None:
         """Count a settled copy; a stream runs one at a time, so their seconds add up."""
@@ -159,21 +159,28 @@ class CudaDeviceTier(DeviceTier):
     def _allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def _start_copy(
-        self, dst: torch.Tensor, src: torch.Tensor, lane: str, *, on_device: torch.Tensor
-    ) -> Transfer:
-        assert dst.dtype == src.dtype == torch.uint8
-        assert dst.numel() == src.numel(), "copy between different sizes"
+    def _current(self) -> Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def _lane_stream(self, lane: CopyLane) -> Stream:
+        return self._streams[lane]
+
+    def _record(self, stream: Stream) -> Event:
+        return cast("torch.cuda.Stream", stream).record_event()
+
+    def _wait(self, stream: Stream, event: Event) -> None:
+        cast("torch.cuda.Stream", stream).wait_event(cast("torch.cuda.Event", event))
+
+    def _copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
         stream = self._streams[lane]
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             begin.record(stream)
             dst.copy_(src, non_blocking=True)
             end.record(stream)
         # torch's allocator must not hand the memory to the compute stream while the copy runs.
-        on_device.record_stream(stream)
+        (dst if lane == "h2d" else src).record_stream(stream)
         transfer = CudaTransfer(self, lane, begin, end, (dst, src))
         self._settle_done()
         with self._lock:

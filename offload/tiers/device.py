@@ -72,17 +72,46 @@ class DeviceTier(ABC):
             BudgetError: leased + held bytes would exceed the budget, or the device itself has no
                 more memory; it says who holds what.
         """
-        lease = self.try_lease(nbytes, owner)
+        lease = self.try_lease(nbytes, owner, beside=True)
         if lease is None:
             raise self._exceeded(round_up_to_page(nbytes), owner)
         return lease
 
-    def try_lease(self, nbytes: int, owner: str) -> DeviceLease | None:
-        """Lease `nbytes`, or return None where the budget has no room.
+    def reserve(self, nbytes: int) -> None:
+        """Set memory aside for the leases of `try_lease`, in place of what was set aside before.
+
+        Tiers whose allocator does not break memory up set nothing aside.
+
+        Raises:
+            BudgetError: the device itself has no more memory.
+        """
+        del nbytes
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `try_lease` would return a lease now."""
+        with self._lock:
+            return self._admits(round_up_to_page(nbytes))
+
+    def enter(self, lease: DeviceLease) -> None:
+        """This thread is about to queue device work that uses `lease`, which has been copied to.
+
+        Until the lease is renewed or released, all that it queues on its stream may use it.
+        """
+        del lease
+
+    def renew(self, lease: DeviceLease) -> None:
+        """Order copies into `lease` after every use of it so far; `enter` it again after them."""
+        del lease
+
+    def try_lease(self, nbytes: int, owner: str, *, beside: bool = False) -> DeviceLease | None:
+        """Lease `nbytes`, or return None where the budget, or what was reserved, has no room.
+
+        `beside`: not of what was reserved.
 
         Raises:
             BudgetError: the budget has room but the device itself has no more memory.
         """
+        del beside  # nothing is reserved here
         assert nbytes > 0, "a lease of nothing"
         size = round_up_to_page(nbytes)
         with self._lock:
@@ -165,7 +194,7 @@ class DeviceTier(ABC):
 
     @abstractmethod
     def make_current_wait(self, transfer: Transfer) -> None:
-        """Order the device work that this thread queues next after `transfer`.
+        """Order the device work that this thread queues next after `transfer`, on its stream.
 
         Without an asynchronous device this settles it, and raises what `transfer.wait()` raises.
         """
@@ -228,9 +257,10 @@ class DeviceLease:
     """The right to use `nbytes` of device memory, until `release()`.
 
     `tensor` is uint8, 1-D, on the device, of exactly `nbytes`; undefined at first.
+    `streams` are those that `DeviceTier.enter` has seen.
     """
 
-    __slots__ = ("_memory", "_tier", "nbytes", "owner", "released", "tensor")
+    __slots__ = ("_memory", "_tier", "nbytes", "owner", "released", "streams", "tensor")
 
     def __init__(self, tier: DeviceTier, memory: torch.Tensor, nbytes: int, owner: str) -> None:
         self._tier = tier
@@ -238,6 +268,7 @@ class DeviceLease:
         self.nbytes = nbytes
         self.owner = owner
         self.released = False
+        self.streams: set[object] = set()
         self.tensor = memory.narrow(0, 0, nbytes)
 
     def storage_at(self, offset_bytes: int, nbytes: int) -> torch.UntypedStorage:

@@ -26,7 +26,7 @@ def round_up_to_page(nbytes: int) -> int:
 
 
 class FreeRanges:
-    """The free ranges of `[0, size)`; first fit, neighbours are merged on return. Not thread-safe.
+    """The free ranges of `[0, size)`; neighbours are merged on return. Not thread-safe.
 
     Invariant: ranges are disjoint, sorted, and no two touch.
     """
@@ -41,11 +41,23 @@ class FreeRanges:
         assert nbytes > 0
         for index, start in enumerate(self._starts):
             if self._ends[index] - start >= nbytes:
-                self._starts[index] = start + nbytes
-                if self._starts[index] == self._ends[index]:
-                    del self._starts[index], self._ends[index]
-                return start
+                return self._cut(index, nbytes)
         return None
+
+    def take_best(self, nbytes: int) -> int | None:
+        """As `take`, of the shortest range that is long enough: an exact one if there is any."""
+        lengths = [e - s for s, e in zip(self._starts, self._ends, strict=True)]
+        fitting = [(n, index) for index, n in enumerate(lengths) if n >= nbytes]
+        if not fitting:
+            return None
+        return self._cut(min(fitting)[1], nbytes)
+
+    def _cut(self, index: int, nbytes: int) -> int:
+        start = self._starts[index]
+        self._starts[index] = start + nbytes
+        if self._starts[index] == self._ends[index]:
+            del self._starts[index], self._ends[index]
+        return start
 
     def put_back(self, start: int, nbytes: int) -> None:
         """Return `[start, start + nbytes)`, all of which must be taken."""

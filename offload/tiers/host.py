@@ -10,6 +10,13 @@ An arena that has to `grow` gets one more mapping, a *segment*, prepared as the 
 lease lies in one segment, because neither a copy nor a request may cross two registrations. The
 newest segment with room is taken: what the arena has grown for finds its place there, whatever is
 free elsewhere.
+
+[Note: page-locking]
+
+CUDA copies asynchronously from and to page-locked memory only. Each segment is registered with it
+as a whole, not in pieces: a copy that crosses two registrations is an error. Where CUDA refuses,
+for want of lockable memory, the segment stays pageable, with a warning: all works, and copies hold
+up whoever starts them.
 """
 
 from __future__ import annotations
@@ -17,11 +24,12 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from typing import TYPE_CHECKING, Protocol
+import warnings
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from offload.errors import BudgetError, UnsupportedPlatformError, format_bytes
+from offload.errors import BudgetError, format_bytes
 from offload.tiers.extents import PAGE_BYTES, FreeRanges, round_up_to_page
 from offload.tiers.memory import map_shared
 from offload.tiers.owners import OwnerBytes
@@ -52,23 +60,26 @@ class _Segment:
         self.address = self.memory.data_ptr()
 
     def page_lock(self) -> None:
-        """Page-lock the mapping.
-
-        Raises:
-            UnsupportedPlatformError: CUDA refuses.
-        """
+        """Page-lock the mapping, or warn that CUDA refuses."""
         assert not self.is_page_locked
-        result = torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0)
-        if int(result) != 0:
-            raise UnsupportedPlatformError(
-                f"CUDA cannot page-lock a host arena of {self.nbytes} bytes: {result}",
-                remedy="lower tiers.host.memory, or raise the limit of locked memory (ulimit -l)",
+        try:
+            result: Any = torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0)
+            refused = "" if int(result) == 0 else str(result)
+        except RuntimeError as error:  # cudart() itself finds no usable device
+            refused = str(error)
+        self.is_page_locked = not refused
+        if refused:
+            warnings.warn(
+                f"CUDA cannot page-lock {format_bytes(self.nbytes)} of host memory ({refused}): "
+                "copies from and to the device will not run beside the work that starts them; "
+                "lower tiers.host.memory, or raise the limit of locked memory (ulimit -l)",
+                stacklevel=2,
             )
-        self.is_page_locked = True
 
     def close(self) -> None:
         """Give the memory back; tensors that still exist stay readable, as zeros."""
         if self.is_page_locked:
+            self.is_page_locked = False
             torch.cuda.cudart().cudaHostUnregister(self.address)
         # Tensors of forgotten leases may keep the mapping; they do not keep its pages.
         self.mapping.madvise(mmap.MADV_REMOVE)
@@ -102,7 +113,7 @@ class HostArena:
         self._lock = threading.Lock()
         self._owners = OwnerBytes()
         self._io: RegistersMemory | None = None
-        self._is_page_locked = False
+        self._locks_pages = False
         self._closed = False
         self._segments: list[_Segment] = []
         self.grow(budget_bytes // alignment * alignment)
@@ -120,16 +131,11 @@ class HostArena:
 
         Raises:
             BudgetError: the system refuses to map that much.
-            UnsupportedPlatformError: CUDA refuses to page-lock it.
         """
         assert not self._closed, "growth of a closed arena"
         segment = self._map(self._rounded(nbytes))
-        if self._is_page_locked:
-            try:
-                segment.page_lock()
-            except UnsupportedPlatformError:
-                segment.close()
-                raise
+        if self._locks_pages:
+            segment.page_lock()
         if self._io is not None:
             self._io.register(segment.address, segment.nbytes)
         with self._lock:
@@ -194,15 +200,11 @@ class HostArena:
         return next((result for result in results if result != "ok"), "ok")
 
     def page_lock(self) -> None:
-        """Page-lock the arena, so that the accelerator copies from and to it asynchronously.
-
-        Raises:
-            UnsupportedPlatformError: CUDA refuses, e.g. because of a limit on locked memory.
-        """
-        assert not self._is_page_locked
+        """Page-lock the arena, also where it grows later; see [Note: page-locking]."""
+        assert not self._locks_pages
+        self._locks_pages = True
         for segment in self._segments:
             segment.page_lock()
-        self._is_page_locked = True
 
     def owners(self) -> str:
         """Who holds what, for messages."""

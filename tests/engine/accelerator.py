@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import offload
 from offload.engine import build, planning
+from offload.engine.departed import DepartedGradient
 from offload.tiers.host import HostArena
-from offload.tiers.simulated import LaneModel, SimulatedDeviceTier, SimulatedIo, VirtualClock
+from offload.tiers.simulated import LaneModel, SimulatedIo, VirtualClock
+from offload.tiers.simulated_streams import SimulatedAccelerator
 
 STEPS = 4
 ON_DEVICE = {"weights": "device", "gradients": "device", "optimizer": "device"}
@@ -26,24 +30,52 @@ PLACEMENTS = {
 
 def use_accelerator(
     monkeypatch: pytest.MonkeyPatch, *, seed: int = 3, fault: str | None = None
-) -> list[SimulatedDeviceTier]:
+) -> list[SimulatedAccelerator]:
     """Let engines have a simulated accelerator; the list gets the tier of each."""
-    opened: list[SimulatedDeviceTier] = []
+    opened: list[SimulatedAccelerator] = []
 
     def open_device_tier(
         kind: str, budget_bytes: int, io: object, *, deadline_seconds: float
-    ) -> SimulatedDeviceTier:
+    ) -> SimulatedAccelerator:
         del kind, io, deadline_seconds
         slow = LaneModel(bytes_per_second=1e9, latency_seconds=1e-4, jitter_seconds=1e-3)
         lanes = {"h2d": slow, "d2h": slow}
         simulated = SimulatedIo(VirtualClock(), lanes=lanes, seed=seed, fault=fault)
-        opened.append(SimulatedDeviceTier(budget_bytes, simulated, host_addressable=False))
+        opened.append(SimulatedAccelerator(budget_bytes, simulated, seed=seed))
         return opened[-1]
 
     monkeypatch.setattr(planning, "device_is_host_memory", lambda config: False)
     monkeypatch.setattr(build, "open_device_tier", open_device_tier)
     monkeypatch.setattr(HostArena, "page_lock", lambda arena: None)
     return opened
+
+
+class WatchedOps(TorchDispatchMode):
+    """Tells an accelerator of every op: what it uses, and what it makes."""
+
+    def __init__(self, tier: SimulatedAccelerator) -> None:
+        super().__init__()
+        self.num_ops = 0
+        self._tier = tier
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aliases = [argument.alias_info for argument in func._schema.arguments]
+        if any(alias is not None and not alias.is_write for alias in aliases):
+            return func(*args, **kwargs)  # a view: nothing runs on a device
+        self.num_ops += 1
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor in _plain_tensors((args, kwargs)):
+                self._tier.use(tensor)
+            made = func(*args, **kwargs)
+            for tensor in _plain_tensors(made):
+                self._tier.make(tensor)
+            return made
+
+
+def _plain_tensors(tree: Any) -> list[torch.Tensor]:
+    leaves = [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
+    return [each for each in leaves if not isinstance(each, DepartedGradient)]
 
 
 def make_model() -> nn.Module:

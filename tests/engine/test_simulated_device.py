@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import offload
 from offload.engine import gradients
 from offload.engine.activations.copies import ActivationCopy
-from offload.tiers.simulated import SimulatedDeviceTier
+from offload.tiers.simulated_streams import SimulatedAccelerator
 from tests.engine.accelerator import ON_DEVICE, PLACEMENTS, make_model, train, use_accelerator
 from tests.threads import run_in_threads
 
@@ -71,13 +71,13 @@ def test_tiles_on_an_accelerator_give_the_bits_of_host_memory(
 def test_a_missing_wait_for_a_tile_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiling = {"modules": ["*"], "tiles": 5}
     losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1, tiling=tiling)
-    wait = SimulatedDeviceTier.make_current_wait
+    wait = SimulatedAccelerator.make_current_wait
 
-    def wait_for_pages(tier: SimulatedDeviceTier, transfer: Any) -> None:
+    def wait_for_pages(tier: SimulatedAccelerator, transfer: Any) -> None:
         if "tiles.py" not in sys._getframe(1).f_code.co_filename:
             wait(tier, transfer)
 
-    monkeypatch.setattr(SimulatedDeviceTier, "make_current_wait", wait_for_pages)
+    monkeypatch.setattr(SimulatedAccelerator, "make_current_wait", wait_for_pages)
     hasty_losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1, tiling=tiling)
     assert hasty_losses != losses
 
@@ -198,7 +198,7 @@ def test_backward_may_run_in_a_thread_of_its_own(
 @pytest.mark.usefixtures("accelerator")
 def test_a_missing_wait_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1)
-    monkeypatch.setattr(SimulatedDeviceTier, "make_current_wait", lambda tier, transfer: None)
+    monkeypatch.setattr(SimulatedAccelerator, "make_current_wait", lambda tier, transfer: None)
     hasty_losses, _, _ = train(tmp_path, PLACEMENTS["host"], "fp32", 1)
     assert hasty_losses != losses
 

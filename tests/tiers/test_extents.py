@@ -44,6 +44,26 @@ def test_free_ranges_against_a_bitmap(size: int, steps: list[tuple[bool, int]]) 
         assert ranges.largest == max((h - low for low, h in ranges.ranges()), default=0)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 64), st.lists(st.tuples(st.booleans(), st.integers(1, 24)), max_size=80))
+def test_the_best_fit_is_the_shortest_range_that_is_long_enough(
+    size: int, steps: list[tuple[bool, int]]
+) -> None:
+    ranges = FreeRanges(size)
+    leases: list[tuple[int, int]] = []
+    for give_back, number in steps:
+        if give_back and leases:
+            ranges.put_back(*leases.pop(number % len(leases)))
+            continue
+        fitting = [(high - low, low) for low, high in ranges.ranges() if high - low >= number]
+        start = ranges.take_best(number)
+        assert start == (min(fitting)[1] if fitting else None)
+        if start is not None:
+            leases.append((start, number))
+        free = sum(high - low for low, high in ranges.ranges())
+        assert free + sum(length for _, length in leases) == size
+
+
 @pytest.mark.parametrize("wrong", [(0, 4), (2, 4), (6, 4), (12, 8), (-4, 4), (4, 12)])
 def test_returning_what_is_free_fails(wrong: tuple[int, int]) -> None:
     ranges = FreeRanges(16)

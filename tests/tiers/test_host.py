@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.errors import BudgetError, UnsupportedPlatformError
+from offload.errors import BudgetError
 from offload.native import IoEngine
 from offload.tiers.host import HostArena, HostLease
 from tests.threads import run_in_threads
@@ -203,17 +203,60 @@ def test_an_arena_grows_by_a_registered_segment_that_is_taken_first() -> None:
         arena.lease(4 * PAGE, "the old segment").release()
 
 
-def test_a_segment_that_cannot_be_locked_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Cudart:
+    """What CUDA has registered; it refuses ranges of `refused_bytes`."""
+
+    refused_bytes = 0
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        del flags
+        if nbytes == self.refused_bytes:
+            return 2
+        self.registered[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+
+def test_an_arena_is_registered_once_a_segment_until_it_closes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cudart = _Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     with HostArena(4 * PAGE) as arena:
-        monkeypatch.setattr(arena, "_is_page_locked", True)
+        arena.page_lock()
+        arena.grow(2 * PAGE)
+        assert sorted(cudart.registered.values()) == [2 * PAGE, 4 * PAGE]
+    assert not cudart.registered
 
-        class Refusing:
-            @staticmethod
-            def cudaHostRegister(*_: int) -> int:
-                return 2
 
-        monkeypatch.setattr(torch.cuda, "cudart", Refusing)
-        with pytest.raises(UnsupportedPlatformError, match="cannot page-lock a host arena of 8192"):
+def test_what_cannot_be_page_locked_stays_pageable_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cudart = _Cudart()
+    cudart.refused_bytes = 2 * PAGE
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    with HostArena(4 * PAGE) as arena:
+        arena.page_lock()
+        with pytest.warns(UserWarning, match=r"cannot page-lock 8\.00 KiB.*ulimit -l"):
             arena.grow(2 * PAGE)
-        assert arena.budget_bytes == 4 * PAGE
+        assert arena.budget_bytes == 6 * PAGE
         arena.lease(4 * PAGE, "all").release()
+        assert list(cudart.registered.values()) == [4 * PAGE]
+    assert not cudart.registered
+
+
+def test_a_driver_that_does_not_load_leaves_the_arena_pageable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> object:
+        raise RuntimeError("Found no NVIDIA driver")
+
+    monkeypatch.setattr(torch.cuda, "cudart", fail)
+    with HostArena(4 * PAGE) as arena, pytest.warns(UserWarning, match="Found no NVIDIA driver"):
+        arena.page_lock()

@@ -42,6 +42,7 @@ class PageIn:
 
     Each chunk is read into staging (or is host memory already) and copied from there. At most
     `depth` chunks are staged at a time; a chunk's staging is given back when its copy has ended.
+    From a home on the host all copies are queued at once, and nobody waits for them but the device.
     Whoever holds a PageIn drives it: `advance` does what can be done without waiting, `finish`
     waits for the rest. After an error all staging is given back, and the lease holds nothing of
     use: `advance` and `finish` start again with the first chunk.
@@ -137,8 +138,14 @@ class PageIn:
     def _all_started(self) -> bool:
         return self._next_chunk == len(self._block.layout.chunk_nbytes)
 
+    @property
+    def _num_staged(self) -> int:
+        """Chunks in staging; one at a home that the CPU reaches takes none."""
+        held = (*(staged for _, staged in self._reading), *(staged for _, staged in self._copying))
+        return sum(staged.lease is not None for staged in held)
+
     def _start_reads(self, *, wait: bool = False) -> None:
-        while not self._all_started and len(self._reading) + len(self._copying) < self._depth:
+        while not self._all_started and self._num_staged < self._depth:
             staged = self._store.start_load(
                 self._block, self._next_chunk, wait=wait, urgency=self._urgency
             )

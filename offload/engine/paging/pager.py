@@ -25,10 +25,10 @@ import torch
 
 from offload.engine.paging.node_pins import NodePins
 from offload.engine.paging.page_in import Arrivals, PageIn
-from offload.engine.paging.pages import PagedParameter, WeightPage
+from offload.engine.paging.pages import PagedParameter, WeightPage, names_of
 from offload.engine.paging.runs import RunKey, Runs
 from offload.engine.paging.turns import turn
-from offload.errors import BudgetError, EngineStateError, OffloadError, listed
+from offload.errors import BudgetError, EngineStateError, OffloadError
 from offload.native import crc32c
 from offload.partition.blocks import BlockStore
 from offload.partition.residency import Residency
@@ -250,20 +250,23 @@ class Pager:
             self._event(CLOSE, page)
         self._advance()
         if page.residency is Residency.ON_DEVICE:
+            self._store.device.enter(page.held_lease)
             return
         self.faults += was_absent and page.residency is Residency.HOME
         if page in self._wanted:
             self._wanted.remove(page)
-        while page.residency is Residency.HOME and not self._start(page, wait=True):
-            self._make_room(page, together, user)
+        beside = False
+        while page.residency is Residency.HOME and not self._start(page, wait=True, beside=beside):
+            beside = self._make_room(page, together, user)
         self._bind(page)
 
-    def _start(self, page: WeightPage, *, wait: bool) -> bool:
+    def _start(self, page: WeightPage, *, wait: bool, beside: bool = False) -> bool:
         """Start to bring a page in; False, and nothing changed, if device or staging has no room.
 
-        With `wait`, writes under way are waited for if that frees staging.
+        With `wait`, writes under way are waited for if that frees staging; for `beside` see
+        `DeviceTier.try_lease`.
         """
-        lease = self._store.device.try_lease(page.nbytes, page.block.name)
+        lease = self._store.device.try_lease(page.nbytes, page.block.name, beside=beside)
         if lease is None:
             return False
         page_in = self._page_in(page, lease, in_demand=wait)
@@ -305,6 +308,7 @@ class Pager:
         if not page_in.advance():
             self._draining.append(page_in)
         page.move(Residency.ON_DEVICE)
+        self._store.device.enter(page.held_lease)
         page.point_parameters_at_lease()
 
     def _evict(self, page: WeightPage) -> None:
@@ -324,8 +328,7 @@ class Pager:
         self._release_lease(page)
 
     def _release_lease(self, page: WeightPage) -> None:
-        assert page.lease is not None
-        page.lease.release()
+        page.held_lease.release()
         page.lease = None
 
     def _advance(self) -> None:
@@ -339,20 +342,24 @@ class Pager:
                 return
             self._wanted.popleft()
 
-    def _make_room(self, page: WeightPage, together: Sequence[WeightPage], user: str) -> None:
+    def _make_room(self, page: WeightPage, together: Sequence[WeightPage], user: str) -> bool:
         """Evict one page, or wait for one transfer, so that `page` may find room.
+
+        Returns whether only the pieces that are free are too short for it.
 
         Raises:
             BudgetError: everything on the device is in use.
         """
         device = self._store.device
-        has_room = device.used_bytes + page.nbytes <= device.budget_bytes
+        has_room = device.has_room(page.nbytes)
         victim = None if has_room else self._victim()
         if victim is not None:
             self._evict(victim)
-            return
+            return False
         if self.finish_one():
-            return
+            return False
+        if device.used_bytes + page.nbytes <= device.budget_bytes and not has_room:
+            return True
         if has_room:
             raise self._store.no_staging([page.block], 0)
         raise BudgetError(
@@ -360,7 +367,7 @@ class Pager:
             requested_bytes=sum(each.nbytes for each in together),
             free_bytes=device.budget_bytes - device.used_bytes,
             budget_bytes=device.budget_bytes,
-            owner=f"{user}, which uses {_names(together)}",
+            owner=f"{user}, which uses {names_of(together)}",
             remedy="raise tiers.device.memory: one operation needs all its parameters at once"
             + (_TILED_REMEDY if any(each.is_tiled for each in together) else ""),
         )
@@ -421,12 +428,11 @@ class Pager:
             return
         if self.arrivals is not None:
             self.arrivals.check_edit(page)
-        assert page.lease is not None
         block, store = page.block, self._store
         for chunk, nbytes in enumerate(block.layout.chunk_nbytes):
             start = block.layout.chunk_offset_bytes[chunk]
             staged = store.stage_or_raise(block, chunk)
-            source = page.lease.tensor[start : start + nbytes]
+            source = page.held_lease.tensor[start : start + nbytes]
             store.device.start_copy_out(staged.tensor, source).wait(store.deadline_seconds)
             store.start_store(block, chunk, staged)
         for parameter in page.parameters:
@@ -482,9 +488,10 @@ class Pager:
             if page in self._present and not (page.pins or page.kept):
                 self._drop(page)
             elif page in self._present:
-                assert page.lease is not None
-                refreshed = self._page_in(page, page.lease, in_demand=True)
+                self._store.device.renew(page.held_lease)
+                refreshed = self._page_in(page, page.held_lease, in_demand=True)
                 refreshed.finish()
+                self._store.device.enter(page.held_lease)
                 if not refreshed.advance():
                     self._draining.append(refreshed)
             for parameter in page.parameters:
@@ -505,6 +512,7 @@ class Pager:
             for page in list(self._present):
                 if not (page.pins or page.windows or page.kept):
                     self._evict(page)
+            self._store.device.reserve(capacity_bytes)
             if not self._window_threads:
                 self._runs.resize(capacity_bytes)
 
@@ -587,7 +595,3 @@ def _checksum(parameter: PagedParameter) -> int:
     if tensor.device.type != "cpu" or not parameter.nbytes:
         return 0
     return crc32c(parameter.storage.data_ptr(), parameter.nbytes)
-
-
-def _names(pages: Sequence[WeightPage]) -> str:
-    return listed([paged.state.name for page in pages for paged in page.parameters], most=4)

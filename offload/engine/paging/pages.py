@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from offload.errors import listed
 from offload.partition.residency import Residency, check_transition
 
 if TYPE_CHECKING:
@@ -284,6 +285,12 @@ class WeightPage:
         return self.block.layout.nbytes
 
     @property
+    def held_lease(self) -> DeviceLease:
+        """The device memory, which the page has."""
+        assert self.lease is not None
+        return self.lease
+
+    @property
     def is_paged(self) -> bool:
         """Whether the page comes and goes, i.e. has its home below the device."""
         return self.block.home != "device"
@@ -305,6 +312,11 @@ class WeightPage:
         for parameter in self.parameters:
             if parameter.nbytes:
                 parameter.point_away()
+
+
+def names_of(pages: Sequence[WeightPage]) -> str:
+    """The parameters of the pages, for messages."""
+    return listed([paged.state.name for page in pages for paged in page.parameters], most=4)
 
 
 def paged_by_owner(parameters: Sequence[PagedParameter]) -> Mapping[int, list[PagedParameter]]:
