@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,14 +137,11 @@ class _Training:
     def _step(self, windows: Windows, outcome: Outcome, progress: Progress) -> None:
         engine = self.engine
         started = time.perf_counter()
-        losses, tokens, taken = [], 0, False
         number = engine.global_steps + engine.skipped_steps
-        micro_steps = engine.config.training.gradient_accumulation_steps
-        for micro in range(micro_steps):
-            batch = windows.shuffled(number * micro_steps + micro)
-            loss, taken = self._micro_step(batch)
-            losses.append(loss)
-            tokens += batch.numel()
+        count = engine.config.training.gradient_accumulation_steps
+        batches = [windows.shuffled(number * count + micro) for micro in range(count)]
+        losses, taken = self._take_step(batches)
+        tokens = sum(batch.numel() for batch in batches)
         seconds = time.perf_counter() - started
         report, loss_mean = engine.report(), sum(losses) / len(losses)
         if taken:
@@ -168,16 +165,16 @@ class _Training:
         parts = describe_step(report, loss=loss_mean, tokens_per_second=tokens / seconds)
         progress.step(number + 1, parts if taken else [*parts, "not finite: skipped"])
 
-    def _micro_step(self, batch: torch.Tensor) -> tuple[float, bool]:
-        """The loss of one batch, and whether a step was taken with it."""
+    def _take_step(self, batches: Sequence[torch.Tensor]) -> tuple[list[float], bool]:
+        """The losses of the micro-batches, and whether a step was taken with them."""
         engine = self.engine
         if engine.config.optimizer.name == "mezo":
+            (batch,) = batches
             taken = engine.step(lambda: engine(input_ids=batch, labels=batch).loss)
             assert engine.step_loss is not None
-            return engine.step_loss, taken
-        loss = engine(input_ids=batch, labels=batch).loss
-        engine.backward(loss)
-        return loss.item(), engine.step()
+            return [engine.step_loss], taken
+        losses = engine.accumulate([{"input_ids": batch, "labels": batch} for batch in batches])
+        return [loss.item() for loss in losses], engine.step()
 
     def _evaluate(self, windows: Windows, progress: Progress) -> float:
         """Mean loss over the same held-out batches on every call."""

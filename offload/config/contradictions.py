@@ -153,6 +153,10 @@ def _forward_only_with_gradients(config: Plain) -> list[str]:
             f"training.gradient_accumulation_steps = {steps} is of no use to mezo, which has no "
             "gradients: loop over the micro-batches in the closure, and return their mean loss"
         )
+    if training.get("accumulation", "micro_batch_major") != "micro_batch_major":
+        problems.append(
+            "training.accumulation is of no use to mezo, which has no gradients: remove it"
+        )
     if training.get("max_grad_norm"):
         problems.append(
             "training.max_grad_norm is of no use to mezo, which has no gradients: remove it"

@@ -12,15 +12,15 @@ see landing.py. It counts from its arrival; it is added to its home when its cop
 later arrival or at the latest by `flush`. What fails then loses it (`lost`).
 
 A home that the CPU reaches is added to in place. Otherwise the chunk is *open* in host staging
-until all its parameters have arrived or its staging is wanted; then it is written home. It is read
-again if more arrives later in the step.
+until all its parameters have arrived, each as often as `num_arrivals` says, or its staging is
+wanted; then it is written home. It is read again if more arrives later in the step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +61,7 @@ def _pieces(segment: Segment) -> Iterator[tuple[int, int]]:
 @dataclass(slots=True, eq=False)
 class _OpenChunk:
     staged: Staged
-    missing: set[int]
+    missing: Counter[int]  # arrivals, by parameter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +85,7 @@ class GradientHome:
     Attributes:
         lost: the parameter whose gradient failed on its way home; those of the accumulation are
             incomplete until `clear`.
+        num_arrivals: how often a gradient arrives shortly after another; its chunk is kept open.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class GradientHome:
         landing: LandingRing[Part] | None = None,
     ) -> None:
         self.lost: str | None = None
+        self.num_arrivals = 1
         self._landing = landing
         self._parameters = parameters
         self._buckets = buckets
@@ -316,7 +318,7 @@ class GradientHome:
     def _has_arrived(self, key: Key, state: ParameterState) -> None:
         opened = self._open.get(key)
         if opened is not None:
-            opened.missing.discard(state.index)
+            opened.missing -= Counter((state.index,))
             if not opened.missing:
                 self._close(key)
 
@@ -348,15 +350,15 @@ class GradientHome:
 
     def _reach(self, block: Block, key: Key) -> _OpenChunk:
         if self._store.in_place(block):
-            return _OpenChunk(self._store.stage_or_raise(block, key[1]), set())
+            return _OpenChunk(self._store.stage_or_raise(block, key[1]), Counter())
         opened = self._open.get(key)
         if opened is None:
             while len(self._open) >= self._max_open_chunks:
                 self._close_oldest()
             staged = self._stage(block, key)
-            expected = (segment.param for segment in self._segments[key])
-            missing = {param for param in expected if self._parameters[param].trainable}
-            opened = self._open[key] = _OpenChunk(staged, missing)
+            expected = {segment.param for segment in self._segments[key]}
+            missing = {p: self.num_arrivals for p in expected if self._parameters[p].trainable}
+            opened = self._open[key] = _OpenChunk(staged, Counter(missing))
         return opened
 
     def _stage(self, block: Block, key: Key) -> Staged:

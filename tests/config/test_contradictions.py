@@ -27,6 +27,10 @@ CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
         {"optimizer": {"name": "mezo"}, "training": {"gradient_accumulation_steps": 2}},
         "loop over the micro-batches in the closure",
     ),
+    (
+        {"optimizer": {"name": "mezo"}, "training": {"accumulation": "layer_major"}},
+        "training.accumulation is of no use to mezo",
+    ),
     ({"optimizer": {"name": "mezo"}, "training": {"max_grad_norm": 1.0}}, "max_grad_norm is of no"),
     ({"optimizer": {"name": "mezo"}, "tiling": {"modules": ["head"]}}, "tiling.modules is of no"),
     ({"optimizer": {"name": "mezo"}, "placement": {"gradients": "host"}}, "placement.gradients is"),

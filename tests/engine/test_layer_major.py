@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from offload.errors import OffloadError
+from tests.engine.accelerator import use_accelerator
 from tests.oracle import (
     Run,
     assert_close,
@@ -620,6 +622,21 @@ def test_weights_move_twice_a_step_whatever_the_number_of_micro_batches(
         assert in_the_usual_order > 0.75 * count * found
 
 
+def test_gradients_on_nvme_are_written_once_a_step(tmp_path: Path) -> None:
+    written = {}
+    for order in ORDERS:
+        model = wide_llama(4)
+        placed = tight(model, "host", tmp_path)
+        placed["placement"] = {"gradients": "nvme"}
+        placed["tiers"] = {**settings("nvme", tmp_path, device=placed["device"])["tiers"]}
+        with make_engine(model, config_of(order, **placed, count=4)) as engine:
+            accumulate_steps(engine, tokens)
+            written[order] = engine.report().lanes["nvme_write"].bytes
+    numel = sum(p.numel() for p in wide_llama(4).parameters())
+    assert written["layer_major"] <= 1.1 * 4 * numel
+    assert written["micro_batch_major"] > 3 * written["layer_major"]
+
+
 def test_the_loss_scale_of_fp16_and_steps_that_are_skipped() -> None:
     runs = []
     for order in ORDERS:
@@ -650,6 +667,55 @@ def test_saved_hooks_and_autocast_around_the_call() -> None:
             runs.append(accumulate_steps(engine, vectors, squares))
         runs[-1].losses += packed and sorted(packed)
     assert_identical(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("tier", ["host", "nvme"])
+def test_an_accelerator_whose_copies_end_late(
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for simulated in (False, True):
+        if simulated:
+            use_accelerator(monkeypatch)
+        for order in ORDERS:
+            torch.manual_seed(3)
+            placed = tight(wide_llama(2), tier, tmp_path)
+            with make_engine(wide_llama(2), config_of(order, **placed)) as engine:
+                runs.append(accumulate_steps(engine, tokens))
+    for run in runs[1:]:
+        assert_identical(run, runs[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tiles_chunks_of_the_loss_and_adapters(tied: bool) -> None:
+    def build() -> nn.Module:
+        import transformers
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64}
+        model: Any = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                **sizes, num_hidden_layers=3, num_attention_heads=4, tie_word_embeddings=tied
+            )
+        )
+        adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+        adapted: Any = peft.get_peft_model(model, adapters)
+        for parameter in model.get_input_embeddings().parameters():
+            parameter.requires_grad_(True)
+        return adapted.train()
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", RuntimeWarning)
+        runs, knowledge = run_both(
+            build,
+            tokens,
+            training={"loss_chunk_tokens": 5},
+            tiling={"modules": ["*lm_head", "*embed_tokens"], "tiles": 3},
+        )
+    assert_identical(runs[1], runs[0])
+    # Its gradient arrives by tiles: those of the head, if it is the embedding too, cannot wait.
+    assert (knowledge.refusal is not None) == tied
+    assert any("a leaf of shape [256, 64]" in str(each.message) for each in warned) == tied
 
 
 # -- one call --------------------------------------------------------------------------------------

@@ -223,8 +223,13 @@ class AccumulatingEngine(ForwardOnlyEngine):
 
     @contextlib.contextmanager
     def _backward_in_pieces(self, ledger: Ledger) -> Iterator[None]:
-        with self._running_backward(), self._slots.ordered_by(ledger):
-            yield
+        gradients = self._parts.gradients
+        gradients.num_arrivals = self.config.training.gradient_accumulation_steps
+        try:
+            with self._running_backward(), self._slots.ordered_by(ledger):
+                yield
+        finally:
+            gradients.num_arrivals = 1
 
     def _can_hold(self, leaf: torch.Tensor) -> bool:
         """Whether parts of a leaf's gradient can be held back: see [Note: Held gradients]."""
