@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from offload.errors import OffloadError
+from offload.errors import EngineStateError, OffloadError
 from tests.engine.accelerator import use_accelerator
 from tests.oracle import (
     Run,
@@ -415,6 +415,64 @@ def test_the_usual_order_stays_where_it_has_to(model: Callable[[], nn.Module], w
     assert len(warned) == 1
     assert_identical(runs[1], runs[0])
     assert knowledge.refusal is not None
+
+
+class RepeatedNorm(Blocks):
+    """A batch norm is updated twice in each forward, the second time in another segment."""
+
+    def block(self, width: int, dropout: float) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        for number in (0, 1, 0, 2, 3):
+            given = self.layers[number](given)
+        return given
+
+
+def test_a_batch_norm_that_is_updated_twice() -> None:
+    runs, knowledge = run_both(seeded(RepeatedNorm), vectors, squares)
+    assert_layer_major(runs, knowledge, cuts=4)
+    assert [knowledge.places[cut.place].name for cut in sorted(knowledge.wide)] == [
+        "layers.1",
+        "layers.0",
+    ]
+
+
+class ChecksLater(Blocks):
+    """From its second step on it checkpoints a batch norm, or runs a layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[2] = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+        self.then = ""
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        if layer is self.layers[2] and self.then == "checkpoint":
+            return checkpoint(layer, hidden, use_reentrant=False)
+        if layer is self.layers[3] and self.then == "twice":
+            hidden = self.layers[2](hidden)
+        output: torch.Tensor = layer(hidden)
+        return output
+
+
+def test_a_norm_that_is_updated_in_backward_all_of_a_sudden_is_an_error() -> None:
+    with make_engine(seeded(ChecksLater)(), config_of("layer_major")) as engine:
+        accumulate_steps(engine, vectors, squares, steps=2)
+        engine.module.then = "checkpoint"
+        with pytest.raises(EngineStateError, match="changes in backward"):
+            accumulate_steps(engine, vectors, squares, steps=1, start=2)
+        assert all("gradient" not in tensors for _, tensors in engine.named_state())
+
+
+def test_a_norm_that_is_updated_twice_all_of_a_sudden() -> None:
+    def twice_later(model: Any, batch: tuple[int, torch.Tensor]) -> torch.Tensor:
+        model.module.then = "twice" if batch[0] >= 6 else ""
+        return squares(model, batch[1])
+
+    runs, _ = run_both(
+        seeded(ChecksLater), lambda index: (index, vectors(index)), twice_later, steps=5
+    )
+    assert_identical(runs[1], runs[0])
 
 
 class Skipping(Blocks):

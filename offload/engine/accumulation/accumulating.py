@@ -25,17 +25,18 @@ from typing import Any
 import torch
 
 from offload.config import OffloadConfig
+from offload.engine.accumulation.buffers import Buffers, changed
 from offload.engine.accumulation.cuts import find_places
 from offload.engine.accumulation.graph import Crossed
 from offload.engine.accumulation.layer_major import LayerMajorStep, Losses, Surroundings
 from offload.engine.accumulation.ledger import Ledger
 from offload.engine.accumulation.streams import Stream, draw_seeds
-from offload.engine.accumulation.survey import Buffers, Knowledge, Survey
+from offload.engine.accumulation.survey import Knowledge, Survey
 from offload.engine.departed import GradientSlots
 from offload.engine.forward_only import ForwardOnlyEngine
 from offload.engine.guards.whole_modules import gathered_modules
 from offload.engine.guards.windows import RootWindow
-from offload.errors import OffloadError
+from offload.errors import EngineStateError, OffloadError
 
 MicroBatch = Any
 LossOf = Callable[[MicroBatch], torch.Tensor]
@@ -98,9 +99,10 @@ class AccumulatingEngine(ForwardOnlyEngine):
         An error leaves no gradients: call `accumulate` again.
 
         Raises:
-            EngineStateError: the engine is closed, a step is pending, or the accumulation has
-                begun already.
-            OffloadError: there are more or fewer micro-batches.
+            EngineStateError: the engine is closed or a step is pending; or, in layer-major order,
+                a backward has changed a buffer or brought gradients that no graph has shown, in a
+                step that is not like those before.
+            OffloadError: there are more or fewer micro-batches, or the step has begun already.
             BudgetError, StorageError: weights could not be brought in, or gradients not home.
         """
         self._check_ready("accumulate")
@@ -170,7 +172,7 @@ class AccumulatingEngine(ForwardOnlyEngine):
         if knowledge.refusal is None and not knowledge.is_due:
             buffers = Buffers(self.module, knowledge.edited)
             try:
-                return self._run_layer_major(calls, seeds, knowledge)
+                return self._run_layer_major(calls, seeds, knowledge, buffers)
             except Crossed as crossed:
                 knowledge.add(set(), crossed.reasons)
             buffers.restore()
@@ -195,6 +197,7 @@ class AccumulatingEngine(ForwardOnlyEngine):
         calls: Sequence[Callable[[], torch.Tensor]],
         seeds: Sequence[int],
         knowledge: Knowledge,
+        buffers: Buffers,
     ) -> list[torch.Tensor]:
         def both(call: Callable[[], torch.Tensor]) -> Losses:
             loss = call()
@@ -212,11 +215,19 @@ class AccumulatingEngine(ForwardOnlyEngine):
                 in_backward=self._backward_in_pieces,
                 after_piece=self._after_piece,
                 can_hold=self._can_hold,
+                stamps=buffers.stamps,
             ),
         )
         with self._meter.computing():
             step.forward()
+        before = buffers.stamps()
         losses = step.backward()
+        edited = changed(before, buffers.stamps())
+        if edited:
+            raise EngineStateError(
+                f"buffer {min(edited)} changes in backward, where it did not before",
+                remedy='set training.accumulation = "micro_batch_major"',
+            )
         knowledge.is_due = not step.seen <= knowledge.narrow | knowledge.wide.keys()
         self.micro_steps += len(calls) - 1
         return losses

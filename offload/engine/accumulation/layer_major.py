@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from offload.engine.accumulation.buffers import Stamp, changed
 from offload.engine.accumulation.coroutines import Coroutine
 from offload.engine.accumulation.cuts import (
     START,
@@ -34,7 +35,7 @@ from offload.engine.accumulation.cuts import (
     hooked,
     travelling,
 )
-from offload.engine.accumulation.graph import CanHold, check_segments
+from offload.engine.accumulation.graph import CanHold, Crossed, check_segments
 from offload.engine.accumulation.ledger import Ledger, Piece
 from offload.engine.accumulation.streams import Stream
 
@@ -56,6 +57,7 @@ class Surroundings(NamedTuple):
         in_backward: around all backwards, given what decides about each gradient that arrives.
         after_piece: after each call of autograd.
         can_hold: see `Ledger`.
+        stamps: of the module's buffers; see [Note: Edited buffers].
     """
 
     device: torch.device
@@ -64,6 +66,7 @@ class Surroundings(NamedTuple):
     in_backward: Callable[[Ledger], AbstractContextManager[None]]
     after_piece: Callable[[], None]
     can_hold: CanHold
+    stamps: Callable[[], dict[str, Stamp]]
 
 
 class _Segment:
@@ -102,11 +105,12 @@ class _MicroBatch:
         self.coroutine = Coroutine(travel, unwind=surroundings.unwind, device=surroundings.device)
 
     def reach(self, cut: Cut, values: Any) -> Any:
-        """Cut the graph if the cut is narrow, and let the others come this far."""
+        """At a narrow cut, cut the graph and let the others come this far."""
         self.seen.add(cut)
-        if cut in self._narrow:
-            values, crossings = cut_off(values, len(self.segments))
-            self.segments.append(_Segment(cut, crossings))
+        if cut not in self._narrow:
+            return values
+        values, crossings = cut_off(values, len(self.segments))
+        self.segments.append(_Segment(cut, crossings))
         self.at = cut
         self.coroutine.park()
         return values
@@ -160,6 +164,7 @@ class LayerMajorStep:
             _MicroBatch(call, stream, narrow, surroundings)
             for call, stream in zip(calls, streams, strict=True)
         ]
+        self._edits: dict[str, int] = {}  # which micro-batch has changed a buffer last
         self._begun: dict[Piece, None] = {}  # in this order
 
     @property
@@ -171,6 +176,7 @@ class LayerMajorStep:
         """Run all forwards. An error in one ends the others.
 
         Raises:
+            Crossed: a buffer is changed in another order than the usual one.
             BaseException: what a forward has raised.
         """
         with hooked(self._places), self._surroundings.in_one_run(), self._ending():
@@ -181,9 +187,15 @@ class LayerMajorStep:
                         self._resume(number, each)
 
     def _resume(self, number: int, micro_batch: _MicroBatch) -> None:
-        self._begun.setdefault(Piece(number, len(micro_batch.segments) - 1))
+        piece = Piece(number, len(micro_batch.segments) - 1)
+        self._begun.setdefault(piece)
+        before = self._surroundings.stamps()
         with micro_batch.stream.entered():
             micro_batch.coroutine.resume()
+        for name in changed(before, self._surroundings.stamps()):
+            if self._edits.get(name, 0) > number:
+                raise Crossed(dict.fromkeys(micro_batch.cuts, f"an edit of buffer {name}"))
+            self._edits[name] = number
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[None]:

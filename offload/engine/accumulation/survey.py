@@ -8,8 +8,7 @@ micro-batches pass cuts that no survey has seen. Two findings rule layer-major o
   a parameter whose gradient arrives twice in one backward: the graph does not show all its uses
   (functions that run a backward of their own hide them), so that nobody knows which parts belong
   together
-  a buffer that changes in backward: a checkpointed region edits it again in its recomputation, and
-  what it holds depends on the order of forwards and backwards
+  a buffer that changes in backward, see [Note: Edited buffers]
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from offload.engine.accumulation.buffers import Buffers
 from offload.engine.accumulation.cuts import Cut, Place, crossing_edges, hooked, travelling
 from offload.engine.accumulation.graph import CanHold, Mark, wide_cuts
-from offload.errors import EngineStateError
 from offload.partition.parameters import ParameterState
 
 
@@ -75,9 +74,12 @@ class Survey:
         self._can_hold = can_hold
         self._marks: list[Mark] = []
         self._arrivals: Counter[str] = Counter()
+        self._buffers = Buffers(module)
+        self._edits: dict[str, list[int]] = {}  # of each buffer, the numbers of marks before them
 
     def reach(self, cut: Cut, values: Any) -> Any:
         """Mark the graph at the cut."""
+        self._note_edits()
         position = torch._C._autograd._get_sequence_nr()
         self._marks.append(Mark(cut, position, crossing_edges(values)))
         return values
@@ -89,14 +91,26 @@ class Survey:
 
     def forward(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a forward, and see what of its graph can be cut."""
-        before = Buffers(self._module)
         with hooked(self._knowledge.places), travelling(self):
             loss = call()
-        self._knowledge.edited |= before.edited()
+        self._note_edits()
+        self._knowledge.edited |= self._edits.keys()
+        wide = {
+            mark.cut: f"an edit of buffer {name}, after another on the other side,"
+            for name, edits in self._edits.items()
+            for mark in self._marks[edits[0] : edits[-1]]
+        }
         if loss.grad_fn is not None:
-            wide = wide_cuts(loss.grad_fn, self._marks, self._can_hold)
-            self._knowledge.add({mark.cut for mark in self._marks}, wide)
+            wide |= wide_cuts(loss.grad_fn, self._marks, self._can_hold)
+        self._knowledge.add({mark.cut for mark in self._marks}, wide)
         return loss
+
+    def _note_edits(self) -> None:
+        edited = self._buffers.edited()
+        if edited:
+            for name in edited:
+                self._edits.setdefault(name, []).append(len(self._marks))
+            self._buffers = Buffers(self._module)
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
@@ -112,78 +126,3 @@ class Survey:
                 f"the gradient of parameter {hidden[0]} comes in parts, from inside of functions "
                 "that hide them"
             )
-
-
-class _Buffer(NamedTuple):
-    owner: nn.Module
-    key: str
-    tensor: torch.Tensor
-
-
-class Buffers:
-    """The buffers of a module as they are now.
-
-    Args:
-        module: the module.
-        saved: names of those whose values are kept; None: all. Of the others only what autograd
-            sees of edits is known, and batch norms edit below it.
-    """
-
-    def __init__(self, module: nn.Module, saved: set[str] | None = None) -> None:
-        self._module = module
-        self._buffers = dict(_buffers(module))
-        self._versions = {name: _version(each.tensor) for name, each in self._buffers.items()}
-        with torch.no_grad():
-            self._values = {
-                name: each.tensor.clone()
-                for name, each in self._buffers.items()
-                if saved is None or name in saved
-            }
-
-    def edited(self) -> set[str]:
-        """The names of those that have changed since, or are others."""
-        now = dict(_buffers(self._module))
-        return {
-            name
-            for name in now.keys() | self._buffers.keys()
-            if name not in now or name not in self._buffers or self._differs(name, now[name].tensor)
-        }
-
-    def _differs(self, name: str, tensor: torch.Tensor) -> bool:
-        if tensor is not self._buffers[name].tensor or _version(tensor) != self._versions[name]:
-            return True
-        values = self._values.get(name)
-        return values is not None and not torch.equal(_bits(tensor), _bits(values))
-
-    def restore(self) -> None:
-        """Undo what has changed.
-
-        Raises:
-            EngineStateError: a buffer has changed whose value was not saved.
-        """
-        lost = self.edited() - self._values.keys()
-        if lost:
-            raise EngineStateError(
-                f"buffer {min(lost)} has changed in a forward that has to run again",
-                remedy='set training.accumulation = "micro_batch_major"',
-            )
-        with torch.no_grad():
-            for name, values in self._values.items():
-                owner, key, tensor = self._buffers[name]
-                owner._buffers[key] = tensor
-                tensor.copy_(values)
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[str, _Buffer]]:
-    for path, owner in module.named_modules():
-        for key, tensor in owner._buffers.items():
-            if tensor is not None:
-                yield f"{path}.{key}" if path else key, _Buffer(owner, key, tensor)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
