@@ -272,6 +272,7 @@ def _reserve_and_move(
         updater = ZerothOrderUpdate(parameters, store, rule, pool)
     else:
         updater, sites = open_update(config, plan, parameters, store, rule, pool)
+        closing.callback(sites.close)
     pages, paged, pager = _move_weights(
         collection, plan, parameters, store, config, machine, source
     )

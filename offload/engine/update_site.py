@@ -158,6 +158,11 @@ class UpdateSites:
             if self._scratch.covers(update_scratch([plan.buckets[bucket]], blocks, rows_bytes))
         )
 
+    def close(self) -> None:
+        """Give the device memory of updates back."""
+        if self.updater is not None:
+            self.updater.close()
+
     def report(self) -> UpdateReport:
         """The choice for reports."""
         on_device = self.updater.on_device if self.updater is not None else ()

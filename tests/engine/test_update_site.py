@@ -20,6 +20,7 @@ from offload.engine import planning
 from offload.engine import update_site as sites
 from offload.errors import DoesNotFitError, NonFiniteError, StorageError
 from offload.optim import device_update
+from offload.optim.device_update import SCRATCH_OWNER
 from offload.optim.streamed import StreamedStep
 from offload.schedule import update_site
 from offload.tiers.nvme import NvmeStore
@@ -492,6 +493,24 @@ def test_the_device_asked_for_without_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFitError, match=r"or set placement\.update to 'cpu'"):
         choice_of(config)
     assert choice_of(config | {"placement": PLACEMENTS["host"] | {"update": "cpu"}}).num_cpu > 0
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_the_plan_counts_the_device_memory_of_updates(tmp_path: Path) -> None:
+    model = nn.Linear(64, 64)
+    held = {}
+    for update in ("cpu", "device"):
+        placement = {**PLACEMENTS["host"], "weights": "device"}
+        config = make_config(tmp_path, placement, update)
+        planned = offload.plan(model, config)
+        with offload.initialize(nn.Linear(64, 64), config) as engine:
+            used = engine.report().tiers["device"].used_bytes
+            assert used <= planned.peak_bytes["device"]
+            assert ("device room for updates" in str(planned)) == (update == "device")
+            held[update] = used, planned.update_bytes
+            tier = engine._parts.device
+        assert SCRATCH_OWNER not in tier.owners(), "closed"
+    assert held["device"][0] - held["cpu"][0] == held["device"][1] > held["cpu"][1] == 0
 
 
 @pytest.mark.usefixtures("accelerator")
