@@ -21,17 +21,21 @@ from torch import nn
 import offload
 from offload.errors import CheckpointError, ConfigError, OffloadError
 from offload.optim.moments import decode, encode
+from offload.state.export import export_checkpoint
+from offload.state.safetensors_stream import SafetensorsReader
 from tests.oracle import (
     ADAMW,
     Run,
     assert_identical,
     assert_same_state,
     continue_engine,
+    language_loss,
     make_engine,
     settings,
     small_loss,
     small_model,
     train_engine,
+    transformers_model,
 )
 
 PLACES = ("device", "host", "nvme")
@@ -89,17 +93,41 @@ def threads(number: int) -> Iterator[None]:
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    """A parameter of several pieces, of which each thread takes some."""
+    """A parameter of several pieces, which threads share, and one of a piece a chunk."""
 
-    def run(number: int) -> Run:
+    def run(number: int, bucket_elements: int) -> Run:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 40_000), nn.Linear(40_000, 64))
         with threads(number):
-            engine = make_engine(model, eight_bit("device", None, device=256 << 20))
+            config = eight_bit("device", None, device=256 << 20, bucket_elements=bucket_elements)
+            engine = make_engine(model, config)
         with engine:
             return continue_engine(engine, small_loss, steps=2)
 
-    assert_identical(run(3), run(1))
+    expected = run(3, 1 << 21)
+    assert_identical(run(1, 1 << 21), expected)
+    assert_identical(run(2, 4096), expected)
+
+
+def test_bits_do_not_depend_on_the_overlap(tmp_path: Path) -> None:
+    """With clipping, a parameter group, accumulated gradients, and checksums or none."""
+    shared: dict[str, Any] = {
+        "compute": "bf16",
+        "bucket_elements": 2048,
+        "training": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    }
+    runs = []
+    for place, overlap, checksum in [
+        ("host", True, True),
+        ("nvme", True, False),
+        ("nvme", False, True),
+    ]:
+        config = eight_bit(place, tmp_path, **shared)
+        config["optimizer"]["groups"] = [{"match": ["*bias"], "weight_decay": 0.0, "lr": 1e-2}]
+        config |= {"overlap": {"optimizer": overlap}, "io": {"checksum": checksum}}
+        runs.append(train_engine(odd_model(), config, small_loss, steps=6))
+    for found in runs[1:]:
+        assert_identical(found, runs[0])
 
 
 @pytest.mark.parametrize(("name", "promised"), [("adamw", 4.125), ("lion", 3.0625)])
@@ -290,6 +318,19 @@ def test_resume_is_bit_exact_under_another_placement(
     with make_engine(odd_model(), eight_bit(loaded, tmp_path, name, compute="bf16")) as engine:
         engine.load_checkpoint(tmp_path / "saved")
         assert_identical(continue_engine(engine, small_loss, steps=2), expected)
+
+
+def test_a_checkpoint_becomes_an_export_of_its_masters(tmp_path: Path) -> None:
+    config = eight_bit("nvme", tmp_path, compute="bf16")
+    with make_engine(transformers_model("llama"), config) as engine:
+        continue_engine(engine, language_loss, steps=2)
+        engine.save_checkpoint(tmp_path / "saved")
+        masters = {name: tensors["master"] for name, tensors in engine.named_state()}
+    out = export_checkpoint(tmp_path / "saved", tmp_path / "out", dtype="fp32")
+    with SafetensorsReader(out / "model.safetensors") as reader:
+        assert set(reader.entries) == set(masters)
+        for name, master in masters.items():
+            assert torch.equal(reader.read(name), master), name
 
 
 def _trained(config: dict[str, Any], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
