@@ -48,7 +48,6 @@ _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _INFINITY = np.uint32(0x7F80_0000)
 _LARGEST_FINITE = np.uint32(0x7F7F_FFFF)
 _ONE = np.uint32(1)
-_F1 = np.float32(1)
 _HALF_SHIFT = np.uint32(13)  # fp32 has 23 bits of mantissa, fp16 has 10
 _WORD_SHIFT = np.uint32(16)
 
@@ -362,7 +361,7 @@ def encode_signed(values: Any, codes: Any, scales: Any) -> None:
         for k in range(numel):
             i = first + np.uint64(k)
             bits = _bits(values[i])
-            x = min(_from_bits(min(np.uint32(bits & _MAGNITUDE), _bits(scale))) * inverse, _F1)
+            x = _from_bits(min(np.uint32(bits & _MAGNITUDE), _bits(scale))) * inverse
             q = np.int32(np.float32(254) * (x / (np.float32(1) + x)) + np.float32(0.5))
             sign = np.int32(bits) >> np.int32(31)  # -1 or 0
             codes[i] = np.int8((q ^ sign) - sign)

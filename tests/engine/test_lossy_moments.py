@@ -495,7 +495,7 @@ def test_training_converges_as_with_fp32_moments() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     ("optimizer", "within"),
     [
@@ -509,4 +509,4 @@ def test_training_converges_as_with_fp32_moments() -> None:
 def test_longer_training_converges_as_with_fp32_moments(
     optimizer: dict[str, Any], within: float, seed: int
 ) -> None:
-    check_convergence(optimizer, seed=seed, steps=300, within=within)
+    check_convergence(optimizer, seed=seed, steps=200, within=within)
