@@ -46,7 +46,7 @@ def scales_of(values: torch.Tensor, encoded: EncodedMoment) -> torch.Tensor:
     return encoded.scales.double().repeat_interleave(MOMENT_BLOCK)[: values.numel()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(moments(signed=True))
 def test_a_signed_moment_is_within_its_bound(values: torch.Tensor) -> None:
     encoded = encode(values, signed=True)
@@ -60,7 +60,7 @@ def test_a_signed_moment_is_within_its_bound(values: torch.Tensor) -> None:
     assert not found[exact == 0].any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(moments(signed=False))
 def test_an_unsigned_moment_is_within_its_bound(values: torch.Tensor) -> None:
     encoded = encode(values, signed=False)
@@ -73,7 +73,7 @@ def test_an_unsigned_moment_is_within_its_bound(values: torch.Tensor) -> None:
     assert ((root > 0) == (exact > 0)).all(), "and none is divided by a zero that is none"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.booleans().flatmap(lambda signed: st.tuples(st.just(signed), moments(signed))))
 def test_encoding_what_was_decoded_changes_nothing(drawn: tuple[bool, torch.Tensor]) -> None:
     signed, values = drawn
@@ -183,7 +183,8 @@ def as_moment(state: dict[str, np.ndarray], name: str) -> EncodedMoment:
 
 @pytest.mark.parametrize(
     ("name", "precision", "gradient_fp32"),
-    [("adamw", *each) for each in FORMATS] + [(name, "bf16", False) for name in GROUPS],
+    [("adamw", *each) for each in FORMATS]
+    + [(name, "bf16", False) for name in GROUPS if name != "adamw"],
 )
 def test_a_step_is_the_fp32_rule_between_decoding_and_encoding(
     name: str, precision: str, gradient_fp32: bool
