@@ -5,16 +5,20 @@
 library    builds the native library if the package has none
 parity     a tiny Llama in bf16 under every placement gives the bits of the all-on-device run, and
            the losses of plain PyTorch on the same device within rounding
+trace      the share of copy time, by direction, in which kernels run (torch.profiler)
+speed      tokens/s of a Llama of 1.1B parameters with its state on host and on NVMe, as a share of
+           plain PyTorch with all of it on the device; bound / measured
+versus     the same with its state on host, beside DeepSpeed's ZeRO-3 offload if that is installed
+size       a model at least 4 times larger than the device budget, and the driver's count of what it
+           took
 features   tiny models with activations off the device, tiling, chunked loss, adapters, quantized
            bases and so on, each beside the run that it has to equal: see gpu_features.py
 tests      runs the tests that need a GPU (`pytest -m gpu`); not with `--device cpu`
-speed      tokens/s of a larger Llama with its state on host and on NVMe, as a share of
-           all-on-device, and the part of copy time that is not hidden
-size       a model at least 4 times larger than the device budget, and the driver's count of what it
-           took
 
 Each part runs in a process of its own, so that one that fails, hangs or breaks the device's context
 does not stop the others. Results are written after every part: a run that is cut off leaves them.
+At the end stands a table of what has a target, for docs/benchmarks.md. A target that is missed does
+not fail the run.
 `--device cpu --small` tries the script itself without a GPU.
 """
 
@@ -36,14 +40,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu_features
 import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MIB = 1 << 20
-PARTS = ("library", "parity", "features", "tests", "speed", "size")
+PARTS = ("library", "parity", "trace", "speed", "versus", "size", "features", "tests")
+# What is measured, and what it should be at least.
+TARGETS = {
+    ("trace", "h2d_hidden_share"): 0.9,
+    ("trace", "d2h_hidden_share"): 0.9,
+    ("speed", "host_share_of_plain"): 0.85,
+    ("speed", "nvme_efficiency"): 0.8,
+    ("versus", "times_deepspeed"): 1.5,
+    ("size", "weights_over_budget"): 4.0,
+}
 _PART_SECONDS = 240
 _ALL_SECONDS = 570
 PLACEMENTS = {
@@ -117,7 +129,14 @@ def settings(
     }
 
 
-def run(model: nn.Module, config: dict[str, Any], ids: torch.Tensor, steps: int) -> dict[str, Any]:
+def run(
+    model: nn.Module,
+    config: dict[str, Any],
+    ids: torch.Tensor,
+    steps: int,
+    *,
+    with_weights: bool = True,
+) -> dict[str, Any]:
     """Train; losses, seconds a step (the first two left out), the last report, the weights."""
     import offload
 
@@ -131,7 +150,9 @@ def run(model: nn.Module, config: dict[str, Any], ids: torch.Tensor, steps: int)
             losses.append(loss.item())
             seconds.append(time.perf_counter() - started)
         report = engine.report()
-        weights = {name: state["master"] for name, state in engine.named_state()}
+        weights = {}
+        if with_weights:
+            weights = {name: state["master"] for name, state in engine.named_state()}
     return {
         "losses": losses,
         "seconds": statistics.median(seconds[2:]),
@@ -162,6 +183,8 @@ def parity(device: str, path: str) -> dict[str, Any]:
 
 def features(device: str, path: str) -> dict[str, Any]:
     """Every check of gpu_features.py."""
+    import gpu_features
+
     results = gpu_features.run_checks(device, path)
     failed = [name for name, result in results.items() if result["ok"] is False]
     if failed:
@@ -169,45 +192,120 @@ def features(device: str, path: str) -> dict[str, Any]:
     return results
 
 
-def speed(device: str, path: str, *, small: bool) -> dict[str, Any]:
-    """Tokens/s as a share of the all-on-device run."""
-    hidden, layers, tokens = (256, 4, 256) if small else (2048, 16, 4096)
+def make_large(device: str, *, small: bool) -> tuple[nn.Module, torch.Tensor]:
+    """The model and the batch whose speed is measured; made on the device, which is quicker."""
+    hidden, layers, tokens = (128, 2, 64) if small else (2048, 16, 8192)
     ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(1))
-    ids = ids.to(device)
-    results: dict[str, Any] = {}
-    for placement in PLACEMENTS:
-        memory: int | str = "auto" if placement == "device" else (64 if small else 4096) * MIB
-        host = (512 if small else 24 * 1024) * MIB
-        config = settings(device, placement, path, memory, host)
-        done = run(make_llama(hidden, layers), config, ids, 6)
-        results[placement] = {
-            "tokens_per_second": tokens / done["seconds"],
-            "efficiency": done["report"]["efficiency"],
-            "lanes": done["report"]["lanes"],
-        }
-    base = results["device"]["tokens_per_second"]
-    for placement in PLACEMENTS:
-        results[placement]["share"] = results[placement]["tokens_per_second"] / base
+    with torch.device(device):
+        return make_llama(hidden, layers), ids.to(device)
+
+
+def large_settings(device: str, placement: str, path: str, *, small: bool) -> dict[str, Any]:
+    """Room for a part of the weights on the device, and for all state on the host."""
+    memory = (64 if small else 1024) * MIB
+    return settings(device, placement, path, memory, (512 if small else 24 * 1024) * MIB)
+
+
+def trace(device: str, path: str, *, small: bool) -> dict[str, Any]:
+    """The share of copies that run under kernels, in two steps with all state on the host."""
+    import gpu_trace
+
+    import offload
+
+    on_gpu = device.startswith("cuda")
+    model, ids = make_large(device, small=small)
+    with offload.initialize(model, large_settings(device, "host", path, small=small)) as engine:
+
+        def steps() -> None:
+            for _ in range(2):
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+                engine.step()
+
+        steps()  # the first step is recorded, the second follows its trace
+        events = gpu_trace.profiled(steps, on_gpu=on_gpu)
+    shares = gpu_trace.hidden_shares(events)
+    if on_gpu and not shares:
+        raise FailedError("the trace has no copies: CUPTI does not work here")
+    found: dict[str, Any] = {"events": len(events), "copies": shares}
+    for direction, share in shares.items():
+        found[f"{direction}_hidden_share"] = share["hidden_share"]
+    return found
+
+
+def speed(device: str, path: str, *, small: bool) -> dict[str, Any]:
+    """Tokens/s by placement, as a share of plain PyTorch with everything on the device."""
+    import gpu_speed
+
+    model, ids = make_large(device, small=small)
+    tokens = ids.numel()
+    plain = tokens / gpu_speed.plain_seconds(model, ids, 6)
+    del model
+    results: dict[str, Any] = {"plain_tokens_per_second": plain}
+    for placement in ("host", "nvme"):
+        model, ids = make_large(device, small=small)
+        config = large_settings(device, placement, path, small=small)
+        done = run(model, config, ids, 6, with_weights=False)
+        results[placement] = {"tokens_per_second": tokens / done["seconds"], **done["report"]}
+        results[f"{placement}_share_of_plain"] = tokens / done["seconds"] / plain
+        results[f"{placement}_efficiency"] = done["report"]["efficiency"]
     return results
+
+
+def versus(device: str, path: str, *, small: bool) -> dict[str, Any]:
+    """A step with all state on the host, beside DeepSpeed's ZeRO-3 with the same."""
+    import gpu_speed
+
+    model, ids = make_large(device, small=small)
+    try:
+        theirs = gpu_speed.deepspeed_seconds(model, ids, 6)
+    except gpu_speed.SkippedError as reason:
+        return {"skipped": str(reason)}
+    model, ids = make_large(device, small=small)
+    config = large_settings(device, "host", path, small=small)
+    ours = run(model, config, ids, 6, with_weights=False)["seconds"]
+    return {"seconds": ours, "deepspeed_seconds": theirs, "times_deepspeed": theirs / ours}
 
 
 def size(device: str, path: str, *, small: bool) -> dict[str, Any]:
     """A model whose weights are 4 times the device budget; peak of tier and driver."""
+    import gpu_speed
+
     hidden, layers = (256, 24) if small else (2048, 24)
+    on_gpu = device.startswith("cuda")
     model = make_llama(hidden, layers)
     weight_bytes = 2 * sum(p.numel() for p in model.parameters())
     budget = weight_bytes // 4
     ids = torch.randint(0, 4096, (1, 256), generator=torch.Generator().manual_seed(1)).to(device)
-    before = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else 0
-    done = run(model, settings(device, "host", path, budget, (1 if small else 40) << 30), ids, 4)
-    after = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else 0
-    return {
+    config = settings(device, "host", path, budget, (1 if small else 40) << 30)
+    with gpu_speed.DriverPeak(on_gpu=on_gpu) as driver:
+        done = run(model, config, ids, 4, with_weights=False)
+    peak = done["report"]["tiers"]["device"]["peak_bytes"]
+    # What torch has given out at most: the engine's, and activations beside it.
+    allocated = torch.cuda.max_memory_allocated() if on_gpu else 0
+    found = {
         "weight_bytes": weight_bytes,
         "device_budget_bytes": budget,
-        "device_peak_bytes": done["report"]["tiers"]["device"]["peak_bytes"],
-        "driver_bytes_left_behind": before - after,
+        "weights_over_budget": weight_bytes / budget,
+        "device_peak_bytes": peak,
+        "driver_peak_bytes": driver.peak_bytes,
+        "allocated_peak_bytes": allocated,
+        "driver_peak_without_activations_bytes": driver.peak_bytes - max(allocated - peak, 0),
         "losses": done["losses"],
     }
+    if peak > budget:
+        raise FailedError(f"the engine held {peak} bytes of a budget of {budget}", found)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """What has a target, as rows of Markdown."""
+    rows = ["| part | measured | value | target |", "|---|---|---|---|"]
+    for (part, name), target in TARGETS.items():
+        found = results.get(part, {})
+        missing = found.get("skipped") or found.get("error") or "not measured"
+        value = f"{found[name]:.2f}" if name in found else str(missing).splitlines()[0]
+        rows.append(f"| {part} | {name.replace('_', ' ')} | {value} | {target:.2f} |")
+    return "\n".join(rows)
 
 
 def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -232,7 +330,9 @@ def run_part(name: str, device: str, folder: str, *, small: bool) -> dict[str, A
         "parity": lambda: parity(device, folder),
         "features": lambda: features(device, folder),
         "tests": run_tests,
+        "trace": lambda: trace(device, folder, small=small),
         "speed": lambda: speed(device, folder, small=small),
+        "versus": lambda: versus(device, folder, small=small),
         "size": lambda: size(device, folder, small=small),
     }
     # Where a device has kernels that give other bits each time, bits cannot be compared.
@@ -309,6 +409,7 @@ def main() -> int:
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1))
     print(json.dumps(results, indent=1))
+    print(table(results))
     print(f"failed: {', '.join(failed)}" if failed else "all parts are ok")
     return 1 if failed else 0
 

@@ -37,7 +37,7 @@ def test_every_part_passes_on_the_cpu(tmp_path: Path) -> None:
     status, results = run_check(tmp_path / "results.json", f"--path={tmp_path}")
     assert status == 0, results
     assert [name for name, part in results.items() if isinstance(part, dict) and part["ok"]] == [
-        *("library", "parity", "features", "speed", "size")
+        *("library", "parity", "trace", "speed", "versus", "size", "features")
     ]
 
 
