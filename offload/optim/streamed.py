@@ -34,10 +34,8 @@ from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import BlockStore, release_all
 from offload.partition.layout import Bucket, Chunk, segments
 from offload.partition.parameters import ParameterState
+from offload.schedule.update_site import NUM_SLOTS
 from offload.telemetry import LaneMeter
-
-# Chunks on the device at once: one arrives while the other is updated and leaves.
-_MAX_STARTED = 2
 
 
 class StreamedStep:
@@ -82,7 +80,7 @@ class StreamedStep:
             while waiting or under_way or started:
                 self._read_ahead(waiting, under_way, started)
                 on_device = bool(under_way) and self._updater.runs_on_device(under_way[0].bucket)
-                if not under_way or (on_device and len(started) == _MAX_STARTED):
+                if not under_way or (on_device and len(started) == NUM_SLOTS):
                     self._finish(started[0])
                     started.popleft()
                     continue

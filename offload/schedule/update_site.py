@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from offload.partition.layout import Bucket, Chunk
     from offload.schedule.footprint import BlockBytes
 
-# Chunks that are on the device at once: one arrives while another is updated or leaves.
+# Chunks that are on the device at once: one arrives, one is updated, one leaves.
 NUM_SLOTS = 3
 # `auto` gives the update at most this share of the device's budget.
 MAX_SCRATCH_SHARE = 1 / 8

@@ -151,6 +151,8 @@ def test_chunks_are_under_way_together_and_finish_in_order(setting: Setting) -> 
     works = [setting.work(index) for index in range(NUM_SLOTS)]
     for work in works:
         setting.updater.start(work, applied)
+    arriving = works[-1].staged["weights"].tensor
+    assert (arriving == 0xFF).all(), "on its way until `finish`"
     for work in works:
         assert setting.updater.finish(work) is None
     for index in range(NUM_SLOTS):
