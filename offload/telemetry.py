@@ -90,8 +90,8 @@ class StepReport:
     """One optimizer step, from the end of the one before.
 
     `bound_seconds` is the least time the step could take at measured lane speeds; 0.0 where it is
-    not known yet. `faults` counts demand fetches. `activations` is all zeros where they stay on the
-    device.
+    not known yet, and `critical` the lane that sets it. `faults` counts demand fetches.
+    `activations` is all zeros where they stay on the device.
     """
 
     step: int
@@ -102,6 +102,7 @@ class StepReport:
     faults: int
     activations: ActivationReport = ActivationReport()
     update: UpdateReport = UpdateReport()
+    critical: str = "none"
 
     @property
     def efficiency(self) -> float:
@@ -115,14 +116,26 @@ class StepReport:
             return "none"
         return max(self.lanes, key=lambda name: self.lanes[name].busy_seconds)
 
+    @property
+    def idle_shares(self) -> dict[str, float]:
+        """By lane: the share of the step in which nothing was in flight on it; 0.0 to 1.0."""
+        if self.measured_seconds <= 0:
+            return {}
+        return {
+            name: max(0.0, 1.0 - lane.busy_seconds / self.measured_seconds)
+            for name, lane in self.lanes.items()
+        }
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON types, with `efficiency` and `bottleneck`."""
+        """Return the report as plain JSON types, with what is derived from it."""
         return {
             "step": self.step,
             "measured_seconds": self.measured_seconds,
             "bound_seconds": self.bound_seconds,
             "efficiency": self.efficiency,
             "bottleneck": self.bottleneck,
+            "critical": self.critical,
+            "idle_shares": self.idle_shares,
             "faults": self.faults,
             "tiers": {name: dataclasses.asdict(tier) for name, tier in self.tiers.items()},
             "lanes": {name: dataclasses.asdict(lane) for name, lane in self.lanes.items()},
@@ -142,6 +155,7 @@ class StepReport:
             faults=entry["faults"],
             activations=ActivationReport(**entry.get("activations", {})),
             update=_update_report(entry.get("update", {})),
+            critical=entry.get("critical", "none"),
         )
 
 

@@ -112,7 +112,8 @@ def print_summary(console: Console, outcome: Outcome) -> None:
         f"{len(faults)} steps in {outcome.seconds:.1f} s, "
         f"{outcome.tokens / max(outcome.seconds, 1e-9):,.0f} tokens/s",
         f"a step: {measured:.3f} s, physical bound {bound:.3f} s, "
-        f"efficiency {median_efficiency(steady):.0%}, bottleneck {steady[-1].bottleneck}",
+        f"efficiency {median_efficiency(steady):.0%}, critical lane {steady[-1].critical}, "
+        f"bottleneck {steady[-1].bottleneck}",
         f"faults: {sum(faults)}, of them {sum(faults[STEADY_STEP - 1 :])} "
         f"from step {STEADY_STEP} on",
     ]
@@ -153,13 +154,15 @@ def _state_table(outcome: Outcome) -> Table:
 
 def _lane_table(outcome: Outcome) -> Table:
     table = Table(title="moved in a step", title_justify="left")
-    for name in ("lane", "bytes", "busy", "bandwidth"):
+    for name in ("lane", "bytes", "busy", "idle", "bandwidth"):
         table.add_column(name, justify="left" if name == "lane" else "right", no_wrap=True)
-    for name, lane in lanes_per_step(outcome.steady).items():
+    steady = outcome.steady
+    for name, lane in lanes_per_step(steady).items():
         if lane == LaneReport():
             continue
         busy = f"{lane.busy_seconds * 1e3:.1f} ms"
-        table.add_row(name, format_bytes(lane.bytes), busy, format_rate(lane))
+        idle = statistics.mean(report.idle_shares.get(name, 1.0) for report in steady)
+        table.add_row(name, format_bytes(lane.bytes), busy, f"{idle:.0%}", format_rate(lane))
     return table
 
 

@@ -19,6 +19,11 @@ class StepMeter:
     """What has happened since the end of the step before.
 
     A lane's speed is the best it has shown in this run; the bound is that of the cost model.
+
+    The mixed speed of NVMe is that of a step: the bytes of both directions over the longer of their
+    busy times. It is the achieved one where the shorter lies within the longer, and more, never
+    less, where both stick out; the sum of the lanes' best speeds would take no notice that they
+    share the disk.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -58,15 +63,18 @@ class StepMeter:
             if lane.bytes and lane.busy_seconds > 0:
                 speed = lane.bytes / lane.busy_seconds
                 self._best[name] = max(self._best.get(name, 0.0), speed)
+        self._note_mixed(lanes)
+        bound, critical = self._bound(lanes)
         self._last = StepReport(
             step=0,
             tiers=self._tiers(),
             lanes=lanes,
-            bound_seconds=self._bound(lanes),
+            bound_seconds=bound,
             measured_seconds=now - self._started,
             faults=self._parts.pager.faults - self._faults,
             activations=self._activations_now() - self._activations,
             update=self._parts.sites.report(),
+            critical=critical,
         )
         self._started = now
         self._activations = self._activations_now()
@@ -89,25 +97,29 @@ class StepMeter:
         activations = self._parts.activations
         return ActivationReport() if activations is None else activations.report()
 
-    def _bound(self, lanes: dict[str, LaneReport]) -> float:
+    def _note_mixed(self, lanes: dict[str, LaneReport]) -> None:
+        both = [lanes[name] for name in ("nvme_read", "nvme_write") if name in lanes]
+        busy_seconds = max((lane.busy_seconds for lane in both), default=0.0)
+        if len(both) == 2 and all(lane.bytes for lane in both) and busy_seconds > 0:
+            speed = sum(lane.bytes for lane in both) / busy_seconds
+            self._best["nvme_mixed"] = max(self._best.get("nvme_mixed", 0.0), speed)
+
+    def _bound(self, lanes: dict[str, LaneReport]) -> tuple[float, str]:
         default = LaneSpeeds()
         speeds = LaneSpeeds(
             **{
                 name: self._best.get(name, getattr(default, name))
-                for name in ("h2d", "d2h", "nvme_read", "nvme_write")
+                for name in ("h2d", "d2h", "nvme_read", "nvme_write", "nvme_mixed")
             },
-            nvme_mixed=sum(self._best.get(name, 0.0) for name in ("nvme_read", "nvme_write"))
-            or default.nvme_mixed,
             memory=self._best.get("cpu", default.memory),
         )
         none = LaneReport()
-        bound, _ = bound_seconds(
+        return bound_seconds(
             {name: lane.bytes for name, lane in lanes.items()},
             speeds,
             lanes.get("compute", none).busy_seconds,
             shared_cores=self._parts.device.host_addressable,
         )
-        return bound
 
     def _now(self) -> dict[str, LaneReport]:
         lanes = self._meter.snapshot()

@@ -23,6 +23,7 @@ def step(number: int, *, loss: float, faults: int = 0) -> dict[str, Any]:
         measured_seconds=2.0,
         faults=faults,
         update=UpdateReport((0, 2), 3, "measured"),
+        critical="nvme_read",
     )
     return {
         "kind": "step",
@@ -69,8 +70,10 @@ def test_a_run_that_began_anew_leaves_the_earlier_one_out(tmp_path: Path) -> Non
 def test_the_command_prints_the_summary(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", str(write_run(tmp_path, step(1, loss=3.0)))])
     assert result.exit_code == 0, result.output
-    for part in ("nvme_read", "3.00 MiB", "efficiency 25%", "bottleneck cpu"):
+    for part in ("critical lane nvme_read", "3.00 MiB", "efficiency 25%", "bottleneck cpu"):
         assert part in result.output
+    (row,) = (line for line in result.output.splitlines() if "nvme_read" in line and "ms" in line)
+    assert "88%" in row, "it was busy for an eighth of the step"
     assert "updated on the device: 2 of 5 buckets (measured)" in result.output
 
 

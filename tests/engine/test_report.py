@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 import offload
+from offload.engine.report import StepMeter
+from offload.telemetry import LaneMeter, UpdateReport
 from tests.oracle import (
     assert_identical,
     continue_engine,
@@ -139,11 +142,38 @@ def test_the_report_has_every_number(tmp_path: Path) -> None:
         assert 0 < report.bound_seconds <= report.measured_seconds
         assert 0 < report.efficiency <= 1
         assert report.bottleneck in report.lanes
+        assert report.critical in report.lanes
         for name in ("nvme_read", "nvme_write", "h2d", "cpu"):
             assert report.lanes[name].bytes > 0, name
             assert 0 < report.lanes[name].busy_seconds <= report.measured_seconds, name
         assert report.lanes["compute"].busy_seconds > 0
         assert set(report.to_dict()["tiers"]) == {"device", "host", "nvme"}
+
+
+def test_the_mixed_speed_of_a_disk_is_that_of_both_directions_together() -> None:
+    """Each alone moves 10 bytes/s; reads beside writes get 5 together, not 20."""
+    lanes: dict[str, tuple[int, float]] = {"nvme_read": (0, 0.0), "nvme_write": (0, 0.0)}
+    tier = SimpleNamespace(budget_bytes=1, used_bytes=0, peak_bytes=0, lanes=dict)
+    parts: Any = SimpleNamespace(
+        meter=LaneMeter(),
+        io=SimpleNamespace(lanes=lambda: lanes),
+        device=SimpleNamespace(**vars(tier), host_addressable=True),
+        host=tier,
+        nvme=None,
+        plan=SimpleNamespace(budget_bytes={"host": 1}),
+        pager=SimpleNamespace(faults=0),
+        activations=None,
+        sites=SimpleNamespace(report=UpdateReport),
+    )
+    meter = StepMeter(parts)
+    lanes["nvme_read"] = (10, 1.0)
+    meter.end_step()
+    lanes["nvme_write"] = (10, 1.0)
+    meter.end_step()
+    assert (meter.report(2).bound_seconds, meter.report(2).critical) == (1.0, "nvme_write")
+    lanes |= {"nvme_read": (20, 5.0), "nvme_write": (20, 5.0)}
+    meter.end_step()
+    assert meter.report(3).bound_seconds == 4.0
 
 
 def resident_bytes() -> int:

@@ -101,6 +101,7 @@ def report(measured_seconds: float = 4.0) -> StepReport:
         measured_seconds=measured_seconds,
         faults=1,
         update=UpdateReport((2, 5), 3, "placement.update says so"),
+        critical="h2d",
     )
 
 
@@ -110,12 +111,19 @@ def test_step_report_derives_efficiency_and_bottleneck() -> None:
     assert report(measured_seconds=0.0).efficiency == 0.0
 
 
+def test_a_lane_is_idle_where_nothing_is_in_flight_on_it() -> None:
+    assert report().idle_shares == {"h2d": 0.75, "cpu": 0.5}
+    assert report(measured_seconds=1.0).idle_shares == {"h2d": 0.0, "cpu": 0.0}
+    assert report(measured_seconds=0.0).idle_shares == {}
+
+
 def test_step_report_is_json() -> None:
     entry = json.loads(json.dumps(report().to_dict()))
     assert entry["tiers"]["host"]["peak_bytes"] == 8
     assert entry["update"]["on_device"] == [2, 5]
     assert entry["lanes"]["cpu"] == {"bytes": 6, "busy_seconds": 2.0}
     assert (entry["efficiency"], entry["bottleneck"], entry["faults"]) == (0.75, "cpu", 1)
+    assert (entry["critical"], entry["idle_shares"]["cpu"]) == ("h2d", 0.5)
     assert StepReport.from_dict(entry) == report()
 
 
