@@ -65,6 +65,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from _training import LlamaShape
 
+    # transformers would take kernels.py, beside this file, for the package of that name.
+    sys.path[:] = [entry for entry in sys.path if Path(entry) != Path(__file__).parent]
     torch.set_num_threads(options.threads)
     shape = LlamaShape(*SHAPES[options.small])
     model = shape.make(dtype=torch.bfloat16)
