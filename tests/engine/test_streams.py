@@ -6,6 +6,8 @@ Every test of an arrow takes it away once: then there has to be a race.
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,3 +184,40 @@ def test_the_host_waits_for_no_fetch_in_the_steady_state(
 def _num_started(page_in: PageIn) -> int:
     """As if chunks at a home on the host took staging, too."""
     return len(page_in._reading) + len(page_in._copying)
+
+
+@pytest.mark.parametrize("widths", [(64, 64, 64, 64), (64, 200, 32, 120)])
+def test_a_step_allocates_no_memory_for_weights(
+    widths: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where pages differ in size and the slab holds only a few of them."""
+    torch.manual_seed(0)
+    sizes = [64, *widths, 64]
+    layers = [nn.Linear(one, other) for one, other in itertools.pairwise(sizes)]
+    model = nn.Sequential(nn.Embedding(64, 64), *layers)
+    sections: dict[str, Any] = {"partition": {"bucket_elements": 4096}}
+    expected = train(
+        tmp_path, PLACEMENTS["host"], "fp32", 1, model=copy.deepcopy(model), **sections
+    )
+    opened = use_accelerator(monkeypatch)
+    config = make_config(tmp_path, PLACEMENTS["host"], "fp32", 1, **sections)
+    least = offload.plan(model, config).need_bytes["device"]
+    tiers = {**config["tiers"], "device": {"kind": "cpu", "memory": least + 4096}}
+    reserve, allocate = SimulatedAccelerator.reserve, SimulatedAccelerator._allocate
+    allocated: list[int] = []
+
+    def counted(tier: SimulatedAccelerator, nbytes: int) -> torch.Tensor:
+        allocated.append(nbytes)
+        return allocate(tier, nbytes)
+
+    def reserved(tier: SimulatedAccelerator, nbytes: int) -> None:
+        reserve(tier, nbytes)
+        monkeypatch.setattr(SimulatedAccelerator, "_allocate", counted)
+
+    monkeypatch.setattr(SimulatedAccelerator, "reserve", reserved)
+    found = train(
+        tmp_path, PLACEMENTS["host"], "fp32", 1, model=model, **{**sections, "tiers": tiers}
+    )
+    assert_same(found, expected)
+    assert len(opened) == 1
+    assert allocated == []
