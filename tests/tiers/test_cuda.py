@@ -62,3 +62,31 @@ def test_copies_there_and_back_are_exact(io: IoEngine) -> None:
         with pytest.raises(BudgetError):
             tier.lease(65 * MEBIBYTE, "too much")
     tier.close()
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_memory_of_the_slab_is_reused_after_every_stream_that_used_it(io: IoEngine) -> None:
+    tier = open_device_tier("cuda", 64 * MEBIBYTE, io)
+    tier.reserve(16 * MEBIBYTE)
+    side = torch.cuda.Stream(tier.device)
+    with HostArena(64 * MEBIBYTE) as arena:
+        arena.page_lock()
+        source = arena.lease(16 * MEBIBYTE, "weights").tensor
+        seen = []
+        for number in range(1, 9):
+            source.fill_(number)
+            lease = tier.try_lease(16 * MEBIBYTE, "page")
+            assert lease is not None
+            transfer = tier.start_copy_in(lease.tensor, source)
+            tier.make_current_wait(transfer)
+            tier.enter(lease)
+            with torch.cuda.stream(side):
+                tier.enter(lease)
+                torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
+                seen.append(lease.tensor.sum(dtype=torch.int64))
+            lease.release()
+            transfer.wait()  # only the copy: the side stream still reads
+        torch.cuda.synchronize()
+        assert [int(each) for each in seen] == [n * 16 * MEBIBYTE for n in range(1, 9)]
+        tier.close()
