@@ -17,6 +17,10 @@ from tools import dev
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tools" / "bench"
 ARGUMENTS = {
+    "accumulation": [
+        *("--rounds=1", "--hidden=64", "--layers=2", "--vocabulary=64", "--tokens=8"),
+        *("--count=2", "--device=1", "--host=64"),
+    ],
     "activations": [
         *("--layers=1", "--hidden=64", "--batch=1", "--tokens=16", "--steps=2"),
         *("--minimum=1", "--room=1"),
@@ -80,6 +84,12 @@ def test_they_are_listed_with_what_they_measure(capsys: pytest.CaptureFixture[st
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert set(listed) == set(ARGUMENTS)
     assert all(line.endswith((".", "?")) for line in listed.values()), listed
+
+
+def test_accumulation(tmp_path: Path) -> None:
+    found = last_line(run("accumulation", f"--path={tmp_path}"))
+    assert_positive(*found["ratios"].values())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kernels() -> None:
