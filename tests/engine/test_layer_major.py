@@ -342,8 +342,15 @@ class Skip(Blocks):
 
 
 def test_wide_cuts_are_left_out() -> None:
-    runs, knowledge = run_both(seeded(Skip), vectors, squares)
+    called = []
+
+    def counted(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        called.append(batch)
+        return squares(model, batch)
+
+    runs, knowledge = run_both(seeded(Skip), vectors, counted)
     assert_layer_major(runs, knowledge, cuts=3)
+    assert len(called) == 2 * 3 * 3, "the first step has found them: none has run again"
     assert sorted(knowledge.places[cut.place].name for cut in knowledge.wide) == [
         "layers.1",
         "layers.2",
@@ -725,6 +732,30 @@ def test_saved_hooks_and_autocast_around_the_call() -> None:
             runs.append(accumulate_steps(engine, vectors, squares))
         runs[-1].losses += packed and sorted(packed)
     assert_identical(runs[1], runs[0])
+
+
+class Outer(Blocks):
+    """Weights of its own, more than fit on the device beside a block, around the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(width=64)
+        for name in ("scale", "rotate", "shift"):
+            setattr(self, name, nn.Parameter(torch.randn(64, 64) / 8))
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        before = given.repeat(1, 4) @ self.scale @ self.rotate
+        output: torch.Tensor = super().forward(before) @ self.shift @ self.rotate
+        return output
+
+
+def test_windows_around_the_blocks_leave_room_for_them() -> None:
+    elements = 64 * 64 + 3 * 64
+    device = two_buckets_bytes(Outer(), itemsize=4, bucket_elements=elements)
+    runs, knowledge = run_both(
+        seeded(Outer), vectors, squares, device=device, bucket_elements=elements
+    )
+    assert_layer_major(runs, knowledge, cuts=4)
+    assert runs[1].report.tiers["device"].peak_bytes <= device
 
 
 @pytest.mark.parametrize("tier", ["host", "nvme"])
