@@ -102,6 +102,16 @@ def test_a_run_from_text_to_an_export_that_generates(tmp_path, text, capsys):
     assert LlamaForCausalLM.from_pretrained(tmp_path / "run" / "export").dtype == torch.float32
 
 
+def test_both_orders_of_accumulation_train_alike(tmp_path, text, capsys):
+    losses = []
+    for order in ("micro_batch_major", "layer_major"):
+        training = {"gradient_accumulation_steps": 3, "accumulation": order}
+        assert train.run({**tiny_config(tmp_path, text, steps=3), "training": training}) == 0
+        losses.append([entry["loss"] for entry in metrics(tmp_path)["step"]])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
+
+
 def test_forward_only_training_and_its_resumption(tmp_path, text, capsys):
     mezo = {
         "optimizer": {"name": "mezo", "lr": 1e-4, "perturbation": 1e-3},
