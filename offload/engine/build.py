@@ -51,6 +51,7 @@ from offload.native import IoEngine
 from offload.native.engine import HELD_DEPTH
 from offload.optim.chunk_update import ChunkUpdate, OptimizerUpdate
 from offload.optim.generic import GenericRule
+from offload.optim.overlapped import OverlappedStep
 from offload.optim.split import split_tensor
 from offload.optim.streamed import StreamedStep
 from offload.optim.zeroth_order import ZerothOrderRule, ZerothOrderUpdate
@@ -93,6 +94,7 @@ class Parts:
     activations: ActivationStore | None
     gradients: GradientHome
     streamed: StreamedStep
+    updates: OverlappedStep
     updater: ChunkUpdate
     sites: UpdateSites
     rule: AnyRule
@@ -256,7 +258,7 @@ def _reserve_and_move(
         for state_class, layout in plan.layouts[bucket.index].items():
             store.add(bucket, state_class, layout, plan.tier(bucket.index, state_class))
     device.reserve(plan.working_bytes)
-    store.reserve_records(spare=machine.staging.spare_extents)
+    store.reserve_records(spare=machine.staging.spare_extents, held_share=plan.overlap.held_share)
     meter = LaneMeter()
     pool = ComputePool(torch.get_num_threads())
     closing.callback(pool.close)
@@ -291,6 +293,17 @@ def _reserve_and_move(
     tiles = open_tiles(plan.tiled, pager, store, prefetch=config.overlap.prefetch)
     pager.seal()
     convert_buffers(module, config.precision.compute, device.device, kept=collection.kept)
+    streamed = StreamedStep(
+        buckets=plan.buckets,
+        parameters=parameters,
+        store=store,
+        updater=updater,
+        depth=machine.staging.update,
+        meter=meter,
+    )
+    updates = OverlappedStep(streamed, plan.buckets, parameters, store, host, plan.overlap)
+    closing.callback(updates.abandon)
+    pager.updates = gradients.updates = updates
     activations = open_activations(config, plan, host, device, nvme)
     if activations is not None:
         closing.callback(activations.close)
@@ -310,14 +323,8 @@ def _reserve_and_move(
         pager=pager,
         gradients=gradients,
         activations=activations,
-        streamed=StreamedStep(
-            buckets=plan.buckets,
-            parameters=parameters,
-            store=store,
-            updater=updater,
-            depth=machine.staging.update,
-            meter=meter,
-        ),
+        streamed=streamed,
+        updates=updates,
         meter=meter,
         tiles=tiles,
         updater=updater,

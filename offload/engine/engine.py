@@ -171,6 +171,7 @@ class Engine(AccumulatingEngine):
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         scale = 1.0 / self.config.training.gradient_accumulation_steps
+        self._expect_step()
         if self.loss_scale is not None:
             loss = loss.float()
             scale *= self.loss_scale.scale
@@ -215,6 +216,7 @@ class Engine(AccumulatingEngine):
                 in every placement alike: load a checkpoint, and lower the learning rate.
         """
         self._check_open()
+        self._parts.updates.raise_failure()
         self._end_interrupted()
         if self._zeroth is not None:
             self.optimizer.step(closure, reduce=reduce)
@@ -415,8 +417,15 @@ class Engine(AccumulatingEngine):
         if self._parts.activations is not None:
             self._parts.activations.collect()
 
+    def _expect_step(self) -> None:
+        """A backward begins; say what the step after it will apply if all goes well."""
+        last = self.is_accumulation_boundary() and not self._gradients_are_spent
+        expected = self._step_settings(self._hyper(), 1.0) if last else None
+        self._parts.updates.expect(expected)
+
     def _clear_gradients(self) -> None:
         self._gradients_are_spent = False
+        self._parts.updates.drop()
         self._slots.clear()
 
     def _forget_gradients(self) -> None:
@@ -434,6 +443,7 @@ class Engine(AccumulatingEngine):
         self._step_is_due = False
         if self._zeroth is not None:
             self._zeroth.abandon()
+        self._parts.updates.abandon()
         self._parts.streamed.abandon()
         self._forget_gradients()
 
@@ -463,7 +473,8 @@ class Engine(AccumulatingEngine):
             if self._pending is None:
                 return False
         try:
-            self._parts.streamed.run(self._pending)
+            later = self._parts.updates.take(self._pending)
+            self._parts.streamed.run(self._pending, later=later)
         except NonFiniteError:
             self._end_step()
             raise
@@ -500,7 +511,7 @@ class Engine(AccumulatingEngine):
         self._slots.adopt_all()
         parts.gradients.flush()
         parts.pager.end()
-        parts.pager.flush()
+        parts.pager.write_edits()
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         sums = [s.gradient_sums for s in self._trainable if s.gradient_sums is not None]
         self.grad_norm = global_norm(
@@ -508,13 +519,20 @@ class Engine(AccumulatingEngine):
         )
         if not math.isfinite(self.grad_norm):
             self.skipped_steps += 1
+            parts.updates.drop()
             if self.loss_scale is not None:
                 self.loss_scale.update(found_nonfinite=True)
             self._root.rest()
             parts.pager.end_raw_access()
             return None
         coefficient = clip_coefficient(self.grad_norm, self.config.training.max_grad_norm)
-        return StepSettings(self._hyper(), coefficient / scale, self.global_steps + 1)
+        arrived = {s.index for s in self._trainable if s.gradient_sums is not None}
+        hyper = {index: group for index, group in self._hyper().items() if index in arrived}
+        return self._step_settings(hyper, coefficient)
+
+    def _step_settings(self, hyper: dict[int, dict[str, Any]], coefficient: float) -> StepSettings:
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        return StepSettings(hyper, coefficient / scale, self.global_steps + 1)
 
     def _hyper(self) -> dict[int, dict[str, Any]]:
         """The group settings of each trainable parameter, by its index."""
@@ -567,6 +585,7 @@ class Engine(AccumulatingEngine):
 
     def _check_ready(self, what: str) -> None:
         self._check_open()
+        self._parts.updates.raise_failure()
         if self._pending is not None:
             raise EngineStateError(
                 f"{what} while optimizer step {self._pending.step} is pending",

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,7 @@ from offload.partition.parameters import ParameterState
 from offload.schedule.executor import ComputePool
 
 if TYPE_CHECKING:
+    from offload.optim.overlapped import OverlappedStep
     from offload.optim.split import Precision
 
 PIECE_NUMEL = 16 * BLOCK_NUMEL
@@ -110,6 +111,8 @@ class GradientHome:
         self._written: set[Key] = set()
         self._lock = threading.Lock()
         self._segments: dict[Key, tuple[Segment, ...]] = {}
+        self.updates: OverlappedStep | None = None  # is told of every gradient
+        self._arrived: deque[ParameterState] = deque()  # of whom it has to be told
         for bucket in buckets:
             if bucket.trainable:
                 self.admit(bucket)
@@ -159,11 +162,14 @@ class GradientHome:
         Raises:
             BudgetError, StorageError: as `arrive`, by `take`.
         """
+        if self.updates is not None:
+            self.updates.apply(state.bucket)  # with the gradient that is there
         with self._lock:
             first = state.gradient_sums is None
             sums = np.zeros(num_blocks(state.numel), np.float64)
             yield partial(self._take_range, state, sums, first)
             state.gradient_sums = sums  # complete when the last copy of it has landed
+        self._tell_of_arrivals()
 
     def land(self) -> None:
         """Wait until what has arrived is in its home chunk, and nobody reads device memory.
@@ -173,6 +179,7 @@ class GradientHome:
         """
         with self._lock:
             self._land()
+        self._tell_of_arrivals()
 
     def collect(self) -> None:
         """A backward has ended: add what has landed, without waiting for copies.
@@ -184,6 +191,12 @@ class GradientHome:
             self._collect()
             if not self._landing:
                 self._close_all()
+        self._tell_of_arrivals()
+
+    def _tell_of_arrivals(self) -> None:
+        if self.updates is not None:
+            while self._arrived:
+                self.updates.arrived(self._arrived.popleft())
 
     def flush(self) -> None:
         """Gradients are about to be read: `land`, and start to write home what is still open.
@@ -194,6 +207,7 @@ class GradientHome:
         with self._lock:
             self._land()
             self._close_all()
+        self._tell_of_arrivals()
 
     def clear(self) -> None:
         """Forget every gradient: the next to arrive of each parameter is its first."""
@@ -205,6 +219,7 @@ class GradientHome:
                 opened.staged.release()
             self._open.clear()
             self._written.clear()
+            self._arrived.clear()
             for state in self._parameters:
                 state.gradient_sums = None
 
@@ -312,6 +327,8 @@ class GradientHome:
         opened = self._reach(block, part.key)
         target = self.array(part.state, part.segment, part.key[1], opened.staged.tensor)
         self._accumulate(part, (target, source))
+        if part.segment.start_in_param + part.segment.numel == part.state.numel:
+            self._arrived.append(part.state)
         if part.completes:
             self._has_arrived(part.key, part.state)
 

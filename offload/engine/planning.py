@@ -39,6 +39,7 @@ from offload.partition.layout import (
 from offload.partition.tensor_layout import StateTensorSpec, TensorLayout
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import Machine, Staging
+from offload.schedule.overlap import flow_bytes, overlap_room, with_overlap
 from offload.schedule.plan import (
     Plan,
     Workload,
@@ -187,6 +188,35 @@ def plan_module(
         )
     reserved_bytes = reserved_host_bytes(config, machine, known)
     machine = replace(machine, device_bytes=left, host_bytes=machine.host_bytes - reserved_bytes)
+    plan_beside = partial(_plan_collection, collection, config, rule=rule, groups=groups)
+    if known is not None:
+        beside = replace(machine, host_bytes=machine.host_bytes - known.overlap.host_bytes)
+        planned = with_overlap(plan_beside(machine=beside, known=known), known.overlap)
+    else:
+        planned = plan_beside(machine=machine, known=None)
+        wanted = flow_bytes(planned, machine) if _overlaps(config, rule) and planned.fits else 0
+        beside = replace(machine, host_bytes=machine.host_bytes - wanted)
+        if wanted and (overlapped := plan_beside(machine=beside, known=None)).fits:
+            planned = with_overlap(overlapped, overlap_room(overlapped, machine, wanted))
+    planned = with_overhead(planned, "device", collection.resident_bytes)
+    return with_activations(planned, reserved_bytes, config, machine, grows=known is None)
+
+
+def _overlaps(config: OffloadConfig, rule: AnyRule) -> bool:
+    """Whether a step may be taken beside the computation: an update can be made and dropped."""
+    return config.overlap.optimizer and isinstance(rule, UpdateRule)
+
+
+def _plan_collection(
+    collection: Collection,
+    config: OffloadConfig,
+    *,
+    rule: AnyRule,
+    groups: Sequence[dict[str, Any]],
+    machine: Machine,
+    known: Plan | None,
+) -> Plan:
+    """Plan on what of the machine is left for paged parameters."""
 
     def plan_specs(specs: Sequence[ParamSpec], slot_bytes: int) -> Plan:
         beside = replace(
@@ -204,13 +234,10 @@ def plan_module(
         return with_overhead(planned, "device", slot_bytes + planned.update_bytes)
 
     if known is not None:
-        planned = plan_specs(*known_tiles([c.spec for c in collection.paged], known))
-    else:
-        # Forward-only training perturbs whole pages.
-        tileable = collection.tileable if not isinstance(rule, ZerothOrderRule) else ()
-        planned = plan_tiled(collection.paged, tileable, config, plan_specs)
-    planned = with_overhead(planned, "device", collection.resident_bytes)
-    return with_activations(planned, reserved_bytes, config, machine, grows=known is None)
+        return plan_specs(*known_tiles([c.spec for c in collection.paged], known))
+    # Forward-only training perturbs whole pages.
+    tileable = collection.tileable if not isinstance(rule, ZerothOrderRule) else ()
+    return plan_tiled(collection.paged, tileable, config, plan_specs)
 
 
 def _plan_kernels(

@@ -88,6 +88,7 @@ class Promotion:
             self._warn_of([state for state in unfrozen if id(state.parameter) not in grouped])
         promoted = sorted([*chosen, *joining], key=lambda state: state.index)
         if promoted:
+            self._parts.updates.settle()
             self._promote(promoted, joining)
         return promoted
 
@@ -145,6 +146,7 @@ class Promotion:
         for bucket in buckets:
             parts.gradients.admit(bucket)
             parts.streamed.admit(bucket)
+            parts.updates.admit(bucket)
         parts.gradients.resize(plan.landing_bytes)
         for state in states:
             state.trainable = True
@@ -184,7 +186,8 @@ class Promotion:
         scratch = 0
         if isinstance(parts.rule, GenericRule):
             scratch = scratch_bytes([c.spec for c in parts.collection.paged], parts.plan.buckets)
-        return scratch + sum(parts.plan.bytes["host"].values())
+        homes_bytes = sum(parts.plan.bytes["host"].values())
+        return scratch + homes_bytes + parts.plan.overlap.host_bytes
 
     def _check_dtypes(self, states: Sequence[ParameterState]) -> None:
         for state in states:

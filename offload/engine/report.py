@@ -91,7 +91,7 @@ class StepMeter:
     def _stall_seconds(self) -> float:
         activations = self._parts.activations
         saved = 0.0 if activations is None else activations.stall_seconds
-        return self._parts.pager.stall_seconds + saved
+        return self._parts.pager.stall_seconds + saved + self._parts.updates.seconds
 
     def _activations_now(self) -> ActivationReport:
         activations = self._parts.activations

@@ -33,7 +33,7 @@ class StepSettings:
     """What one optimizer step applies, frozen when the step begins.
 
     Attributes:
-        hyper: the group settings of each trainable parameter, by parameter index.
+        hyper: the group settings of each parameter that the step updates, by parameter index.
         gradient_scale: gradients are multiplied by this: clip coefficient over loss scale; in
             forward-only training the projected gradient, by which the noise is multiplied.
         step: the number of this step, for messages; counts from 1. The noise is drawn by it.
@@ -65,10 +65,6 @@ class ChunkUpdate(ABC):
     def __init__(self, parameters: Sequence[ParameterState], store: BlockStore) -> None:
         self._parameters = parameters
         self._store = store
-
-    def is_due(self, state: ParameterState, settings: StepSettings) -> bool:  # noqa: ARG002
-        """Whether the step updates this parameter: it has a gradient."""
-        return state.gradient_sums is not None
 
     def staged_classes(self, bucket: Bucket) -> Sequence[str]:
         """The state classes of a bucket that `update` wants staged."""

@@ -26,7 +26,7 @@ cannot be taken back: the step ends, the same bits in every placement, and then 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from offload.errors import NonFiniteError, OffloadError
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
@@ -58,14 +58,19 @@ class StreamedStep:
         self._depth = depth
         self._meter = meter
         self._updated: set[tuple[int, int]] = set()
+        self._settled: set[int] = set()  # buckets that the step is through with
+        self._has_run = False  # the rest is left to others
         self._not_finite: ParameterState | None = None
+        self._step = 0  # the number of the step under way
 
     def admit(self, bucket: Bucket) -> None:
         """A bucket is trainable from now on; no step is under way."""
         self._buckets = sorted([*self._buckets, bucket], key=lambda each: each.index)
 
-    def run(self, settings: StepSettings) -> None:
+    def run(self, settings: StepSettings, *, later: Collection[int] = ()) -> None:
         """Take one step, or complete the one that an error interrupted, with its own settings.
+
+        The buckets in `later` are left to others, who say `end_if_done` when they are through.
 
         Raises:
             StorageError: reading or writing state failed; call again to complete the step.
@@ -73,7 +78,7 @@ class StreamedStep:
                 is not finite.
         """
         self._store.retry_failed()
-        waiting = deque(self._work(settings))
+        waiting = deque(self._work(settings, later))
         under_way: deque[ChunkWork] = deque()
         started: deque[ChunkWork] = deque()
         try:
@@ -81,7 +86,7 @@ class StreamedStep:
                 self._read_ahead(waiting, under_way, started)
                 on_device = bool(under_way) and self._updater.runs_on_device(under_way[0].bucket)
                 if not under_way or (on_device and len(started) == NUM_SLOTS):
-                    self._finish(started[0])
+                    self._finish(started[0], settings)
                     started.popleft()
                     continue
                 work = under_way[0]
@@ -94,23 +99,49 @@ class StreamedStep:
                 else:
                     self._update(work, settings)
                     under_way.popleft()
-            self._store.drain()
+            if not later:
+                self._store.drain()
         except BaseException:
             for work in (*started, *under_way):
                 release_all(list(work.staged.values()), self._store.deadline_seconds)
             raise
+        for bucket in self._buckets:
+            if bucket.index not in later:
+                self.settle_bucket(bucket, settings)
+        self._has_run = True
+        self.end_if_done()
+
+    def settle_bucket(self, bucket: Bucket, settings: StepSettings) -> bool:
+        """Whether the step is through with a bucket; if so, its parameters count it, once."""
+        if bucket.index in self._settled:
+            return True
+        if any(self.work_left(bucket, chunk, settings) for chunk in bucket.chunks):
+            return False
         with uninterrupted():
-            for bucket in self._buckets:
-                for slot in bucket.slots:
-                    state = self._parameters[slot.param]
-                    if self._updater.is_due(state, settings):
-                        state.steps += 1
-                        state.edited = False
-            self._updated.clear()
+            for slot in bucket.slots:
+                state = self._parameters[slot.param]
+                if state.index in settings.hyper:
+                    state.steps += 1
+                    state.edited = False
+            self._settled.add(bucket.index)
+        return True
+
+    def end_if_done(self) -> None:
+        """Forget the step if it has run, and is through with every bucket.
+
+        Raises:
+            NonFiniteError: it is, and a weight of the parameter it names is not finite.
+        """
+        if not self._has_run or len(self._settled) < len(self._buckets):
+            return
+        self._has_run = False
+        self._updated.clear()
+        self._settled.clear()
         not_finite, self._not_finite = self._not_finite, None
+        step, self._step = self._step, 0
         if not_finite is not None:
             raise NonFiniteError(
-                f"step {settings.step} made a weight of parameter {not_finite.name} infinite or "
+                f"step {step} made a weight of parameter {not_finite.name} infinite or "
                 "NaN, although all gradients are finite",
                 remedy="load the last checkpoint and lower the learning rate",
             )
@@ -120,30 +151,43 @@ class StreamedStep:
         if (bucket.index, chunk.index) in self._updated:
             return None
         active = tuple(
-            segment
-            for segment in segments(bucket, chunk)
-            if self._updater.is_due(self._parameters[segment.param], settings)
+            segment for segment in segments(bucket, chunk) if segment.param in settings.hyper
         )
         return ChunkWork(bucket, chunk.index, active, {}) if active else None
+
+    def compute(self, work: ChunkWork, settings: StepSettings) -> ParameterState | None:
+        """Apply the step to a staged chunk; returns a parameter that is not finite afterwards."""
+        nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
+        with self._meter.busy("cpu", nbytes):
+            return self._updater.update(work, settings)
+
+    def note_updated(
+        self, work: ChunkWork, settings: StepSettings, not_finite: ParameterState | None
+    ) -> None:
+        """The chunk has what `compute` made of it, or will have when it has been stored."""
+        self._not_finite = self._not_finite or not_finite
+        self._step = settings.step
+        self._updated.add((work.bucket.index, work.chunk))
 
     def update_staged(self, work: ChunkWork, settings: StepSettings) -> None:
         """Apply the step to a staged chunk that does not have it; the caller stores the chunk.
 
         Both together are to be `uninterrupted`.
         """
-        nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
-        with self._meter.busy("cpu", nbytes):
-            not_finite = self._updater.update(work, settings)
-        self._note_updated(work, not_finite)
+        self.note_updated(work, settings, self.compute(work, settings))
 
     def abandon(self) -> None:
         """Forget the step that an error interrupted: its state is about to be replaced."""
         self._updated.clear()
+        self._settled.clear()
+        self._has_run = False
         self._not_finite = None
         self._updater.abandon()
 
-    def _work(self, settings: StepSettings) -> Iterator[ChunkWork]:
+    def _work(self, settings: StepSettings, later: Collection[int]) -> Iterator[ChunkWork]:
         for bucket in self._buckets:
+            if bucket.index in later:
+                continue
             for chunk in bucket.chunks:
                 work = self.work_left(bucket, chunk, settings)
                 if work is not None:
@@ -174,15 +218,10 @@ class StreamedStep:
             self.update_staged(work, settings)
             self._store_updated(work)
 
-    def _finish(self, work: ChunkWork) -> None:
+    def _finish(self, work: ChunkWork, settings: StepSettings) -> None:
         with uninterrupted():
-            not_finite = self._updater.finish(work)
-            self._note_updated(work, not_finite)
+            self.note_updated(work, settings, self._updater.finish(work))
             self._store_updated(work)
-
-    def _note_updated(self, work: ChunkWork, not_finite: ParameterState | None) -> None:
-        self._not_finite = self._not_finite or not_finite
-        self._updated.add((work.bucket.index, work.chunk))
 
     def _store_updated(self, work: ChunkWork) -> None:
         error: OffloadError | None = None

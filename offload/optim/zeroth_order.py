@@ -144,10 +144,6 @@ class ZerothOrderUpdate(ChunkUpdate):
         self.rule = rule
         self._pool = pool
 
-    def is_due(self, state: ParameterState, settings: StepSettings) -> bool:
-        """A step moves what was not frozen when it ran, also what the forward did not use."""
-        return state.index in settings.hyper
-
     def update(self, work: ChunkWork, settings: StepSettings) -> ParameterState | None:
         """See `ChunkUpdate.update`."""
         calls, owners = [], []

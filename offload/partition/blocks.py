@@ -22,20 +22,37 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from offload.errors import BudgetError, DeadlineError, OffloadError
-from offload.partition.layout import Bucket, Field
+from offload.partition.layout import UPDATED_CLASSES, Bucket, Field, num_held
 from offload.tiers.device import DeviceLease, DeviceTier
 from offload.tiers.host import HostArena, HostLease
 from offload.tiers.nvme import NvmeStore, Record
 from offload.tiers.transfer import CompletedTransfer, Transfer, Urgency
 
 ZEROED_LANE = "cpu"
+
+
+class StagingLease(Protocol):
+    """Host memory that a chunk is staged in: `tensor` is uint8, 1-D, at least of its bytes."""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The memory."""
+        ...
+
+    def release(self) -> None:
+        """Give it back, once, with no transfer in flight on it."""
+        ...
+
+
+# Staging of so many bytes from elsewhere than the arena; None: there is none at present.
+Lend = Callable[[int], StagingLease | None]
 
 
 class BlockLayout(Protocol):
@@ -89,7 +106,7 @@ class Staged:
 
     tensor: torch.Tensor
     transfer: Transfer
-    lease: HostLease | None
+    lease: StagingLease | None
 
     def release(self) -> None:
         """Give the staging memory back, once."""
@@ -149,8 +166,10 @@ class BlockStore:
             if lease is not None:
                 lease.release()
 
-    def reserve_records(self, *, spare: int) -> None:
+    def reserve_records(self, *, spare: int, held_share: float = 0.0) -> None:
         """Allocate the files of every new block whose home is NVMe; `spare` shadow extents a size.
+
+        `held_share`: of which share of weights and optimizer state a next version can be held.
 
         Raises:
             StorageError: see `NvmeStore.reserve`.
@@ -164,7 +183,11 @@ class BlockStore:
             for block in blocks
             for chunk, nbytes in enumerate(block.layout.chunk_nbytes)
         ]
-        records = iter(self.nvme.reserve(sizes, spare=spare))
+        updated = [block for block in blocks if block.state_class in UPDATED_CLASSES]
+        held = num_held(
+            (nbytes for block in updated for nbytes in block.layout.chunk_nbytes), held_share
+        )
+        records = iter(self.nvme.reserve(sizes, spare=spare, held=held))
         for block in blocks:
             block.records = [next(records) for _ in block.layout.chunk_nbytes]
 
@@ -184,7 +207,8 @@ class BlockStore:
         """Whether the CPU reaches the block at its home, without staging."""
         return block.home == "host" or (block.home == "device" and self.device.host_addressable)
 
-    def _home(self, block: Block, chunk: int) -> torch.Tensor:
+    def home(self, block: Block, chunk: int) -> torch.Tensor:
+        """The bytes of a chunk at its home in memory: uint8, 1-D."""
         lease = block.host_lease or block.device_lease
         assert lease is not None, "only a home in memory has bytes to point at"
         start = block.layout.chunk_offset_bytes[chunk]
@@ -199,26 +223,42 @@ class BlockStore:
         assert block.home == "device"
         with self._lock:
             self._settle(block, chunk)
-            return self._home(block, chunk)
+            return self.home(block, chunk)
 
-    def stage(self, block: Block, chunk: int, *, wait: bool = True) -> Staged | None:
+    def stage(
+        self, block: Block, chunk: int, *, wait: bool = True, lend: Lend | None = None
+    ) -> Staged | None:
         """A buffer for the whole chunk whose old content is not wanted; None: there is no staging.
 
         A home that the CPU reaches is that buffer itself. With `wait`, writes under way are waited
-        for if that frees staging.
+        for if that frees staging; without it there is none either while this chunk is written.
+        `lend` gives the staging; by default it comes from the arena.
         """
         with self._lock:
             if self.in_place(block):
-                tensor = self._home(block, chunk)
+                tensor = self.home(block, chunk)
                 return Staged(tensor, CompletedTransfer(ZEROED_LANE), None)
+            if not wait and self._is_in_flight(block, chunk):
+                return None
             self._settle(block, chunk)
-            lease = self._staging(block.layout.chunk_nbytes[chunk], block.name, wait=wait)
+            nbytes = block.layout.chunk_nbytes[chunk]
+            lease: StagingLease | None
+            if lend is None:
+                lease = self._staging(nbytes, block.name, wait=wait)
+            else:
+                lease = lend(nbytes)
             if lease is None:
                 return None
-            return Staged(lease.tensor, CompletedTransfer(ZEROED_LANE), lease)
+            return Staged(lease.tensor[:nbytes], CompletedTransfer(ZEROED_LANE), lease)
 
     def start_load(
-        self, block: Block, chunk: int, *, wait: bool = True, urgency: int = Urgency.BULK
+        self,
+        block: Block,
+        chunk: int,
+        *,
+        wait: bool = True,
+        urgency: int = Urgency.BULK,
+        lend: Lend | None = None,
     ) -> Staged | None:
         """Start to bring a chunk to where the CPU reaches it; None: there is no staging.
 
@@ -228,7 +268,7 @@ class BlockStore:
         Raises:
             OffloadError: an earlier write of this very chunk failed.
         """
-        loaded = self.start_loads([block], chunk, wait=wait, urgency=urgency)
+        loaded = self.start_loads([block], chunk, wait=wait, urgency=urgency, lend=lend)
         return None if loaded is None else loaded[0]
 
     def start_loads(
@@ -238,14 +278,15 @@ class BlockStore:
         *,
         wait: bool = True,
         urgency: int = Urgency.BULK,
+        lend: Lend | None = None,
     ) -> list[Staged] | None:
         """`start_load` of one chunk of several blocks: all of them, or None and nothing is held."""
         with self._lock:
-            held = self._stage_all(blocks, chunk, wait, urgency)
+            held = self._stage_all(blocks, chunk, wait, urgency, lend)
             if held is None and wait:
                 # Every write has settled by now, but what was leased while they went on stood
                 # between the pieces that they have given back.
-                held = self._stage_all(blocks, chunk, wait, urgency)
+                held = self._stage_all(blocks, chunk, wait, urgency, lend)
             if held is None:
                 return None
             try:
@@ -257,14 +298,19 @@ class BlockStore:
             return held
 
     def _stage_all(
-        self, blocks: Sequence[Block], chunk: int, wait: bool, urgency: int
+        self,
+        blocks: Sequence[Block],
+        chunk: int,
+        wait: bool,
+        urgency: int,
+        lend: Lend | None,
     ) -> list[Staged] | None:
         held: list[Staged] = []
         try:
             for block in blocks:
                 if (writing := self._writing.get(self._key(block, chunk))) is not None:
                     writing[0].expedite(urgency)
-                staged = self.stage(block, chunk, wait=wait)
+                staged = self.stage(block, chunk, wait=wait, lend=lend)
                 if staged is None:
                     release_all(held)
                     return None
@@ -278,7 +324,7 @@ class BlockStore:
         if self.in_place(block):
             return
         if block.home == "device":
-            staged.transfer = self.device.start_copy_out(staged.tensor, self._home(block, chunk))
+            staged.transfer = self.device.start_copy_out(staged.tensor, self.home(block, chunk))
             staged.transfer.expedite(urgency)
         elif block.records[chunk].generation == 0 or self._key(block, chunk) in self._void:
             staged.tensor.zero_()
@@ -300,7 +346,7 @@ class BlockStore:
             self._void.discard(key)
             try:
                 if block.home == "device":
-                    transfer = self.device.start_copy_in(self._home(block, chunk), staged.tensor)
+                    transfer = self.device.start_copy_in(self.home(block, chunk), staged.tensor)
                 else:
                     assert self.nvme is not None
                     transfer = self.nvme.start_write(block.records[chunk], staged.tensor)
@@ -415,6 +461,24 @@ class BlockStore:
     @staticmethod
     def _key(block: Block, chunk: int) -> tuple[int, str, int]:
         return block.bucket.index, block.state_class, chunk
+
+    def adopt_write(self, block: Block, chunk: int, transfer: Transfer, staged: Staged) -> None:
+        """Own a write to the chunk's home that has been started; as if by `start_store`."""
+        with self._lock:
+            self._writing[self._key(block, chunk)] = (transfer, staged)
+
+    def settle(self, block: Block, chunk: int) -> None:
+        """Wait for the write of a chunk, if one is in flight.
+
+        Raises:
+            StorageError: it failed, also when it was repeated; its buffer is kept.
+        """
+        with self._lock:
+            self._settle(block, chunk)
+
+    def _is_in_flight(self, block: Block, chunk: int) -> bool:
+        written = self._writing.get(self._key(block, chunk))
+        return written is not None and not written[0].done()
 
     def _settle(self, block: Block, chunk: int) -> None:
         key = self._key(block, chunk)

@@ -20,16 +20,20 @@ Counts named `numel`, `offset`, `start` are elements; bytes are named `nbytes` o
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 SLOT_ALIGNMENT_BYTES = 64
 BLOCK_ALIGNMENT_BYTES = 4096
 # Reductions run over fixed blocks of this many elements: a chunk boundary is a block boundary.
 REDUCTION_ELEMENTS = 65_536
+
+# The state classes that an optimizer step writes.
+UPDATED_CLASSES = ("weights", "optimizer")
 
 MIN_BUCKET_ELEMENTS = 65_536
 MAX_BUCKET_ELEMENTS = 2 * 1024 * 1024
@@ -351,3 +355,8 @@ def resolve_bucket_elements(specs: Sequence[ParamSpec], device_budget_bytes: int
     ):
         elements //= 2
     return elements
+
+
+def num_held(chunk_nbytes: Iterable[int], share: float) -> dict[int, int]:
+    """Extents for held writes, by their bytes: for a share of the chunks of each size."""
+    return {nbytes: int(count * share) for nbytes, count in Counter(chunk_nbytes).items()}

@@ -26,6 +26,7 @@ from offload.partition.layout import (
 )
 from offload.schedule.cost import LaneSpeeds, bound_seconds, compute_flops, lane_seconds
 from offload.schedule.footprint import STATE_CLASSES, TIERS, Machine
+from offload.schedule.overlap import NO_OVERLAP, OverlapRoom
 from offload.schedule.placement import (
     Placement,
     PlacementChoice,
@@ -97,6 +98,7 @@ class Plan:
         shortfalls: what is missing when it does not fit.
         tiled: the parameters that come to the device by tiles.
         update_bytes: device memory of updates on the device, see `UpdateScratch`.
+        overlap: room beside all that for the overlapped optimizer step.
     """
 
     fits: bool
@@ -116,6 +118,7 @@ class Plan:
     shortfalls: tuple[Shortfall, ...]
     tiled: tuple[TiledWeight, ...] = ()
     update_bytes: int = 0
+    overlap: OverlapRoom = NO_OVERLAP
 
     def tier(self, bucket: int, state_class: str) -> str:
         """The home tier of one class of one bucket."""
@@ -144,6 +147,12 @@ class Plan:
             f"{len(self.buckets)} buckets; host staging {format_bytes(self.staging_bytes)}; "
             f"device room for paged weights {format_bytes(self.working_bytes)}"
         )
+        if self.overlap.flow_bytes:
+            lines.append(
+                f"optimizer step overlapped: {format_bytes(self.overlap.host_bytes)} of the host"
+                + f", {self.overlap.held_share:.0%} of its state on nvme twice"
+                * (self.overlap.held_share > 0)
+            )
         lines += [
             f"tiled: {each.name} in {each.num_tiles} tiles of {format_bytes(each.tile_bytes)}"
             for each in self.tiled

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 PAGE_BYTES = 4096  # unit of leases and extents: page size, and the alignment O_DIRECT wants
 
@@ -200,12 +201,18 @@ class RoundRobin:
         return home
 
     def deal_shadows(
-        self, record_extent_bytes: Iterable[int], *, spare: int, atomic: bool
+        self,
+        record_extent_bytes: Iterable[int],
+        *,
+        spare: int,
+        atomic: bool,
+        held: Mapping[int, int] = MappingProxyType({}),
     ) -> list[tuple[int, int]]:
         """Return (path, bytes) of the shadow extents that records of these extent sizes add.
 
         atomic: one a record (twice the state). roll-forward: `spare` a class, the writes in
         flight, but never more than one a record. Those dealt for earlier records of a class count.
+        `held` are those for held writes beside them, by extent bytes.
         """
         dealt = []
         for extent_bytes, num_new in Counter(record_extent_bytes).items():
@@ -214,5 +221,6 @@ class RoundRobin:
             wanted = num_records if atomic else min(spare, num_records)
             missing = max(0, wanted - self._num_shadows[extent_bytes])
             self._num_shadows[extent_bytes] += missing
+            missing += held.get(extent_bytes, 0)
             dealt += [(self.deal(extent_bytes), extent_bytes) for _ in range(missing)]
         return dealt

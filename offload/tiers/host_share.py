@@ -7,6 +7,7 @@ share only the share breaks.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from offload.tiers.extents import PAGE_BYTES, FreeRanges, round_up_to_page
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class HostShare:
-    """`nbytes` of the arena, in pieces. Not thread-safe: its user has a lock.
+    """`nbytes` of the arena, in pieces. Thread-safe.
 
     Attributes:
         nbytes: bytes of the share, whole pages.
@@ -36,15 +37,17 @@ class HostShare:
         self.peak_bytes = 0
         self._lease = arena.lease(self.nbytes, owner)
         self._free = FreeRanges(self.nbytes)
+        self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> HostPiece | None:
         """A piece of `nbytes`, rounded up to pages; None: no free range is that long."""
         size = round_up_to_page(nbytes)
-        start = self._free.take(size)
-        if start is None:
-            return None
-        self.used_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        with self._lock:
+            start = self._free.take(size)
+            if start is None:
+                return None
+            self.used_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return HostPiece(self, start, self._lease.tensor.narrow(0, start, size))
 
     def close(self) -> None:
@@ -53,8 +56,9 @@ class HostShare:
         self._lease.release()
 
     def _take_back(self, start: int, nbytes: int) -> None:
-        self._free.put_back(start, nbytes)
-        self.used_bytes -= nbytes
+        with self._lock:
+            self._free.put_back(start, nbytes)
+            self.used_bytes -= nbytes
 
 
 class HostPiece:

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from offload.errors import (
@@ -22,7 +23,7 @@ from offload.errors import (
     EngineStateError,
     StorageError,
 )
-from offload.tiers.extents import Extent, ExtentPool, RoundRobin
+from offload.tiers.extents import Extent, ExtentPool, RoundRobin, round_up_to_page
 from offload.tiers.records import (
     Record,
     buffer_address,
@@ -105,6 +106,7 @@ class NvmeStore:
         self._salts: list[bytes] = []  # by file
         self._pools: dict[int, ExtentPool] = {}  # by extent bytes
         self._in_flight: dict[int, dict[Transfer, None]] = {}  # by extent bytes, oldest first
+        self._num_holdable: Counter[int] = Counter()  # by extent bytes: shadows left to take
         self.used_bytes = 0
         self.capacity_bytes = (
             disk_bytes_free(self._paths) if capacity_bytes is None else capacity_bytes
@@ -119,13 +121,20 @@ class NvmeStore:
         """Bytes that `reserve` could still allocate, within the capacity and on the disks."""
         return max(0, min(self.capacity_bytes - self.used_bytes, disk_bytes_free(self._paths)))
 
-    def reserve(self, sizes: Sequence[tuple[str, int]], *, spare: int) -> list[Record]:
+    def reserve(
+        self,
+        sizes: Sequence[tuple[str, int]],
+        *,
+        spare: int,
+        held: Mapping[int, int] = MappingProxyType({}),
+    ) -> list[Record]:
         """Allocate extents on the disks for records of (name, nbytes), and shadow extents.
 
         Each class of one extent size gets `min(spare, its records)` shadow extents, in mode atomic
         one a record; `spare` is the number of writes in flight, or 0 for records that are vacated
-        before they are written again: they need none, in either mode. The records of a class are
-        dealt round-robin over the paths. After an error nothing is allocated.
+        before they are written again: they need none, in either mode. `held` are shadow extents
+        for held writes beside those, by the bytes of the records. The records of a class are dealt
+        round-robin over the paths. After an error nothing is allocated.
 
         Raises:
             BudgetError: more than the capacity.
@@ -137,10 +146,12 @@ class NvmeStore:
             dealer = self._dealer.copy()
             records = [self._deal(name, nbytes, dealer) for name, nbytes in sizes]
             extents = [(record.home, record.extent_bytes) for record in records]
+            held = {round_up_to_page(nbytes): count for nbytes, count in held.items()}
             extents += dealer.deal_shadows(
                 (record.extent_bytes for record in records),
                 spare=spare,
                 atomic=self._atomic and spare > 0,
+                held=held,
             )
             needed: Counter[int] = Counter()  # path -> bytes
             for home, nbytes in extents:
@@ -149,6 +160,7 @@ class NvmeStore:
             files = self._create_files(needed)
             with self._lock:
                 self._add_extents(extents, files)
+                self._num_holdable.update(held)
                 self._dealer = dealer
                 self.used_bytes += needed.total()
         return records
@@ -181,6 +193,63 @@ class NvmeStore:
             transfer.expected = record.checksum
             self._pools[extent.nbytes].begin_read(extent)
         return transfer
+
+    def take_shadow(self, record: Record) -> bool:
+        """Take an extent for a held write of `record`; False: there is none, or it is written."""
+        with self._lock:
+            self._check_open()
+            assert record.shadow is None, f"{record!r} has a shadow"
+            num_holdable = self._num_holdable[record.extent_bytes]
+            if record.pending is not None or not num_holdable:
+                return False
+            record.shadow = self._pools[record.extent_bytes].take(record.home)
+            self._num_holdable[record.extent_bytes] -= record.shadow is not None
+            return record.shadow is not None
+
+    def start_held_write(self, record: Record, tensor: torch.Tensor) -> Transfer:
+        """Start to write `tensor` to the shadow taken before; what is current stays so.
+
+        When it has settled well, `commit` makes it current, or `drop_shadow` forgets it.
+
+        Raises:
+            EngineStateError: the store is closed.
+            StorageError: the request cannot be started; the shadow is kept.
+        """
+        address = buffer_address(record, tensor)
+        with self._lock:
+            self._check_open()
+            assert record.shadow is not None, f"{record!r} has no shadow"
+            assert record.pending is None, f"{record!r} is being written"
+            generation, shadow = record.generation + 1, record.shadow
+            transfer = self._start(
+                record, "write", shadow, generation, tensor, address, Urgency.BULK
+            )
+            transfer.held = True
+            record.pending = transfer
+            return transfer
+
+    def commit(self, record: Record) -> None:
+        """Make the shadow current, at once or when its write, which is in flight, settles well."""
+        with self._lock:
+            pending = record.pending
+            if isinstance(pending, StoreTransfer):
+                assert pending.held
+                pending.held = False
+                record.shadow = None
+            else:
+                shadow, record.shadow = record.shadow, None
+                assert shadow is not None, f"{record!r} has no shadow"
+                self._flip(record, shadow, record.shadow_checksum)
+            self._num_holdable[record.extent_bytes] += 1
+
+    def drop_shadow(self, record: Record) -> None:
+        """Forget the shadow; no write of the record may be in flight."""
+        with self._lock:
+            assert record.pending is None, f"{record!r} is being written"
+            shadow, record.shadow = record.shadow, None
+            assert shadow is not None, f"{record!r} has no shadow"
+            self._pools[record.extent_bytes].put_back(shadow)
+            self._num_holdable[record.extent_bytes] += 1
 
     def start_write(
         self, record: Record, tensor: torch.Tensor, *, urgency: int = Urgency.BULK
@@ -267,19 +336,26 @@ class NvmeStore:
                 pool.end_read(extent)
             else:
                 record.pending = None
-                left: Extent | None = extent
-                if failure is None:
-                    left, record.current = record.current, extent
-                    record.checksum = checksum
-                    record.generation += 1
-                if left is not None:
-                    pool.put_back(left)
+                if transfer.held:
+                    record.shadow_checksum = checksum
+                elif failure is None:
+                    self._flip(record, extent, checksum)
+                else:
+                    pool.put_back(extent)
         path = self._files[extent.file].path
         if failure is not None:
             return named_error(failure, record, transfer.operation, extent, path)
         if transfer.operation == "read" and checksum != transfer.expected:
             return checksum_error(record, path, extent, found=checksum, expected=transfer.expected)
         return None
+
+    def _flip(self, record: Record, extent: Extent, checksum: int) -> None:
+        """Make `extent` the record's current one, under the lock."""
+        retired, record.current = record.current, extent
+        record.checksum = checksum
+        record.generation += 1
+        if retired is not None:
+            self._pools[extent.nbytes].put_back(retired)
 
     def _start(
         self,
@@ -425,6 +501,7 @@ class StoreTransfer(TicketTransfer):
         self.operation = operation
         self.extent = extent
         self.expected = 0  # CRC32C of what is read
+        self.held = False  # a write that does not commit
         self._store = store
 
     def _settled(self, checksum: int, failure: StorageError | None) -> StorageError | None:

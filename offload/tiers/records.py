@@ -5,6 +5,8 @@
 record      one piece of state under a name, of a fixed size; has at most one current extent
 generation  how often the record was committed; 0 = never, then it cannot be read
 commit      a write that settled well: the record's current extent flips to the one just written
+held        of a write: it settles without a commit. The new version is the record's shadow until
+            it is committed or dropped; reads return the current one meanwhile
 
 [Note: checksum seeds]
 
@@ -44,6 +46,8 @@ class Record:
         "nbytes",
         "path",
         "pending",
+        "shadow",
+        "shadow_checksum",
     )
 
     def __init__(self, name: str, nbytes: int) -> None:
@@ -58,6 +62,8 @@ class Record:
         self.current: Extent | None = None
         self.checksum = 0  # of the current version
         self.pending: Transfer | None = None  # the write in flight
+        self.shadow: Extent | None = None  # taken for a held write, or holding what it has written
+        self.shadow_checksum = 0
 
     def __repr__(self) -> str:
         return f"Record({self.name!r}, {self.nbytes} bytes, generation {self.generation})"

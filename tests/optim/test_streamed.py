@@ -24,7 +24,7 @@ from offload.tiers.nvme import NvmeStore
 
 NUMEL = 1024  # each parameter fills a bucket of one chunk of 4096 bytes
 NUM_BUCKETS = 6
-SETTINGS = StepSettings(hyper={}, gradient_scale=1.0, step=7)
+SETTINGS = StepSettings(hyper={i: {} for i in range(NUM_BUCKETS)}, gradient_scale=1.0, step=7)
 
 
 class CountingUpdate(ChunkUpdate):

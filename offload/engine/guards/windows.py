@@ -237,7 +237,8 @@ class RootWindow:
     """The window of the whole module: pages that never leave, and the beginning of runs.
 
     Resident parameters stay plain until `rest`, so that recomputation in backward finds them so;
-    a run without gradients has none, and leaves them guarded if it has found them so.
+    a run without gradients has none, and leaves them guarded if it has found them so. One whose
+    update is pending stays guarded in this run, so that its first use applies it.
 
     Attributes:
         order: the name under which `one_run` keeps the trace of the last run with gradients; ()
@@ -258,7 +259,7 @@ class RootWindow:
         self._activations = activations
         self._before_run = before_run
         self._resident = tuple(resident)
-        self._awake = False
+        self._awake: list[PagedParameter] | None = None  # what is plain
         self._wakes_until_leave = False
         self._is_held = False
         self.order: tuple[object, ...] = ()
@@ -281,10 +282,10 @@ class RootWindow:
         if torch.is_grad_enabled():
             self.order = order
         self.pager.begin((self.module.training, torch.is_grad_enabled(), *order))
-        if not self._awake:
-            self._awake = True
+        if self._awake is None:
+            self._awake = [p for p in self._resident if not self.pager.is_pending(p.page)]
             self._wakes_until_leave = not torch.is_grad_enabled()
-            for parameter in self._resident:
+            for parameter in self._awake:
                 parameter.wear_plain()
         if self._activations is not None:
             self._activations.begin(self.module)
@@ -318,10 +319,11 @@ class RootWindow:
 
     def rest(self) -> None:
         """The step is over: guards watch the resident parameters until the next run."""
-        if self._awake:
-            self._awake = self._wakes_until_leave = False
-            for parameter in self._resident:
+        if self._awake is not None:
+            for parameter in self._awake:
                 parameter.wear_guard()
+            self._awake = None
+            self._wakes_until_leave = False
 
     def unwind(self) -> None:
         """Leave as often as this thread has entered."""

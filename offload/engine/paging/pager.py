@@ -30,6 +30,7 @@ from offload.engine.paging.runs import RunKey, Runs
 from offload.engine.paging.turns import turn
 from offload.errors import BudgetError, EngineStateError, OffloadError
 from offload.native import crc32c
+from offload.optim.overlapped import OverlappedStep
 from offload.partition.blocks import BlockStore
 from offload.partition.residency import Residency
 from offload.schedule.lookahead import Actions
@@ -51,6 +52,7 @@ class Pager:
         faults: demand fetches since the engine was made.
         stall_seconds: how long touches have waited for transfers since then.
         arrivals: takes part in what arrives on the device; None for plain copies.
+        updates: makes homes new while the module runs; None: homes are new between steps.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Pager:
         self._runs = Runs(capacity_bytes=capacity_bytes, lookahead_depth=lookahead_depth)
         self.stall_seconds = 0.0
         self.arrivals: Arrivals | None = None
+        self.updates: OverlappedStep | None = None
         self._closed = False
 
     @property
@@ -178,6 +181,10 @@ class Pager:
         with self._lock:
             return turn() in self._window_threads
 
+    def is_pending(self, page: WeightPage) -> bool:
+        """Whether a touch of the page has to make its weights first."""
+        return self.updates is not None and self.updates.is_pending(page.index)
+
     def keep_until_step(self, page: WeightPage) -> None:
         """A raw pointer to a page that is on the device has been given away: it stays."""
         with self._lock:
@@ -242,9 +249,13 @@ class Pager:
         """Record the use and make sure that the page is on the device."""
         self._clock += 1
         page.last_use = self._clock
+        was_pending = self.is_pending(page)
+        if self.updates is not None:
+            self.updates.apply(page.index)
+            self.updates.advance()
         if not page.is_paged:
             return
-        was_absent = page.residency is Residency.HOME
+        was_absent = page.residency is Residency.HOME and not was_pending
         self._event(OPEN, page)
         if closes:
             self._event(CLOSE, page)
@@ -264,8 +275,10 @@ class Pager:
         """Start to bring a page in; False, and nothing changed, if device or staging has no room.
 
         With `wait`, writes under way are waited for if that frees staging; for `beside` see
-        `DeviceTier.try_lease`.
+        `DeviceTier.try_lease`. Without it, a page whose update is pending stays where it is.
         """
+        if not wait and self.is_pending(page):
+            return False
         lease = self._store.device.try_lease(page.nbytes, page.block.name, beside=beside)
         if lease is None:
             return False
@@ -446,8 +459,9 @@ class Pager:
         """
         with self._lock:
             self.write_edits()
-            if self.arrivals is not None:
-                self.arrivals.settle()
+            for pending in (self.arrivals, self.updates):
+                if pending is not None:
+                    pending.settle()
             self._store.drain()
 
     def write_edits(self) -> None:
@@ -474,6 +488,8 @@ class Pager:
             if self._closed:
                 raise EngineStateError(f"{user} on parameters of an engine that is closed")
             self._node_pins.enter_node()
+            if self.updates is not None:
+                self.updates.apply(page.index)
             if page.residency is Residency.ON_DEVICE:
                 self.write_back(page)
 
@@ -488,6 +504,8 @@ class Pager:
             if page in self._present and not (page.pins or page.kept):
                 self._drop(page)
             elif page in self._present:
+                if self.updates is not None:
+                    self.updates.apply(page.index)
                 self._store.device.renew(page.held_lease)
                 refreshed = self._page_in(page, page.held_lease, in_demand=True)
                 refreshed.finish()

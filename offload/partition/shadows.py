@@ -1,0 +1,180 @@
+"""Next versions of chunks, made before it is known whether they count.
+
+[Note: Shadows]
+A chunk can be updated while its home stays as it is. What has been made of it is *held*:
+
+    home                held                               commit
+    nvme                in a shadow extent of its record   the record's current extent flips
+    host, device (CPU)  in staging, a copy of the home     copied to the home
+    device (GPU)        in staging                         h2d copy
+
+`drop` forgets it, and the home says what it has always said. Reads of the home are legal at any
+time, and return the current version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload.errors import DeadlineError, OffloadError, StorageError
+from offload.partition.blocks import ZEROED_LANE, Block, BlockStore, Lend, Staged, release_all
+from offload.partition.layout import UPDATED_CLASSES
+from offload.tiers.nvme import NvmeStore
+from offload.tiers.transfer import CompletedTransfer, Transfer
+
+Key = tuple[int, str, int]
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A held version; on nvme `staged` is there until the write, `transfer`, has settled."""
+
+    staged: Staged | None
+    transfer: Transfer | None = None
+    failed: bool = False
+
+
+class Shadows:
+    """The held versions of an engine's chunks. Not thread-safe: its user has a lock."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self._held: dict[Key, _Held] = {}
+
+    def start_loads(self, blocks: Sequence[Block], chunk: int, lend: Lend) -> list[Staged] | None:
+        """Start to bring a chunk of several blocks to staging in which it can be updated.
+
+        All of them, or None and nothing is held: there is no staging, or no room for what would be
+        held, or the chunk is being written. What a step only reads may be the home itself.
+        """
+        taken: list[Block] = []
+        loaded: list[Staged] = []
+        try:
+            for block in blocks:
+                updated = block.state_class in UPDATED_CLASSES
+                if updated and block.home == "nvme":
+                    if not self._nvme.take_shadow(block.records[chunk]):
+                        break
+                    taken.append(block)
+                if updated and self._store.in_place(block):
+                    staged = self._copied(block, chunk, lend)
+                else:
+                    staged = self._store.start_load(block, chunk, wait=False, lend=lend)
+                if staged is None:
+                    break
+                loaded.append(staged)
+            else:
+                return loaded
+        except OffloadError:
+            self._undo(taken, loaded, chunk)
+            raise
+        self._undo(taken, loaded, chunk)
+        return None
+
+    def cancel_loads(self, blocks: Sequence[Block], chunk: int, loaded: Sequence[Staged]) -> None:
+        """Undo `start_loads`, whose chunk is not held: waits for what is in flight."""
+        self._undo([b for b in blocks if self._has_extent(b)], loaded, chunk)
+
+    def hold(self, block: Block, chunk: int, staged: Staged) -> None:
+        """Hold what has been made of a chunk that `start_loads` has brought; `staged` is ours.
+
+        Raises:
+            StorageError: the write could not be started; the chunk can only be dropped.
+        """
+        held = _Held(staged)
+        self._held[self._key(block, chunk)] = held
+        if self._has_extent(block):
+            try:
+                held.transfer = self._nvme.start_held_write(block.records[chunk], staged.tensor)
+            except StorageError:
+                held.failed = True
+                raise
+
+    def settle_ended(self) -> None:
+        """Give back the staging of writes that have ended; waits for none, and raises nothing."""
+        for held in self._held.values():
+            if held.transfer is not None and held.transfer.done():
+                self._settle(held)
+
+    def is_good(self, block: Block, chunk: int) -> bool:
+        """Whether the held version can be committed, as far as is known."""
+        held = self._held.get(self._key(block, chunk))
+        return held is not None and not held.failed
+
+    def commit(self, block: Block, chunk: int) -> None:
+        """Make the held version current; a write that is in flight is the store's from here on.
+
+        Raises:
+            StorageError: the copy to a home on a GPU failed; the store keeps the buffer.
+        """
+        held = self._held.pop(self._key(block, chunk))
+        assert not held.failed, "a version that could not be written"
+        if self._has_extent(block):
+            self._nvme.commit(block.records[chunk])
+            if held.transfer is not None and held.staged is not None:
+                self._store.adopt_write(block, chunk, held.transfer, held.staged)
+            return
+        assert held.staged is not None
+        if self._store.in_place(block):
+            self._store.home(block, chunk).copy_(held.staged.tensor)
+            held.staged.release()
+        else:
+            self._store.start_store(block, chunk, held.staged)
+            self._store.settle(block, chunk)
+
+    def drop(self, block: Block, chunk: int) -> None:
+        """Forget the held version, if there is one, after its write."""
+        held = self._held.pop(self._key(block, chunk), None)
+        if held is None:
+            return
+        self._settle(held)
+        if held.staged is not None and held.transfer is None:
+            held.staged.release()
+        if self._has_extent(block) and held.transfer is None:
+            self._nvme.drop_shadow(block.records[chunk])
+
+    def _settle(self, held: _Held) -> None:
+        """Wait for a write; one that hangs keeps its buffer and its extent for good."""
+        if held.transfer is None:
+            return
+        try:
+            held.transfer.wait(self._store.deadline_seconds)
+        except DeadlineError:
+            held.failed = True
+            return
+        except StorageError:
+            held.failed = True
+        held.transfer = None
+        if held.staged is not None:
+            held.staged.release()
+            held.staged = None
+
+    def _copied(self, block: Block, chunk: int, lend: Lend) -> Staged | None:
+        home = self._store.home(block, chunk)
+        lease = lend(home.numel())
+        if lease is None:
+            return None
+        tensor = lease.tensor[: home.numel()]
+        tensor.copy_(home)
+        return Staged(tensor, CompletedTransfer(ZEROED_LANE), lease)
+
+    def _undo(self, taken: Sequence[Block], loaded: Sequence[Staged], chunk: int) -> None:
+        release_all(loaded, self._store.deadline_seconds)
+        for block in taken:
+            with contextlib.suppress(StorageError):
+                self._nvme.drop_shadow(block.records[chunk])
+
+    @staticmethod
+    def _has_extent(block: Block) -> bool:
+        return block.home == "nvme" and block.state_class in UPDATED_CLASSES
+
+    @property
+    def _nvme(self) -> NvmeStore:
+        assert self._store.nvme is not None, "a block on nvme comes with a store"
+        return self._store.nvme
+
+    @staticmethod
+    def _key(block: Block, chunk: int) -> Key:
+        return block.bucket.index, block.state_class, chunk

@@ -1,0 +1,129 @@
+"""The room that the overlapped optimizer step takes, beside what a plan has to have; pure.
+
+[Note: Overlap room]
+  flow    host memory for chunks on their way to an update or from it, of which some are read, one
+          is updated and some are written. Taken off the host budget before the rest is placed.
+  held    next versions that are not current yet: on the host for homes in memory, from what the
+          budget has left; on nvme as shadow extents, from half of what is free there.
+Where the budgets have no room for that the step is taken between backward and forward, as ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from offload.partition.layout import (
+    BLOCK_ALIGNMENT_BYTES,
+    UPDATED_CLASSES,
+    num_held,
+    round_up,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from offload.schedule.footprint import Machine
+    from offload.schedule.plan import Plan
+
+# Chunks in the flow: fewer than the least cannot overlap, more than the most gain nothing.
+_LEAST_CHUNKS, _MOST_CHUNKS = 2, 6
+_MOST_FLOW_SHARE = 1 / 4  # of the host budget
+_MOST_HELD_SHARE = 1 / 2  # of what is free on nvme
+
+
+class OverlapRoom(NamedTuple):
+    """What the overlapped step may take; see [Note: Overlap room].
+
+    Attributes:
+        flow_bytes: host memory for what is on its way; 0: the step is not overlapped.
+        held_bytes: host memory for held versions.
+        held_share: of the chunks of weights and optimizer state on nvme, those that can be held.
+    """
+
+    flow_bytes: int = 0
+    held_bytes: int = 0
+    held_share: float = 0.0
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of both kinds."""
+        return self.flow_bytes + self.held_bytes
+
+
+NO_OVERLAP = OverlapRoom()
+
+
+def flow_bytes(planned: Plan, machine: Machine) -> int:
+    """Host bytes that the flow wants; 0: nothing is staged, or the budget is too small."""
+    largest = max(
+        (
+            sum(
+                round_up(sizes[chunk], BLOCK_ALIGNMENT_BYTES)
+                for state_class, sizes in chunks.items()
+                if machine.is_staged(planned.tier(bucket, state_class))
+            )
+            for bucket, chunks in _overlapped(planned, machine)
+            for chunk in range(len(chunks["gradients"]))
+        ),
+        default=0,
+    )
+    room_bytes = int(machine.host_bytes * _MOST_FLOW_SHARE)
+    chunks = min(room_bytes // largest, _MOST_CHUNKS) if largest else 0
+    return chunks * largest if chunks >= _LEAST_CHUNKS else 0
+
+
+def overlap_room(planned: Plan, machine: Machine, flow: int) -> OverlapRoom:
+    """The room of a plan beside which `flow` bytes of the host are free."""
+    in_memory = on_nvme = 0
+    for bucket, chunks in _overlapped(planned, machine):
+        for state_class in UPDATED_CLASSES:
+            nbytes = sum(chunks.get(state_class, ()))
+            if nbytes and planned.tier(bucket, state_class) == "nvme":
+                on_nvme += nbytes
+            else:
+                in_memory += nbytes
+    left = machine.host_bytes - flow - planned.need_bytes["host"]
+    held = min(max(left, 0), in_memory) // BLOCK_ALIGNMENT_BYTES * BLOCK_ALIGNMENT_BYTES
+    free = planned.budget_bytes["nvme"] - planned.need_bytes["nvme"]
+    share = min(1.0, max(free, 0) * _MOST_HELD_SHARE / on_nvme) if on_nvme else 0.0
+    return OverlapRoom(flow, held, share)
+
+
+def with_overlap(planned: Plan, room: OverlapRoom) -> Plan:
+    """Count the room: the plan needs none of it, and takes all."""
+    sizes = [
+        size
+        for bucket, layouts in enumerate(planned.layouts)
+        for state_class in UPDATED_CLASSES
+        if state_class in layouts and planned.tier(bucket, state_class) == "nvme"
+        for size in layouts[state_class].chunk_nbytes
+    ]
+    extents = num_held(sizes, room.held_share)
+    held_on_nvme = sum(nbytes * count for nbytes, count in extents.items())
+    peak = planned.peak_bytes
+    return replace(
+        planned,
+        overlap=room,
+        peak_bytes={
+            **peak,
+            "host": peak["host"] + room.host_bytes,
+            "nvme": peak["nvme"] + held_on_nvme,
+        },
+        budget_bytes={
+            **planned.budget_bytes,
+            "host": planned.budget_bytes["host"] + room.flow_bytes,
+        },
+    )
+
+
+def _overlapped(
+    planned: Plan, machine: Machine
+) -> Iterator[tuple[int, dict[str, tuple[int, ...]]]]:
+    """The trainable buckets that have something to wait for, and their chunk bytes by class."""
+    for bucket, layouts in enumerate(planned.layouts):
+        if "gradients" not in layouts:
+            continue
+        tiers = {planned.tier(bucket, state_class) for state_class in layouts}
+        if not machine.host_addressable or "nvme" in tiers:
+            yield bucket, {name: tuple(layout.chunk_nbytes) for name, layout in layouts.items()}
