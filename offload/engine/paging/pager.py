@@ -29,7 +29,6 @@ from offload.engine.paging.pages import PagedParameter, WeightPage, names_of
 from offload.engine.paging.runs import RunKey, Runs
 from offload.engine.paging.turns import turn
 from offload.errors import BudgetError, EngineStateError, OffloadError
-from offload.native import crc32c
 from offload.optim.overlapped import OverlappedStep
 from offload.partition.blocks import BlockStore
 from offload.partition.residency import Residency
@@ -191,7 +190,7 @@ class Pager:
             page.kept = True
             for parameter in page.parameters:
                 if parameter.raw_checksum is None:
-                    parameter.raw_checksum = _checksum(parameter)
+                    parameter.raw_checksum = parameter.checksum()
 
     # -- traces ----------------------------------------------------------------------------------
 
@@ -423,11 +422,11 @@ class Pager:
         for parameter in page.parameters:
             version = parameter.current_version
             raw = parameter.raw_checksum
-            if version != parameter.version or (raw is not None and raw != _checksum(parameter)):
+            if version != parameter.version or (raw is not None and raw != parameter.checksum()):
                 parameter.mark_edited()
             parameter.version = version
             if raw is not None:
-                parameter.raw_checksum = _checksum(parameter)
+                parameter.raw_checksum = parameter.checksum()
         return any(parameter.home_is_stale for parameter in page.parameters)
 
     def write_back(self, page: WeightPage) -> None:
@@ -514,7 +513,7 @@ class Pager:
                     self._draining.append(refreshed)
             for parameter in page.parameters:
                 if parameter.raw_checksum is not None:
-                    parameter.raw_checksum = _checksum(parameter)
+                    parameter.raw_checksum = parameter.checksum()
 
     def make_way(self, capacity_bytes: int) -> None:
         """Leave the device, as far as nobody holds a page there, and count on another room on it.
@@ -606,10 +605,3 @@ class Pager:
                         parameter.wear(parameter.guard_class)
             for page_in in self._draining:
                 page_in.settle()
-
-
-def _checksum(parameter: PagedParameter) -> int:
-    tensor = parameter.state.parameter
-    if tensor.device.type != "cpu" or not parameter.nbytes:
-        return 0
-    return crc32c(parameter.storage.data_ptr(), parameter.nbytes)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from offload.errors import listed
+from offload.native import crc32c
 from offload.partition.residency import Residency, check_transition
 
 if TYPE_CHECKING:
@@ -153,6 +154,12 @@ class PagedParameter:
     def nbytes(self) -> int:
         """Bytes of the parameter, without padding."""
         return self.state.numel * self._itemsize
+
+    def checksum(self) -> int:
+        """CRC32C of the bytes that the storage points at; 0 where the CPU does not reach them."""
+        if self.state.parameter.device.type != "cpu" or not self.nbytes:
+            return 0
+        return crc32c(self.storage.data_ptr(), self.nbytes)
 
     def is_in_place(self) -> bool:
         """Whether the tensor still has the memory that it had; with guards off."""
@@ -348,3 +355,8 @@ def find_paged(tensor: torch.Tensor) -> PagedParameter | None:
         return _PAGED.get(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # no storage: sparse, functorch wrappers, ...
         return None
+
+
+def names_of(pages: Sequence[WeightPage]) -> str:
+    """The parameters of the pages, for messages: the first few by name."""
+    return listed([paged.state.name for page in pages for paged in page.parameters], most=4)
