@@ -41,6 +41,7 @@ from offload.partition.shadows import Shadows
 from offload.schedule.overlap import OverlapRoom
 from offload.tiers.host import HostArena
 from offload.tiers.host_share import HostShare
+from offload.tiers.transfer import Urgency
 
 OWNER = "the overlapped optimizer step"
 _READ_AHEAD = 3  # chunks; what is written takes the rest of the flow
@@ -403,13 +404,21 @@ class OverlappedStep:
             key = (index, chunk.index)
             while self._is_left(key):
                 if key in self._loading:
-                    self._loading.move_to_end(key, last=False)
-                    self._end_oldest()
+                    self._hurry(key)
+                    self._advance()
+                    if key in self._loading:
+                        self._loading.move_to_end(key, last=False)
+                        self._end_oldest()
                 elif not self._start(key):
                     self._make_room(bucket, key[1])
                 if key in self._troubled:
                     self._troubled.discard(key)
                     self._raise_trouble(bucket, key[1])
+
+    def _hurry(self, key: Key) -> None:
+        """Somebody waits for this chunk."""
+        for staged in self._loading[key].work.staged.values():
+            staged.transfer.expedite(Urgency.DEMAND)
 
     def _make_room(self, bucket: Bucket, chunk: int) -> None:
         """Wait for something that gives staging back."""

@@ -355,8 +355,3 @@ def find_paged(tensor: torch.Tensor) -> PagedParameter | None:
         return _PAGED.get(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # no storage: sparse, functorch wrappers, ...
         return None
-
-
-def names_of(pages: Sequence[WeightPage]) -> str:
-    """The parameters of the pages, for messages: the first few by name."""
-    return listed([paged.state.name for page in pages for paged in page.parameters], most=4)
