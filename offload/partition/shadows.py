@@ -80,17 +80,17 @@ class Shadows:
     def hold(self, block: Block, chunk: int, staged: Staged) -> None:
         """Hold what has been made of a chunk that `start_loads` has brought; `staged` is ours.
 
+        If its home is being written for another reason, it can only be dropped.
+
         Raises:
             StorageError: the write could not be started; the chunk can only be dropped.
         """
         held = _Held(staged)
         self._held[self._key(block, chunk)] = held
         if self._has_extent(block):
-            try:
-                held.transfer = self._nvme.start_held_write(block.records[chunk], staged.tensor)
-            except StorageError:
-                held.failed = True
-                raise
+            held.failed = True
+            held.transfer = self._nvme.start_held_write(block.records[chunk], staged.tensor)
+            held.failed = held.transfer is None
 
     def settle_ended(self) -> None:
         """Give back the staging of writes that have ended; waits for none, and raises nothing."""

@@ -206,10 +206,11 @@ class NvmeStore:
             self._num_holdable[record.extent_bytes] -= record.shadow is not None
             return record.shadow is not None
 
-    def start_held_write(self, record: Record, tensor: torch.Tensor) -> Transfer:
+    def start_held_write(self, record: Record, tensor: torch.Tensor) -> Transfer | None:
         """Start to write `tensor` to the shadow taken before; what is current stays so.
 
-        When it has settled well, `commit` makes it current, or `drop_shadow` forgets it.
+        When it has settled well, `commit` makes it current, or `drop_shadow` forgets it. None: the
+        record is being written otherwise, so that this would not be its next version.
 
         Raises:
             EngineStateError: the store is closed.
@@ -219,7 +220,8 @@ class NvmeStore:
         with self._lock:
             self._check_open()
             assert record.shadow is not None, f"{record!r} has no shadow"
-            assert record.pending is None, f"{record!r} is being written"
+            if record.pending is not None:
+                return None
             generation, shadow = record.generation + 1, record.shadow
             transfer = self._start(
                 record, "write", shadow, generation, tensor, address, Urgency.BULK
@@ -243,9 +245,11 @@ class NvmeStore:
             self._num_holdable[record.extent_bytes] += 1
 
     def drop_shadow(self, record: Record) -> None:
-        """Forget the shadow; no write of the record may be in flight."""
+        """Forget the shadow; no held write of the record may be in flight."""
         with self._lock:
-            assert record.pending is None, f"{record!r} is being written"
+            pending = record.pending
+            held = isinstance(pending, StoreTransfer) and pending.held
+            assert not held, f"{record!r} is being written"
             shadow, record.shadow = record.shadow, None
             assert shadow is not None, f"{record!r} has no shadow"
             self._pools[record.extent_bytes].put_back(shadow)
