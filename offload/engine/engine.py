@@ -166,12 +166,13 @@ class Engine(AccumulatingEngine):
         self._check_ready("backward")
         self._check_has_gradients("backward")
         self._end_interrupted()
+        if self.is_accumulation_boundary():
+            self._expect_step()
         with self._running_backward():
             self._scaled(loss).backward(**kwargs)
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         scale = 1.0 / self.config.training.gradient_accumulation_steps
-        self._expect_step()
         if self.loss_scale is not None:
             loss = loss.float()
             scale *= self.loss_scale.scale
@@ -417,11 +418,12 @@ class Engine(AccumulatingEngine):
         if self._parts.activations is not None:
             self._parts.activations.collect()
 
-    def _expect_step(self) -> None:
-        """A backward begins; say what the step after it will apply if all goes well."""
-        last = self.is_accumulation_boundary() and not self._gradients_are_spent
-        expected = self._step_settings(self._hyper(), 1.0) if last else None
-        self._parts.updates.expect(expected)
+    def _expect_step(self, arrivals: int = 1) -> None:
+        """The last backward before a step begins: say what that will apply if all goes well."""
+        expected = self._step_settings(self._hyper(), 1.0)
+        self._parts.updates.expect(
+            None if self._gradients_are_spent else expected, arrivals=arrivals
+        )
 
     def _clear_gradients(self) -> None:
         self._gradients_are_spent = False

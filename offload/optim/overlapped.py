@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -107,7 +107,8 @@ class OverlappedStep:
         self._loading: OrderedDict[Key, _Loading] = OrderedDict()
         # Of the backward under way:
         self._expected: StepSettings | None = None
-        self._arrived: set[int] = set()
+        self._arrivals: Counter[int] = Counter()  # of gradients, by parameter
+        self._expected_arrivals = 1
         self._complete: deque[Key] = deque()
         self._made: dict[Key, tuple[tuple[Segment, ...], ParameterState | None]] = {}
         self._held_bytes = 0  # of homes in memory
@@ -134,21 +135,25 @@ class OverlappedStep:
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def expect(self, settings: StepSettings | None) -> None:
-        """A backward begins; a step that will probably apply this follows it. None: perhaps."""
+    def expect(self, settings: StepSettings | None, *, arrivals: int = 1) -> None:
+        """A backward begins; a step that will probably apply this follows it. None: perhaps.
+
+        Every gradient will come home so many times before it is the step's.
+        """
         with self._timed():
             if self._expected is not None:
                 self._distrust()  # of one backward before the step
                 self._drop_all()
             self._expected = None if self._pause_steps else settings
-            self._arrived.clear()
+            self._arrivals.clear()
+            self._expected_arrivals = arrivals
 
     def arrived(self, state: ParameterState) -> None:
         """A gradient has come home. Raises nothing."""
         with self._timed():
             if self._expected is None:
                 pass
-            elif state.index in self._arrived:
+            elif self._arrivals[state.index] == self._expected_arrivals:
                 self._distrust()
                 self._drop_all()
                 self._expected = None
@@ -182,7 +187,8 @@ class OverlappedStep:
             self._pending = {
                 index: None
                 for index, bucket in sorted(self._buckets.items())
-                if not self._streamed.settle_bucket(bucket, settings)
+                if not self._streamed.runs_on_device(bucket)
+                and not self._streamed.settle_bucket(bucket, settings)
             }
             if not self._pending:
                 self._settings = None
@@ -277,13 +283,16 @@ class OverlappedStep:
                 self._complete.popleft()
 
     def _note_arrival(self, state: ParameterState, expected: StepSettings) -> None:
-        if state.bucket not in self._buckets:
+        bucket = self._buckets.get(state.bucket)
+        if bucket is None or self._streamed.runs_on_device(bucket):
             return
-        self._arrived.add(state.index)
-        for chunk in self._buckets[state.bucket].chunks:
+        self._arrivals[state.index] += 1
+        for chunk in bucket.chunks:
             key = (state.bucket, chunk.index)
             due = {s.param for s in self._segments[key]} & expected.hyper.keys()
-            if state.index in due and due <= self._arrived:
+            if state.index in due and all(
+                self._arrivals[param] == self._expected_arrivals for param in due
+            ):
                 self._complete.append(key)
 
     def _next(self) -> Key | None:
@@ -456,7 +465,7 @@ class OverlappedStep:
         if wrong:
             self._distrust()
         self._complete.clear()
-        self._arrived.clear()
+        self._arrivals.clear()
         self._expected = None
         self._troubled.clear()
 
@@ -504,7 +513,7 @@ class OverlappedStep:
         for key in list(self._made):
             self._drop_made(key)
         self._complete.clear()
-        self._arrived.clear()
+        self._arrivals.clear()
 
     def _cancel(self, loading: _Loading) -> None:
         work = loading.work

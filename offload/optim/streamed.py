@@ -111,6 +111,10 @@ class StreamedStep:
         self._has_run = True
         self.end_if_done()
 
+    def runs_on_device(self, bucket: Bucket) -> bool:
+        """Whether a bucket is updated on an accelerator, beside the CPU."""
+        return self._updater.runs_on_device(bucket)
+
     def settle_bucket(self, bucket: Bucket, settings: StepSettings) -> bool:
         """Whether the step is through with a bucket; if so, its parameters count it, once."""
         if bucket.index in self._settled:

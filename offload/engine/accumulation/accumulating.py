@@ -63,6 +63,10 @@ class AccumulatingEngine(ForwardOnlyEngine):
         """Around backward passes: count, bring gradients home, forget them if one fails."""
 
     @abstractmethod
+    def _expect_step(self, arrivals: int = 1) -> None:
+        """The last backward passes before a step begin, in which every gradient so often arrives."""
+
+    @abstractmethod
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """What backward starts from."""
 
@@ -144,8 +148,9 @@ class AccumulatingEngine(ForwardOnlyEngine):
         knowledge: Knowledge | None = None,
     ) -> list[torch.Tensor]:
         """One micro-batch after the other; those of a step to watch add to `knowledge`."""
-        losses = []
+        losses: list[torch.Tensor] = []
         for call, stream in zip(calls, self._streams(seeds), strict=True):
+            self.micro_steps += bool(losses)
             with stream.entered():
                 if knowledge is None:
                     loss = call()
@@ -157,7 +162,6 @@ class AccumulatingEngine(ForwardOnlyEngine):
                         self.backward(loss)
             losses.append(loss.detach())
             del loss
-        self.micro_steps += len(calls) - 1
         return losses
 
     # -- layer-major order -------------------------------------------------------------------------
@@ -236,6 +240,7 @@ class AccumulatingEngine(ForwardOnlyEngine):
     def _backward_in_pieces(self, ledger: Ledger) -> Iterator[None]:
         gradients = self._parts.gradients
         gradients.num_arrivals = self.config.training.gradient_accumulation_steps
+        self._expect_step(arrivals=gradients.num_arrivals)
         try:
             with self._running_backward(), self._slots.ordered_by(ledger):
                 yield
