@@ -19,11 +19,10 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from offload.config import OffloadConfig
@@ -42,7 +41,7 @@ from offload.engine.guards.windows import (
 )
 from offload.engine.loss.chunked_head import Handle, chunk_head
 from offload.engine.optimizer import Closure, OffloadOptimizer
-from offload.engine.paging.pages import PagedParameter, forget, paged_by_owner
+from offload.engine.paging.pages import PagedParameter, come_and_go, forget, paged_by_owner
 from offload.engine.promotion import Promotion
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess
@@ -322,11 +321,11 @@ class Engine(AccumulatingEngine):
         for name, module in self.module.named_modules():
             if id(module) in below:
                 continue
-            own = self._paged_of(module.parameters(recurse=False), by_owner)
+            own = come_and_go(module.parameters(recurse=False), by_owner)
             if own:
                 windows.append(Window(module, name, own, self._parts.pager))
         for name, module in gathered.items():
-            every = self._paged_of(module.parameters(), by_owner)
+            every = come_and_go(module.parameters(), by_owner)
             windows.append(GatheredWindow(module, name, every, self._parts.pager))
         for name, module in fused_modules(self.module).items():
             # Also those whose home is the device: called by itself, the module finds them guarded.
@@ -341,13 +340,6 @@ class Engine(AccumulatingEngine):
             self._parts.activations,
             before_run=self._before_run,
         )
-
-    @staticmethod
-    def _paged_of(
-        parameters: Iterator[nn.Parameter], by_owner: Mapping[int, Sequence[PagedParameter]]
-    ) -> list[PagedParameter]:
-        found = (paged for parameter in parameters for paged in by_owner.get(id(parameter), ()))
-        return [paged for paged in found if paged.page.is_paged and not paged.tiles]
 
     def _before_run(self) -> None:
         """A forward of the whole module begins, of `module` itself or through the engine."""

@@ -64,7 +64,7 @@ class AccumulatingEngine(ForwardOnlyEngine):
 
     @abstractmethod
     def _expect_step(self, arrivals: int = 1) -> None:
-        """The last backward passes before a step begin, in which every gradient so often arrives."""
+        """The last backward before a step begins; every gradient will arrive so often."""
 
     @abstractmethod
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:

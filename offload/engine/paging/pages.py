@@ -30,7 +30,7 @@ from offload.native import crc32c
 from offload.partition.residency import Residency, check_transition
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from offload.engine.guards.composite import Composite
     from offload.engine.tiling.tiled import TiledParameter
@@ -355,3 +355,11 @@ def find_paged(tensor: torch.Tensor) -> PagedParameter | None:
         return _PAGED.get(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # no storage: sparse, functorch wrappers, ...
         return None
+
+
+def come_and_go(
+    parameters: Iterator[torch.nn.Parameter], by_owner: Mapping[int, Sequence[PagedParameter]]
+) -> list[PagedParameter]:
+    """What is paged of the parameters, as whole pages that leave the device."""
+    found = (paged for parameter in parameters for paged in by_owner.get(id(parameter), ()))
+    return [paged for paged in found if paged.page.is_paged and not paged.tiles]
