@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from offload.config import OffloadConfig
-from offload.engine import build
+from offload.engine import build, planning
 from offload.errors import ChecksumError, DeadlineError, EngineStateError, StorageError
 from offload.native import IoEngine
 from offload.optim.rules import UpdateRule
@@ -48,6 +48,12 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizer steps are taken between backward and forward, reads ahead and writes behind."""
+    monkeypatch.setattr(planning, "flow_bytes", lambda *_: 0)
 
 
 def nvme_settings(path: Path, **sections: Any) -> dict[str, Any]:
@@ -121,12 +127,20 @@ def run_through(engine: Any, *, accumulation: int = 1) -> tuple[Any, list[str]]:
     return run, errors
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("kind", ["read", "write"])
 def test_training_goes_on_after_an_error_anywhere(
-    kind: str, accumulation: int, faulty: Faulty, tmp_path: Path
+    kind: str,
+    accumulation: int,
+    overlapped: bool,
+    faulty: Faulty,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """One operation in a run fails, each time another; the end is that of an undisturbed run."""
+    if not overlapped:
+        request.getfixturevalue("by_itself")
     training = {"training": {"gradient_accumulation_steps": accumulation}}
     calm = train_engine(small_model(), nvme_settings(tmp_path, **training), small_loss, steps=STEPS)
     code = errno.EIO if kind == "read" else errno.ENOSPC
@@ -140,10 +154,11 @@ def test_training_goes_on_after_an_error_anywhere(
         calm.norms = run.norms
         assert_identical(run, calm)
         engine.close()
-    assert "step" in seen
-    assert seen & {"forward", "backward"}
+    assert overlapped or "step" in seen
+    assert overlapped or seen & {"forward", "backward"}
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_a_pending_step_refuses_everything_but_its_completion(
     faulty: Faulty, tmp_path: Path
 ) -> None:
@@ -197,6 +212,7 @@ def continue_engine_until_error(engine: Any) -> list[float]:
     return losses
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_an_error_again_and_again(faulty: Faulty, tmp_path: Path) -> None:
     """Many writes in a row fail; each call of step gets further, and nothing is applied twice."""
     calm = train_engine(small_model(), nvme_settings(tmp_path), small_loss, steps=2)
@@ -217,6 +233,7 @@ def test_an_error_again_and_again(faulty: Faulty, tmp_path: Path) -> None:
     assert_identical(found, calm)
 
 
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize("backend", ["threads", "python"])
 def test_a_flipped_bit_is_an_error_that_names_the_record(backend: str, faulty: Faulty) -> None:
     engine = faulty(None)
@@ -245,6 +262,7 @@ def run_until_error(engine: Any) -> None:
         engine.step()
 
 
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize("kind", ["read", "write"])
 def test_an_operation_that_hangs_is_an_error_in_time(kind: str, faulty: Faulty) -> None:
     engine = faulty(None)
@@ -263,11 +281,14 @@ def test_an_operation_that_hangs_is_an_error_in_time(kind: str, faulty: Faulty) 
         assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("tier", ["host", "nvme"])
+@pytest.mark.parametrize("tier", ["host", "nvme", "nvme, overlapped"])
 def test_an_interrupt_in_the_middle_of_an_update(
-    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Ctrl-C comes when some elements of a chunk have been updated: none is updated twice."""
+    if tier != "nvme, overlapped":
+        request.getfixturevalue("by_itself")
+    tier, *overlapped = tier.split(",")
     config = settings(tier, tmp_path, bucket_elements=1024)
     calm = train_engine(small_model(), config, small_loss, steps=STEPS)
     update, calls = UpdateRule.update, []
@@ -284,15 +305,19 @@ def test_an_interrupt_in_the_middle_of_an_update(
     losses = []
     with make_engine(small_model(), config) as engine:
         for step in range(STEPS):
-            loss = small_loss(engine, step)
-            losses.append(loss.item())
-            engine.backward(loss)
+            has_gradients = False
             while engine.global_steps == step:
                 try:
+                    if not has_gradients:
+                        loss = small_loss(engine, step)
+                        engine.backward(loss)
+                        has_gradients = True
                     engine.step()
                 except KeyboardInterrupt:
                     interrupts += 1
+            losses.append(loss.item())
+        monkeypatch.undo()
         run = continue_engine(engine, small_loss, steps=0)
     run.losses, run.norms = losses, calm.norms
     assert_identical(run, calm)
-    assert interrupts > STEPS
+    assert interrupts > (0 if overlapped else STEPS)
