@@ -187,7 +187,7 @@ class ZerothOrder:
         torch.clear_autocast_cache()  # casts of perturbed weights
         edited = None
         for page in self._pages:
-            if page.residency is Residency.ON_DEVICE and self._pager.note_edits(page):
+            if page.residency is Residency.ON_DEVICE and page.note_edits():
                 edited = edited or page
                 for parameter in page.parameters:
                     parameter.home_is_stale = parameter.state.edited = False

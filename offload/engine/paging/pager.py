@@ -417,18 +417,6 @@ class Pager:
 
     # -- edits and steps -------------------------------------------------------------------------
 
-    def note_edits(self, page: WeightPage) -> bool:
-        """Mark the parameters that the user has changed; whether the home copy is older now."""
-        for parameter in page.parameters:
-            version = parameter.current_version
-            raw = parameter.raw_checksum
-            if version != parameter.version or (raw is not None and raw != parameter.checksum()):
-                parameter.mark_edited()
-            parameter.version = version
-            if raw is not None:
-                parameter.raw_checksum = parameter.checksum()
-        return any(parameter.home_is_stale for parameter in page.parameters)
-
     def write_back(self, page: WeightPage) -> None:
         """Make the home copy of a page that is on the device as new as the device copy.
 
@@ -436,7 +424,7 @@ class Pager:
             StorageError: the write could not be started; the device copy is kept.
             GuardError: the page holds perturbed copies.
         """
-        if not self.note_edits(page) or not page.is_paged:
+        if not page.note_edits() or not page.is_paged:
             return
         if self.arrivals is not None:
             self.arrivals.check_edit(page)
@@ -555,7 +543,7 @@ class Pager:
         with self._lock:
             fresh = [page for page in pages if not page.kept]
             for page in pages:
-                self.note_edits(page)
+                page.note_edits()
                 self.keep_until_step(page)
             return fresh
 
@@ -569,7 +557,7 @@ class Pager:
                 before = [parameter.state.edited for parameter in page.parameters]
                 for parameter in page.parameters:
                     parameter.state.edited = False
-                self.note_edits(page)
+                page.note_edits()
                 for parameter, was in zip(page.parameters, before, strict=True):
                     if parameter.state.edited:
                         edited.append(parameter)

@@ -314,6 +314,18 @@ class WeightPage:
             if parameter.nbytes:
                 parameter.point_at(self.lease.storage_at(parameter.offset_bytes, parameter.nbytes))
 
+    def note_edits(self) -> bool:
+        """Mark the parameters that the user has changed; whether the home copy is older now."""
+        for parameter in self.parameters:
+            version = parameter.current_version
+            raw = parameter.raw_checksum
+            if version != parameter.version or (raw is not None and raw != parameter.checksum()):
+                parameter.mark_edited()
+            parameter.version = version
+            if raw is not None:
+                parameter.raw_checksum = parameter.checksum()
+        return any(parameter.home_is_stale for parameter in self.parameters)
+
     def point_parameters_away(self) -> None:
         """Give every parameter back what it had before: poison."""
         for parameter in self.parameters:
