@@ -313,7 +313,7 @@ class OverlappedStep:
             self._streamed.work_left(bucket, bucket.chunks[key[1]], settings) is not None
         )
 
-    def _start(self, key: Key) -> bool:
+    def _start(self, key: Key, *, in_arena: bool = False) -> bool:
         """Start to bring a chunk to staging; False, and nothing started: there is no room."""
         settings = self._settings or self._expected
         assert settings is not None
@@ -330,7 +330,9 @@ class OverlappedStep:
                 return False
             staged = self._shadows.start_loads(blocks, key[1], lend)
         else:
-            staged = self._store.start_loads(blocks, key[1], wait=False, lend=lend)
+            staged = self._store.start_loads(
+                blocks, key[1], wait=in_arena, lend=None if in_arena else lend
+            )
         if staged is None:
             return False
         self._held_bytes += held_bytes
@@ -419,7 +421,7 @@ class OverlappedStep:
                         self._loading.move_to_end(key, last=False)
                         self._end_oldest()
                 elif not self._start(key):
-                    self._make_room(bucket, key[1])
+                    self._make_room(key)
                 if key in self._troubled:
                     self._troubled.discard(key)
                     self._raise_trouble(bucket, key[1])
@@ -429,12 +431,12 @@ class OverlappedStep:
         for staged in self._loading[key].work.staged.values():
             staged.transfer.expedite(Urgency.DEMAND)
 
-    def _make_room(self, bucket: Bucket, chunk: int) -> None:
-        """Wait for something that gives staging back."""
+    def _make_room(self, key: Key) -> None:
+        """Wait for something that gives staging back; without it, stage the chunk in the arena."""
         if self._loading:
             self._end_oldest()
-        elif not self._store.settle_one():
-            raise self._store.no_staging(self._blocks(bucket), chunk)
+        elif not self._store.settle_one() and not self._start(key, in_arena=True):
+            raise self._store.no_staging(self._blocks(self._buckets[key[0]]), key[1])
 
     def _raise_trouble(self, bucket: Bucket, chunk: int) -> None:
         """Load the chunk again, for its error; a second try may as well succeed."""

@@ -114,6 +114,38 @@ class Staged:
             self.lease.release()
             self.lease = None
 
+    def shared(self) -> Staged:
+        """The same buffer for a reader: the memory goes back when both have been released."""
+        if self.lease is not None and not isinstance(self.lease, _SharedLease):
+            self.lease = _SharedLease(self.lease)
+        if self.lease is not None:
+            self.lease.add_holder()
+        return Staged(self.tensor, CompletedTransfer(ZEROED_LANE), self.lease)
+
+
+class _SharedLease:
+    """A lease that several hold. Thread-safe."""
+
+    def __init__(self, lease: StagingLease) -> None:
+        self._lease = lease
+        self._num_holders = 1
+        self._lock = threading.Lock()
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self._lease.tensor
+
+    def add_holder(self) -> None:
+        with self._lock:
+            self._num_holders += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._num_holders -= 1
+            is_last = self._num_holders == 0
+        if is_last:
+            self._lease.release()
+
 
 class BlockStore:
     """Every block of an engine, the staging leases, and the writes that have not settled yet.
@@ -183,7 +215,7 @@ class BlockStore:
             for block in blocks
             for chunk, nbytes in enumerate(block.layout.chunk_nbytes)
         ]
-        updated = [block for block in blocks if block.state_class in UPDATED_CLASSES]
+        updated = [b for b in blocks if b.bucket.trainable and b.state_class in UPDATED_CLASSES]
         held = num_held(
             (nbytes for block in updated for nbytes in block.layout.chunk_nbytes), held_share
         )
@@ -250,6 +282,16 @@ class BlockStore:
             if lease is None:
                 return None
             return Staged(lease.tensor[:nbytes], CompletedTransfer(ZEROED_LANE), lease)
+
+    def start_read(
+        self, block: Block, chunk: int, *, wait: bool = True, urgency: int = Urgency.BULK
+    ) -> Staged | None:
+        """`start_load` for somebody who only reads: what is on its way home is read on its way."""
+        with self._lock:
+            written = self._writing.get(self._key(block, chunk))
+            if written is not None:
+                return written[1].shared()
+            return self.start_load(block, chunk, wait=wait, urgency=urgency)
 
     def start_load(
         self,

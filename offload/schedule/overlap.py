@@ -39,11 +39,13 @@ class OverlapRoom(NamedTuple):
         flow_bytes: host memory for what is on its way; 0: the step is not overlapped.
         held_bytes: host memory for held versions.
         held_share: of the chunks of weights and optimizer state on nvme, those that can be held.
+        held_nvme_bytes: the extents that they take.
     """
 
     flow_bytes: int = 0
     held_bytes: int = 0
     held_share: float = 0.0
+    held_nvme_bytes: int = 0
 
     @property
     def host_bytes(self) -> int:
@@ -87,20 +89,19 @@ def overlap_room(planned: Plan, machine: Machine, flow: int) -> OverlapRoom:
     held = min(max(left, 0), in_memory) // BLOCK_ALIGNMENT_BYTES * BLOCK_ALIGNMENT_BYTES
     free = planned.budget_bytes["nvme"] - planned.need_bytes["nvme"]
     share = min(1.0, max(free, 0) * _MOST_HELD_SHARE / on_nvme) if on_nvme else 0.0
-    return OverlapRoom(flow, held, share)
+    sizes = [
+        size
+        for bucket, chunks in _overlapped(planned, machine)
+        for state_class in UPDATED_CLASSES
+        if planned.tier(bucket, state_class) == "nvme"
+        for size in chunks.get(state_class, ())
+    ]
+    extents = num_held(sizes, share)
+    return OverlapRoom(flow, held, share, sum(size * count for size, count in extents.items()))
 
 
 def with_overlap(planned: Plan, room: OverlapRoom) -> Plan:
     """Count the room: the plan needs none of it, and takes all."""
-    sizes = [
-        size
-        for bucket, layouts in enumerate(planned.layouts)
-        for state_class in UPDATED_CLASSES
-        if state_class in layouts and planned.tier(bucket, state_class) == "nvme"
-        for size in layouts[state_class].chunk_nbytes
-    ]
-    extents = num_held(sizes, room.held_share)
-    held_on_nvme = sum(nbytes * count for nbytes, count in extents.items())
     peak = planned.peak_bytes
     return replace(
         planned,
@@ -108,7 +109,7 @@ def with_overlap(planned: Plan, room: OverlapRoom) -> Plan:
         peak_bytes={
             **peak,
             "host": peak["host"] + room.host_bytes,
-            "nvme": peak["nvme"] + held_on_nvme,
+            "nvme": peak["nvme"] + room.held_nvme_bytes,
         },
         budget_bytes={
             **planned.budget_bytes,

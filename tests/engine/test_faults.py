@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from offload.config import OffloadConfig
-from offload.engine import build, planning
+from offload.engine import build
 from offload.errors import ChecksumError, DeadlineError, EngineStateError, StorageError
 from offload.native import IoEngine
 from offload.optim.rules import UpdateRule
@@ -48,12 +48,6 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
     yield make
     for engine in engines:
         engine.close()
-
-
-@pytest.fixture
-def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optimizer steps are taken between backward and forward, reads ahead and writes behind."""
-    monkeypatch.setattr(planning, "flow_bytes", lambda *_: 0)
 
 
 def nvme_settings(path: Path, **sections: Any) -> dict[str, Any]:

@@ -469,6 +469,7 @@ def test_homes_that_come_to_a_full_device_send_pages_away(tmp_path: Path) -> Non
     assert_as_plain(run, rest_of(plain, 2))
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_old_staging_stays_within_the_budget_of_the_host(tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)

@@ -348,6 +348,26 @@ def test_whatever_happens_around_the_step(
     assert_identical(found, expected)
 
 
+def test_every_byte_of_state_moves_once_each_way(tmp_path: Path) -> None:
+    """What was expected comes true: nothing is read or written a second time."""
+    config = overlapped_settings(
+        tmp_path, "weights on the host", precision={"compute": "bf16"}, optimizer={"lr": 1e-4}
+    )
+    with make_engine(small_model(), config) as engine:
+        before = engine._parts.io.lanes()
+        for index in range(STEPS):
+            engine.backward(small_loss(engine, index))
+            taken = engine.step()
+            assert taken
+        engine.parameter_steps()  # homes are what the last step says
+        state = sum(
+            engine._parts.store.block(bucket.index, "optimizer").layout.nbytes
+            for bucket in engine.plan.buckets
+        )
+        for lane in ("nvme_read", "nvme_write"):
+            assert engine._parts.io.lanes()[lane][0] - before[lane][0] == STEPS * state
+
+
 def test_a_checkpoint_has_what_is_pending(tmp_path: Path) -> None:
     memory = settings("host", bucket_elements=1024, compute="bf16", **OFF)
     expected = train_engine(small_model(), memory, small_loss, steps=STEPS)

@@ -172,6 +172,7 @@ def test_plan_prefetches_without_faults(tmp_path: Path) -> None:
     engine.close()
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_close_frees_every_page_although_a_prefetch_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def block_bytes(engine: Any, state_class: str) -> int:
     )
 
 
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_an_nvme_optimizer_moves_its_state_once_each_way(compute: str, tmp_path: Path) -> None:
     config = settings("host", tmp_path, compute=compute, placement={"optimizer": "nvme"})
@@ -61,6 +62,7 @@ def test_an_nvme_optimizer_moves_its_state_once_each_way(compute: str, tmp_path:
             assert lanes["nvme_read"].bytes == reads
 
 
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_gradients_on_nvme_move_as_they_are_added_up(accumulation: int, tmp_path: Path) -> None:
     config = settings(
@@ -78,6 +80,7 @@ def test_gradients_on_nvme_move_as_they_are_added_up(accumulation: int, tmp_path
             assert lanes["nvme_read"].bytes == accumulation * size
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_weights_on_nvme_are_read_for_each_pass_and_for_the_update(tmp_path: Path) -> None:
     """At most twice and the update; less, where a bucket is still there when backward wants it."""
     model = small_model()

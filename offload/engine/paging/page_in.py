@@ -146,9 +146,9 @@ class PageIn:
 
     def _start_reads(self, *, wait: bool = False) -> None:
         while not self._all_started and self._num_staged < self._depth:
-            staged = self._store.start_load(
-                self._block, self._next_chunk, wait=wait, urgency=self._urgency
-            )
+            # Who takes part in what arrives may change it.
+            start = self._store.start_read if self._arrivals is None else self._store.start_load
+            staged = start(self._block, self._next_chunk, wait=wait, urgency=self._urgency)
             if staged is None:
                 return
             self._reading.append((self._next_chunk, staged))

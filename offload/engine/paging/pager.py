@@ -201,7 +201,9 @@ class Pager:
                 self._node_pins.release_thread()
             if self._window_threads:
                 return  # a run inside another, or beside it in another thread: one trace for both
-            self._start_run(self._runs.begin(key))
+            actions = self._runs.begin(key)
+            if actions is not None:
+                self._start_run(actions)
 
     def expect(self, key: RunKey) -> None:
         """A run of this key comes next: fetch ahead what it uses first."""

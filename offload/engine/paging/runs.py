@@ -64,11 +64,11 @@ class Runs:
         self._known.clear()
         self._key = self._recorder = None
 
-    def begin(self, key: RunKey) -> Actions:
-        """A run starts."""
+    def begin(self, key: RunKey) -> Actions | None:
+        """A run starts; None: it is the one expected, and its start has been acted upon."""
         if self._key == key and self._recorder is None and key in self._known:
-            self._recorder = TraceRecorder()  # `expect` has started it
-            return NOTHING
+            self._recorder = TraceRecorder()
+            return None
         self.end()
         self._key = key
         self._recorder = TraceRecorder()
