@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from offload.engine import planning
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
@@ -29,3 +31,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no loop devices here: {error}")
     yield mount
     subprocess.run(["umount", mount], check=True, timeout=60)
+
+
+@pytest.fixture
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizer steps are taken between backward and forward, reads ahead and writes behind."""
+    monkeypatch.setattr(planning, "flow_bytes", lambda *_: 0)

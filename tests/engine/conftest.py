@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offload.engine import planning
-
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -16,9 +14,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optimizer steps are taken between backward and forward, reads ahead and writes behind."""
-    monkeypatch.setattr(planning, "flow_bytes", lambda *_: 0)

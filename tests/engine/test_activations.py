@@ -127,6 +127,7 @@ def test_overlapping_elements_stay(tensor: torch.Tensor) -> None:
 # -- the same bits ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize("tier", ["device", "host", "nvme"])
 @pytest.mark.parametrize("name", ["llama", "llama reentrant", "llama not_reentrant", "gpt2", "t5"])
 def test_activations_on_any_tier_give_the_same_bits(name: str, tier: str, tmp_path: Path) -> None:

@@ -657,6 +657,7 @@ def test_placements_and_budgets_leave_the_numbers_alone(compute: str, tmp_path: 
         assert_identical(run, runs[0])
 
 
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize(("tier", "lane"), [("host", "h2d"), ("nvme", "nvme_read")])
 def test_weights_move_twice_a_step_whatever_the_number_of_micro_batches(
     tier: str, lane: str, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 
 from offload.config import OffloadConfig
 from offload.engine import build
-from offload.errors import NonFiniteError
+from offload.errors import ChecksumError, NonFiniteError
 from offload.native import IoEngine
 from tests.oracle import (
     Run,
@@ -381,6 +382,35 @@ def test_a_checkpoint_has_what_is_pending(tmp_path: Path) -> None:
     assert found.losses == expected.losses[-2:]
     found.losses, found.norms = expected.losses, expected.norms
     assert_identical(found, expected)
+
+
+def test_damaged_state_is_found_by_whoever_needs_it(tmp_path: Path) -> None:
+    """Nothing is lost but the step: a checkpoint brings the run back."""
+    with make_engine(small_model(), overlapped_settings(tmp_path)) as engine:
+        continue_engine(engine, small_loss, steps=2)
+        engine.save_checkpoint(tmp_path / "checkpoint")
+        expected = continue_engine(engine, small_loss, steps=2)
+        engine.backward(small_loss(engine, 9))
+        engine.parameter_steps()  # nothing is held any more
+        store = engine._parts.store
+        for bucket in engine.plan.buckets:
+            flip(engine, store.block(bucket.index, "optimizer").records[0])
+        for _ in range(2):
+            with pytest.raises(ChecksumError, match="optimizer of bucket"):
+                engine.step()
+                engine.parameter_steps()
+        engine.load_checkpoint(tmp_path / "checkpoint")
+        assert_identical(continue_engine(engine, small_loss, steps=2), expected)
+
+
+def flip(engine: Any, record: Any) -> None:
+    """Turn one bit of a record on the disk."""
+    extent = record.current
+    path = f"/proc/self/fd/{engine._parts.nvme._files[extent.file].fd}"
+    descriptor = os.open(path, os.O_RDWR)
+    (byte,) = os.pread(descriptor, 1, extent.offset)
+    os.pwrite(descriptor, bytes([byte ^ 1]), extent.offset)
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

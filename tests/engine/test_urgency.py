@@ -49,6 +49,7 @@ def class_of(urgency: int) -> Urgency:
     return Urgency.PLANNED if urgency >= Urgency.PLANNED else Urgency.DEMAND
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_faults_are_in_demand_fetches_ahead_are_planned_and_state_is_bulk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

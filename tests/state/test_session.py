@@ -238,6 +238,7 @@ def damage(engine: OffloadEngine, state_class: str, bucket: int = 0) -> None:
     os.close(descriptor)
 
 
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_loading_goes_on_after_a_step_that_cannot_be_completed(tmp_path, precision, place):
