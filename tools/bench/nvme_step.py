@@ -103,15 +103,19 @@ class Size:
         steps, bounds = [], []
         for _ in range(self.repeats):
             give_gradients(self.engine)
+            moved_before = self._moved_bytes()
             started = time.perf_counter()
             self.engine.step()
             settle(self.engine)
             steps.append(time.perf_counter() - started)
-            lanes = self.engine.report().lanes
-            self.moved_bytes = lanes["nvme_read"].bytes + lanes["nvme_write"].bytes
+            self.moved_bytes = self._moved_bytes() - moved_before
             bounds.append(io_seconds(self.engine._parts.store, depth))
         self.steps.append(statistics.mean(steps))
         self.bounds.append(statistics.mean(bounds))
+
+    def _moved_bytes(self) -> int:
+        lanes = self.engine._parts.io.lanes()
+        return lanes["nvme_read"][0] + lanes["nvme_write"][0]
 
     def share(self) -> float:
         """Bound over step, the median of the rounds."""
