@@ -278,7 +278,8 @@ class OverlapSection(Section):
     prefetch_depth: CountOrAuto = "auto"
     """Most buckets in flight ahead of their use."""
     optimizer: bool = True
-    """Overlap the reads, updates and writes of the optimizer step."""
+    """Read, update and write chunks of the optimizer step beside each other, and beside backward
+    and the next forward: see docs/overlapped-step.md."""
 
 
 class IoSection(Section):
