@@ -49,29 +49,43 @@ class Shadows:
         All of them, or None and nothing is held: there is no staging, or no room for what would be
         held, or the chunk is being written. What a step only reads may be the home itself.
         """
+        copied = [b for b in blocks if self._is_updated(b) and self._store.in_place(b)]
+        loaded = [b for b in blocks if b not in copied]
         taken: list[Block] = []
-        loaded: list[Staged] = []
+        staged: dict[str, Staged] = {}
         try:
-            for block in blocks:
-                updated = block.state_class in UPDATED_CLASSES
-                if updated and block.home == "nvme":
-                    if not self._nvme.take_shadow(block.records[chunk]):
-                        break
-                    taken.append(block)
-                if updated and self._store.in_place(block):
-                    staged = self._copied(block, chunk, lend)
-                else:
-                    staged = self._store.start_load(block, chunk, wait=False, lend=lend)
-                if staged is None:
+            for block in filter(self._has_extent, blocks):
+                if not self._nvme.take_shadow(block.records[chunk]):
                     break
-                loaded.append(staged)
+                taken.append(block)
             else:
-                return loaded
+                self._lease_copies(copied, chunk, lend, staged)
+                started = None
+                if len(staged) == len(copied):  # nothing is read in vain
+                    started = self._store.start_loads(loaded, chunk, wait=False, lend=lend)
+                if started is not None:
+                    names = (block.state_class for block in loaded)
+                    staged.update(zip(names, started, strict=True))
+                    for block in copied:
+                        staged[block.state_class].tensor.copy_(self._store.home(block, chunk))
+                    return [staged[block.state_class] for block in blocks]
         except OffloadError:
-            self._undo(taken, loaded, chunk)
+            self._undo(taken, list(staged.values()), chunk)
             raise
-        self._undo(taken, loaded, chunk)
+        self._undo(taken, list(staged.values()), chunk)
         return None
+
+    def _lease_copies(
+        self, blocks: Sequence[Block], chunk: int, lend: Lend, staged: dict[str, Staged]
+    ) -> None:
+        """Lease staging for the copies of homes in memory, as far as there is some."""
+        for block in blocks:
+            nbytes = block.layout.chunk_nbytes[chunk]
+            lease = lend(nbytes)
+            if lease is None:
+                return
+            tensor = lease.tensor[:nbytes]
+            staged[block.state_class] = Staged(tensor, CompletedTransfer(ZEROED_LANE), lease)
 
     def cancel_loads(self, blocks: Sequence[Block], chunk: int, loaded: Sequence[Staged]) -> None:
         """Undo `start_loads`, whose chunk is not held: waits for what is in flight."""
@@ -151,15 +165,6 @@ class Shadows:
             held.staged.release()
             held.staged = None
 
-    def _copied(self, block: Block, chunk: int, lend: Lend) -> Staged | None:
-        home = self._store.home(block, chunk)
-        lease = lend(home.numel())
-        if lease is None:
-            return None
-        tensor = lease.tensor[: home.numel()]
-        tensor.copy_(home)
-        return Staged(tensor, CompletedTransfer(ZEROED_LANE), lease)
-
     def _undo(self, taken: Sequence[Block], loaded: Sequence[Staged], chunk: int) -> None:
         release_all(loaded, self._store.deadline_seconds)
         for block in taken:
@@ -167,8 +172,11 @@ class Shadows:
                 self._nvme.drop_shadow(block.records[chunk])
 
     @staticmethod
-    def _has_extent(block: Block) -> bool:
-        return block.home == "nvme" and block.state_class in UPDATED_CLASSES
+    def _is_updated(block: Block) -> bool:
+        return block.state_class in UPDATED_CLASSES
+
+    def _has_extent(self, block: Block) -> bool:
+        return block.home == "nvme" and self._is_updated(block)
 
     @property
     def _nvme(self) -> NvmeStore:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Chunks in the flow: fewer than the least cannot overlap, more than the most gain nothing.
 _LEAST_CHUNKS, _MOST_CHUNKS = 2, 6
-_MOST_FLOW_SHARE = 1 / 4  # of the host budget
+_MOST_FLOW_SHARE = 1 / 2  # of the host budget
 _MOST_HELD_SHARE = 1 / 2  # of what is free on nvme
 
 
