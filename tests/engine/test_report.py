@@ -135,6 +135,7 @@ def test_peaks_stay_within_budgets_and_plan(tier: str, optimizer: str, tmp_path:
     assert run.report.tiers["device"].peak_bytes > 0
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_the_report_has_every_number(tmp_path: Path) -> None:
     with make_engine(small_model(), settings("nvme", tmp_path)) as engine:
         assert engine.report().step == 0
