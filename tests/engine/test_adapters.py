@@ -174,6 +174,7 @@ def generations(engine: Any, buckets: list[int]) -> list[int]:
     return [record.generation for i in buckets for record in store.block(i, "weights").records]
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_a_frozen_base_costs_its_weights_only(tmp_path: Path) -> None:
     model = make_adapted()
     adapter_numel = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -130,6 +130,7 @@ def test_bits_do_not_depend_on_the_overlap(tmp_path: Path) -> None:
         assert_identical(found, runs[0])
 
 
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize(("name", "promised"), [("adamw", 4.125), ("lion", 3.0625)])
 def test_the_state_has_the_bytes_that_are_promised(
     name: str, promised: float, tmp_path: Path
