@@ -331,8 +331,8 @@ class ExpectSection(Section):
     state_over_host: NotNegative | None = None
     """Weights and optimizer state have at least this many times the bytes of the host budget."""
     nvme_reads_cover_state: bool = False
-    """Every step reads at least as many bytes from nvme as weights, gradients and optimizer state
-    have beyond the host budget."""
+    """Steps read at least as many bytes from nvme, on average, as weights, gradients and optimizer
+    state have beyond the host budget."""
     held_out_loss_fall: Fraction | None = None
     """The held-out loss falls by at least this share of what it was before the first step."""
 
