@@ -170,6 +170,13 @@ def lanes_between(
     return {name: lane - earlier.get(name, LaneReport()) for name, lane in later.items()}
 
 
+def note_speeds(best: dict[str, float], lanes: Mapping[str, LaneReport]) -> None:
+    """Raise `best`, bytes/s by lane, where the lanes of a step have shown more."""
+    for name, lane in lanes.items():
+        if lane.bytes and lane.busy_seconds > 0:
+            best[name] = max(best.get(name, 0.0), lane.bytes / lane.busy_seconds)
+
+
 @dataclass(slots=True)
 class _Lane:
     nbytes: int = 0

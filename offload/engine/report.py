@@ -8,8 +8,15 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from offload.schedule.cost import LaneSpeeds, bound_seconds
-from offload.telemetry import ActivationReport, LaneReport, StepReport, TierReport, lanes_between
+from offload.schedule.cost import bound_of_step
+from offload.telemetry import (
+    ActivationReport,
+    LaneReport,
+    StepReport,
+    TierReport,
+    lanes_between,
+    note_speeds,
+)
 
 if TYPE_CHECKING:
     from offload.engine.build import Parts
@@ -59,12 +66,11 @@ class StepMeter:
         """The step has ended: keep its report."""
         now = time.perf_counter()
         lanes = lanes_between(self._lanes, self._now())
-        for name, lane in lanes.items():
-            if lane.bytes and lane.busy_seconds > 0:
-                speed = lane.bytes / lane.busy_seconds
-                self._best[name] = max(self._best.get(name, 0.0), speed)
+        note_speeds(self._best, lanes)
         self._note_mixed(lanes)
-        bound, critical = self._bound(lanes)
+        bound, critical = bound_of_step(
+            lanes, self._best, shared_cores=self._parts.device.host_addressable
+        )
         self._last = StepReport(
             step=0,
             tiers=self._tiers(),
@@ -103,23 +109,6 @@ class StepMeter:
         if len(both) == 2 and all(lane.bytes for lane in both) and busy_seconds > 0:
             speed = sum(lane.bytes for lane in both) / busy_seconds
             self._best["nvme_mixed"] = max(self._best.get("nvme_mixed", 0.0), speed)
-
-    def _bound(self, lanes: dict[str, LaneReport]) -> tuple[float, str]:
-        default = LaneSpeeds()
-        speeds = LaneSpeeds(
-            **{
-                name: self._best.get(name, getattr(default, name))
-                for name in ("h2d", "d2h", "nvme_read", "nvme_write", "nvme_mixed")
-            },
-            memory=self._best.get("cpu", default.memory),
-        )
-        none = LaneReport()
-        return bound_seconds(
-            {name: lane.bytes for name, lane in lanes.items()},
-            speeds,
-            lanes.get("compute", none).busy_seconds,
-            shared_cores=self._parts.device.host_addressable,
-        )
 
     def _now(self) -> dict[str, LaneReport]:
         lanes = self._meter.snapshot()

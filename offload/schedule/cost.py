@@ -19,12 +19,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offload.telemetry import LaneReport
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FORWARD_FLOPS = 2
 INPUT_GRADIENT_FLOPS = 2
 WEIGHT_GRADIENT_FLOPS = 2
+
+_COPYING = ("h2d", "d2h", "nvme_read", "nvme_write", "nvme_mixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +106,24 @@ def bound_seconds(
         seconds[busier] = seconds["cpu"] + seconds["compute"]
     lane = max(seconds, key=seconds.__getitem__)
     return seconds[lane], lane
+
+
+def bound_of_step(
+    lanes: Mapping[str, LaneReport], shown: Mapping[str, float], *, shared_cores: bool
+) -> tuple[float, str]:
+    """`bound_seconds` of what the lanes of a step did.
+
+    Args:
+        lanes: of the step; compute took the time that it took.
+        shown: bytes/s by lane, `nvme_mixed` included; what has not been measured is as `LaneSpeeds`
+            has it.
+        shared_cores: as of `bound_seconds`.
+    """
+    copies = {name: shown[name] for name in _COPYING if name in shown}
+    memory = {"memory": shown["cpu"]} if "cpu" in shown else {}
+    return bound_seconds(
+        {name: lane.bytes for name, lane in lanes.items()},
+        LaneSpeeds(**copies, **memory),
+        lanes.get("compute", LaneReport()).busy_seconds,
+        shared_cores=shared_cores,
+    )

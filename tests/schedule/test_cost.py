@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from offload.schedule.cost import LaneSpeeds, bound_seconds, compute_flops, lane_seconds
+from offload.schedule.cost import (
+    LaneSpeeds,
+    bound_of_step,
+    bound_seconds,
+    compute_flops,
+    lane_seconds,
+)
+from offload.telemetry import LaneReport
 
 SPEEDS = LaneSpeeds(
     h2d=10.0, d2h=20.0, nvme_read=4.0, nvme_write=2.0, nvme_mixed=2.5, memory=100.0, flops=1.0
@@ -35,6 +42,22 @@ def test_compute_and_update_add_up_on_shared_cores() -> None:
     work = {"cpu": 400, "h2d": 45}
     assert bound_seconds(work, SPEEDS, 3.0) == (4.5, "h2d")
     assert bound_seconds(work, SPEEDS, 3.0, shared_cores=True) == (7.0, "cpu")
+
+
+def test_the_bound_of_what_lanes_did_at_speeds_that_are_known() -> None:
+    lanes = {
+        "nvme_read": LaneReport(20, 9.0),
+        "nvme_write": LaneReport(10, 9.0),
+        "cpu": LaneReport(400, 9.0),
+        "compute": LaneReport(0, 9.5),
+    }
+    shown = {"nvme_read": 4.0, "nvme_write": 2.0, "nvme_mixed": 2.5, "cpu": 100.0}
+    assert bound_of_step(lanes, shown, shared_cores=False) == (12.0, "nvme_read")
+    assert bound_of_step(lanes, shown, shared_cores=True) == (13.5, "compute")
+    del shown["nvme_mixed"]
+    assert bound_of_step(lanes, shown, shared_cores=False) == (9.5, "compute")
+    assert bound_of_step(lanes, {}, shared_cores=False) == (9.5, "compute")
+    assert bound_of_step({}, shown, shared_cores=True)[0] == 0.0
 
 
 @pytest.mark.parametrize(("recompute", "per_weight"), [(False, 6), (True, 8)])

@@ -17,6 +17,7 @@ from offload.telemetry import (
     TierReport,
     UpdateReport,
     lanes_between,
+    note_speeds,
     read_jsonl,
 )
 
@@ -103,6 +104,13 @@ def report(measured_seconds: float = 4.0) -> StepReport:
         update=UpdateReport((2, 5), 3, "placement.update says so"),
         critical="h2d",
     )
+
+
+def test_the_best_speed_that_a_lane_has_shown() -> None:
+    best: dict[str, float] = {}
+    for moved, seconds in ((10, 2.0), (30, 2.0), (20, 2.0), (0, 1.0), (99, 0.0)):
+        note_speeds(best, {"cpu": LaneReport(moved, seconds), "compute": LaneReport(0, 1.0)})
+    assert best == {"cpu": 15.0}
 
 
 def test_step_report_derives_efficiency_and_bottleneck() -> None:
