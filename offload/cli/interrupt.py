@@ -7,6 +7,8 @@ import signal
 from types import FrameType
 from typing import Self
 
+EXIT_SIGNAL = 128  # plus the signal's number: the exit code of what it ended, as shells report it
+
 
 class StopRequest:
     """While entered: the first SIGINT or SIGTERM sets `signal_number`, the second raises.

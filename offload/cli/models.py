@@ -14,7 +14,7 @@ from torch import nn
 
 from offload.cli.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from offload.config import RunSection
-from offload.errors import ConfigError
+from offload.errors import ConfigError, OffloadError
 from offload.state.deferred import deferred_init
 from offload.state.pretrained import opened
 
@@ -61,6 +61,12 @@ def _first_architecture(config: Any) -> str | None:
     return next(iter(config.architectures or ()), None)
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """The tokens that a model of transformers knows."""
+    config: Any = model.config
+    return int(config.vocab_size)
+
+
 def build_tokenizer(run: RunSection, vocab_size: int) -> Tokenizer:
     """The tokenizer beside the model, else bytes.
 
@@ -83,7 +89,12 @@ def build_tokenizer(run: RunSection, vocab_size: int) -> Tokenizer:
 
 def _model_config(run: RunSection) -> tuple[Any, Path | None]:
     """The Hugging Face configuration, and the folder of weights if there is one."""
-    from transformers import AutoConfig
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise OffloadError(
+            f"the model of [run] needs transformers: {error}", remedy="pip install 'offload[hf]'"
+        ) from error
 
     if (run.model is None) == (not run.hf_config):
         raise ConfigError(problems=["give either run.model or run.hf_config: the model to train"])

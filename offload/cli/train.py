@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from offload.cli.data import PretrainedTokenizer, Split, Tokenizer, Windows, documents, pack
-from offload.cli.interrupt import StopRequest
-from offload.cli.models import build_tokenizer, opened_model
+from offload.cli.interrupt import EXIT_SIGNAL, StopRequest
+from offload.cli.models import build_tokenizer, opened_model, vocabulary_size
 from offload.cli.progress import Progress, describe_step
+from offload.cli.steps import on_device_of, take_step
 from offload.cli.summary import Outcome, failed_expectations, print_summary
 from offload.config import OffloadConfig, RunSection, load_config
 from offload.errors import ConfigError, OffloadError
@@ -31,7 +32,6 @@ from offload.telemetry import JsonlWriter
 
 METRICS_NAME = "metrics.jsonl"
 EXIT_EXPECTATION = 1  # the run ended, and something in [run.expect] does not hold
-_EXIT_SIGNAL = 128  # plus the signal's number, as shells report it
 
 
 def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> int:
@@ -64,7 +64,7 @@ def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> i
         print_summary(console, outcome)
         if stop.signal_number is not None:
             console.print(f"stopped by a signal after step {engine.global_steps}")
-            return _EXIT_SIGNAL + stop.signal_number
+            return EXIT_SIGNAL + stop.signal_number
     if section.export:
         _show_export(console, section, type(engine.module), tokenizer, output / "export")
     failed = failed_expectations(outcome, section.expect)
@@ -86,14 +86,9 @@ def _start(
 ) -> tuple[OffloadEngine, Tokenizer, Split]:
     """The engine, and the data in tokens; what is cheap to refuse is refused first."""
     with opened_model(section) as model:
-        tokenizer = build_tokenizer(section, _vocab_size(model))
+        tokenizer = build_tokenizer(section, vocabulary_size(model))
         split = pack(documents(str(section.data)), tokenizer, output / "data")
         return initialize(model, config), tokenizer, split
-
-
-def _vocab_size(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(config.vocab_size)
 
 
 @dataclass(slots=True)
@@ -140,7 +135,9 @@ class _Training:
         number = engine.global_steps + engine.skipped_steps
         count = engine.config.training.gradient_accumulation_steps
         batches = [windows.shuffled(number * count + micro) for micro in range(count)]
-        losses, taken = self._take_step(batches)
+        losses, taken = take_step(
+            engine, [{"input_ids": batch, "labels": batch} for batch in batches]
+        )
         tokens = sum(batch.numel() for batch in batches)
         seconds = time.perf_counter() - started
         report, loss_mean = engine.report(), sum(losses) / len(losses)
@@ -165,26 +162,16 @@ class _Training:
         parts = describe_step(report, loss=loss_mean, tokens_per_second=tokens / seconds)
         progress.step(number + 1, parts if taken else [*parts, "not finite: skipped"])
 
-    def _take_step(self, batches: Sequence[torch.Tensor]) -> tuple[list[float], bool]:
-        """The losses of the micro-batches, and whether a step was taken with them."""
-        engine = self.engine
-        if engine.config.optimizer.name == "mezo":
-            (batch,) = batches
-            taken = engine.step(lambda: engine(input_ids=batch, labels=batch).loss)
-            assert engine.step_loss is not None
-            return [engine.step_loss], taken
-        losses = engine.accumulate([{"input_ids": batch, "labels": batch} for batch in batches])
-        return [loss.item() for loss in losses], engine.step()
-
     def _evaluate(self, windows: Windows, progress: Progress) -> float:
         """Mean loss over the same held-out batches on every call."""
         engine = self.engine
         engine.eval()
         with torch.no_grad():
-            losses = [
-                engine(input_ids=batch, labels=batch).loss.item()
+            batches = (
+                on_device_of(engine, {"input_ids": batch, "labels": batch})
                 for batch in windows.spread(self.section.eval_batches)
-            ]
+            )
+            losses = [engine(**batch).loss.item() for batch in batches]
         engine.train()
         loss: float = sum(losses) / len(losses)
         step = engine.global_steps + engine.skipped_steps
