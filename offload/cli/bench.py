@@ -1,192 +1,111 @@
-"""`offload bench`: the bandwidth of memory and disks, measured as training would use them.
-
-Disk figures move whole blocks between preallocated files and shared memory through
-`offload.native`, with the configured backend, block size and queue depth. `nvme_mixed` reads one
-half of each file while the other is written, and counts both.
-"""
+"""`offload bench`: what the lanes of this machine can do, and how near training comes to it."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
-import os
-import secrets
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from offload.cli.interrupt import EXIT_SIGNAL, StopRequest
+from offload.cli.lanes import Bandwidth, measure
+from offload.cli.progress import Progress
+from offload.cli.summary import (
+    STEADY_STEP,
+    describe_bound,
+    median_bound,
+    median_efficiency,
+    print_tables,
+)
+from offload.cli.trial import WARM_UP_STEPS, Trial, run_trial
 from offload.config import OffloadConfig
-from offload.errors import ConfigError, DiskFullError, StorageError, format_bytes
-from offload.native import IoEngine, IoFile, Ticket
-
-_BLOCK_MULTIPLE = 4096
-_DEFAULT_BLOCK_BYTES = 4 << 20
-_DEFAULT_QUEUE_DEPTH = 32
-_DEFAULT_THREADS = 4
+from offload.errors import format_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Bandwidth:
-    """One measured lane: the best and the median of some passes over `nbytes` bytes."""
+def run(
+    config: OffloadConfig,
+    paths: Sequence[str] = (),
+    *,
+    size_bytes: int,
+    passes: int,
+    steps: int,
+    as_json: bool,
+) -> int:
+    """Measure the lanes, then `steps` training steps (0: none), and print both.
 
-    lane: str
-    where: str
-    nbytes: int
-    best_bytes_per_second: float
-    median_bytes_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Disk:
-    """One path's preallocated file and its part of the shared memory."""
-
-    file: IoFile
-    address: int
-    nbytes: int
-
-
-def measure(
-    config: OffloadConfig, paths: Sequence[str] = (), *, size_bytes: int, passes: int
-) -> list[Bandwidth]:
-    """Return the bandwidth of memory, and of the configured and the further `paths` together.
+    Further `paths` are striped with those of the config. Returns the exit code: 128 plus the
+    signal's number when Ctrl-C or SIGTERM ended the training after the step that was under way.
 
     Raises:
-        ConfigError: `size_bytes` is too small for the number of paths.
-        StorageError: a path cannot be used, or an operation failed.
+        OffloadError: what keeps a lane from being measured, or the model from being trained.
     """
-    folders = [*config.tiers.nvme.paths, *map(Path, paths)]
-    results = [_memory(size_bytes, passes)]
-    if folders:
-        results += _disks(config, folders, size_bytes, passes)
-    return results
-
-
-def render(results: Sequence[Bandwidth], *, as_json: bool) -> None:
-    """Print `results` as a table, or as one JSON object."""
-    from rich.console import Console
-    from rich.table import Table
-
+    config = _with_paths(config, paths)
+    console = Console()
+    lanes = list(measure(config, size_bytes=size_bytes, passes=passes))
+    if not as_json:
+        console.print(_lane_table(lanes))
+    trial = None
+    with StopRequest() as stop:
+        if steps:
+            total = WARM_UP_STEPS + steps
+            with Progress(Console(stderr=True), steps=total, log_every=total) as progress:
+                alone = {lane.lane: lane.best_bytes_per_second for lane in lanes}
+                trial = run_trial(config, alone, steps=steps, progress=progress, stop=stop)
     if as_json:
-        print(json.dumps({"lanes": [asdict(result) for result in results]}))
-        return
-    table = Table("lane", "where", "moved", "best", "median", box=None, pad_edge=False)
-    for result in results:
+        training = None if trial is None else trial.to_dict()
+        print(json.dumps({"lanes": [asdict(lane) for lane in lanes], "training": training}))
+    elif trial is not None:
+        _print_trial(console, trial)
+    return 0 if stop.signal_number is None else EXIT_SIGNAL + stop.signal_number
+
+
+def _with_paths(config: OffloadConfig, paths: Sequence[str]) -> OffloadConfig:
+    known = config.tiers.nvme.paths
+    further = [str(path) for path in map(Path, paths) if path not in known]
+    if not further:
+        return config
+    plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    tiers = plain.setdefault("tiers", {})
+    tiers.setdefault("nvme", {})["paths"] = [*map(str, known), *dict.fromkeys(further)]
+    return OffloadConfig(**plain)
+
+
+def _lane_table(lanes: Sequence[Bandwidth]) -> Table:
+    table = Table(title="lanes, each alone", title_justify="left")
+    for name in ("lane", "where", "moved", "best", "median"):
+        is_text = name in ("lane", "where")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "where")
+    for lane in lanes:
         table.add_row(
-            result.lane,
-            result.where,
-            format_bytes(result.nbytes),
-            f"{result.best_bytes_per_second / 1e9:.2f} GB/s",
-            f"{result.median_bytes_per_second / 1e9:.2f} GB/s",
+            lane.lane,
+            lane.where,
+            format_bytes(lane.nbytes),
+            f"{lane.best_bytes_per_second / 1e9:.2f} GB/s",
+            f"{lane.median_bytes_per_second / 1e9:.2f} GB/s",
         )
-    Console().print(table)
+    return table
 
 
-def _memory(size_bytes: int, passes: int) -> Bandwidth:
-    import numpy as np
-
-    source = np.ones(size_bytes, dtype=np.uint8)
-    target = np.zeros(size_bytes, dtype=np.uint8)  # touched: first touch is ten times slower
-    target[:] = 1
-
-    def copy() -> None:
-        np.copyto(target, source)
-
-    return _timed("memory", "copy, one thread, read and written", 2 * size_bytes, passes, copy)
-
-
-def _disks(
-    config: OffloadConfig, folders: Sequence[Path], size_bytes: int, passes: int
-) -> Iterator[Bandwidth]:
-    share_bytes = size_bytes // len(folders) // (2 * _BLOCK_MULTIPLE) * (2 * _BLOCK_MULTIPLE)
-    if share_bytes == 0:
-        raise ConfigError(problems=[f"--size is too small for {len(folders)} paths"])
-    with ExitStack() as stack:
-        engine = stack.enter_context(_engine(config))
-        disks = [stack.enter_context(_disk(engine, path, share_bytes)) for path in folders]
-        where = f"{', '.join(map(str, folders))} ({engine.backend})"
-        moved_bytes = share_bytes * len(folders)
-
-        def write() -> None:
-            _finish([engine.start_write(d.file, 0, d.address, d.nbytes) for d in disks])
-
-        def read() -> None:
-            _finish([engine.start_read(d.file, 0, d.address, d.nbytes) for d in disks])
-
-        def mixed() -> None:
-            half = share_bytes // 2
-            _finish(
-                [engine.start_read(d.file, 0, d.address, half) for d in disks]
-                + [engine.start_write(d.file, half, d.address + half, half) for d in disks]
-            )
-
-        write()  # unwritten extents read as zeros without touching the disk
-        yield _timed("nvme_write", where, moved_bytes, passes, write)
-        yield _timed("nvme_read", where, moved_bytes, passes, read)
-        yield _timed("nvme_mixed", where, moved_bytes, passes, mixed)
-
-
-def _engine(config: OffloadConfig) -> IoEngine:
-    io = config.io
-    return IoEngine(
-        backend=io.backend,
-        queue_depth=_DEFAULT_QUEUE_DEPTH if io.queue_depth == "auto" else io.queue_depth,
-        threads=_DEFAULT_THREADS if io.threads == "auto" else io.threads,
-        block_bytes=_DEFAULT_BLOCK_BYTES if io.block_bytes == "auto" else io.block_bytes,
-    )
-
-
-@contextmanager
-def _disk(engine: IoEngine, folder: Path, nbytes: int) -> Iterator[_Disk]:
-    """Open an unnamed file of `nbytes` allocated bytes in `folder`, with memory to match."""
-    memory = mmap.mmap(-1, nbytes)
-    view = (ctypes.c_char * nbytes).from_buffer(memory)
-    view.raw = secrets.token_bytes(_BLOCK_MULTIPLE) * (nbytes // _BLOCK_MULTIPLE)
-    file = _unnamed_file(engine, folder)
-    try:
-        try:
-            os.posix_fallocate(file.fd, 0, nbytes)
-        except OSError as error:
-            free_bytes = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-            raise DiskFullError(
-                path=folder, needed_bytes=nbytes, free_bytes=free_bytes, errno=error.errno
-            ) from error
-        yield _Disk(file, ctypes.addressof(view), nbytes)
-    finally:
-        file.close()
-        del view
-        memory.close()
-
-
-def _unnamed_file(engine: IoEngine, folder: Path) -> IoFile:
-    try:
-        return engine.open(str(folder), flags=os.O_RDWR | os.O_TMPFILE)
-    except StorageError as unsupported:
-        if not folder.is_dir():
-            raise
-        path = folder / f".offload-bench-{secrets.token_hex(8)}"
-        try:
-            file = engine.open(str(path), flags=os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        except StorageError as error:
-            raise error from unsupported
-        path.unlink()
-        return file
-
-
-def _finish(tickets: Sequence[Ticket]) -> None:
-    for ticket in tickets:
-        ticket.wait()
-
-
-def _timed(
-    lane: str, where: str, nbytes: int, passes: int, operation: Callable[[], None]
-) -> Bandwidth:
-    speeds = []
-    for _ in range(passes):
-        start = time.perf_counter()
-        operation()
-        speeds.append(nbytes / (time.perf_counter() - start))
-    speeds.sort()
-    return Bandwidth(lane, where, nbytes, speeds[-1], speeds[len(speeds) // 2])
+def _print_trial(console: Console, trial: Trial) -> None:
+    outcome = trial.outcome
+    if not outcome.reports:
+        console.print("no training step was taken")
+        return
+    print_tables(console, outcome)
+    steady = outcome.steady
+    faults = sum(report.faults for report in outcome.reports[STEADY_STEP - 1 :])
+    shown = trial.steady_shown
+    lines = [
+        f"{trial.model}, {trial.numel / 1e6:,.1f}M parameters: {len(steady)} steps after "
+        f"{len(outcome.reports) - len(steady)} that warmed up, "
+        f"{trial.tokens_per_second:,.0f} tokens/s, {faults} faults",
+        describe_bound(steady),
+        f"at the best speeds of the steps themselves: bound "
+        f"{median_bound(shown):.3f} s, efficiency {median_efficiency(shown):.0%}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -87,15 +87,28 @@ def doctor(config: str | None, paths: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("config", type=click.Path(dir_okay=False), required=False)
-@click.option("--path", "paths", multiple=True, help="Measure this directory; may be repeated.")
+@click.option(
+    "--path", "paths", multiple=True, help="Measure this directory, too; may be repeated."
+)
 @click.option("--size", default="256MiB", show_default=True, help="Bytes moved in one pass.")
 @click.option("--passes", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--steps",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Training steps to measure; 0: the lanes only.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
-    config: str | None, paths: tuple[str, ...], size: str, passes: int, as_json: bool
+    config: str | None, paths: tuple[str, ...], size: str, passes: int, steps: int, as_json: bool
 ) -> None:
-    """Measure the bandwidth of memory and of CONFIG's disks, with CONFIG's I/O settings."""
-    from offload.cli.bench import measure, render
+    """Measure the lanes of this machine, and how near to their bound training steps come.
+
+    With CONFIG's tiers, placement and I/O settings; the model is that of its [run], or a small
+    built-in one.
+    """
+    from offload.cli.bench import run
     from offload.config import load_config
     from offload.config.sizes import parse_size
 
@@ -103,8 +116,15 @@ def bench(
         size_bytes = parse_size(size)
     except ValueError as error:
         raise click.BadParameter(f"{size!r} {error}", param_hint="--size") from None
-    render(
-        measure(load_config(config), paths, size_bytes=size_bytes, passes=passes), as_json=as_json
+    sys.exit(
+        run(
+            load_config(config),
+            paths,
+            size_bytes=size_bytes,
+            passes=passes,
+            steps=steps,
+            as_json=as_json,
+        )
     )
 
 

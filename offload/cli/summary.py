@@ -97,23 +97,22 @@ def median_efficiency(reports: Sequence[StepReport]) -> float:
     return statistics.median(report.efficiency for report in reports) if reports else 0.0
 
 
+def median_bound(reports: Sequence[StepReport]) -> float:
+    """Median of the bounds in seconds; 0.0 without steps."""
+    return statistics.median(report.bound_seconds for report in reports) if reports else 0.0
+
+
 def print_summary(console: Console, outcome: Outcome) -> None:
     """Where the state was, what moved, how near to the bound, and what was learnt."""
     if not outcome.reports:
         console.print("no step was taken")
         return
-    console.print(_state_table(outcome))
-    console.print(_lane_table(outcome))
-    steady = outcome.steady
-    measured = statistics.median(report.measured_seconds for report in steady)
-    bound = statistics.median(report.bound_seconds for report in steady)
+    print_tables(console, outcome)
     faults = [report.faults for report in outcome.reports]
     lines = [
         f"{len(faults)} steps in {outcome.seconds:.1f} s, "
         f"{outcome.tokens / max(outcome.seconds, 1e-9):,.0f} tokens/s",
-        f"a step: {measured:.3f} s, physical bound {bound:.3f} s, "
-        f"efficiency {median_efficiency(steady):.0%}, critical lane {steady[-1].critical}, "
-        f"bottleneck {steady[-1].bottleneck}",
+        describe_bound(outcome.steady),
         f"faults: {sum(faults)}, of them {sum(faults[STEADY_STEP - 1 :])} "
         f"from step {STEADY_STEP} on",
     ]
@@ -132,6 +131,27 @@ def print_summary(console: Console, outcome: Outcome) -> None:
         )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_tables(console: Console, outcome: Outcome) -> None:
+    """Where the state was after the last step, and what lanes did in a steady one."""
+    console.print(_state_table(outcome))
+    console.print(_lane_table(outcome))
+
+
+def describe_bound(steady: Sequence[StepReport]) -> str:
+    """How long a step took, how near to its bound that is, and which lanes it was for."""
+    measured = statistics.median(report.measured_seconds for report in steady)
+    return (
+        f"a step: {measured:.3f} s, physical bound {median_bound(steady):.3f} s, "
+        f"efficiency {median_efficiency(steady):.0%}, critical lane {steady[-1].critical}, "
+        f"bottleneck {steady[-1].bottleneck}"
+    )
+
+
+def mean_idle_share(reports: Sequence[StepReport], lane: str) -> float:
+    """Mean over the steps of the share in which nothing was in flight on a lane."""
+    return statistics.mean(report.idle_shares.get(lane, 1.0) for report in reports)
 
 
 def _state_table(outcome: Outcome) -> Table:
@@ -161,7 +181,7 @@ def _lane_table(outcome: Outcome) -> Table:
         if lane == LaneReport():
             continue
         busy = f"{lane.busy_seconds * 1e3:.1f} ms"
-        idle = statistics.mean(report.idle_shares.get(name, 1.0) for report in steady)
+        idle = mean_idle_share(steady, name)
         table.add_row(name, format_bytes(lane.bytes), busy, f"{idle:.0%}", format_rate(lane))
     return table
 
