@@ -38,7 +38,7 @@ from offload.partition.blocks import Block, BlockStore, Staged, release_all
 from offload.partition.layout import UPDATED_CLASSES, Bucket, Segment, segments
 from offload.partition.parameters import ParameterState
 from offload.partition.shadows import Shadows
-from offload.schedule.overlap import OverlapRoom
+from offload.schedule.footprint import OverlapRoom
 from offload.tiers.host import HostArena
 from offload.tiers.host_share import HostShare
 from offload.tiers.transfer import Urgency

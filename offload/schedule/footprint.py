@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -85,6 +85,30 @@ class Machine:
     def is_staged(self, tier: str) -> bool:
         """Whether state that lives in `tier` comes to host memory for its update."""
         return tier == "nvme" or (tier == "device" and not self.host_addressable)
+
+
+class OverlapRoom(NamedTuple):
+    """What the overlapped step takes beside a placement; see [Note: Overlap room].
+
+    Attributes:
+        flow_bytes: host memory for what is on its way; 0: the step is not overlapped.
+        held_bytes: host memory for held versions.
+        held_share: of the chunks of weights and optimizer state on nvme, those that can be held.
+        held_nvme_bytes: the extents that they take.
+    """
+
+    flow_bytes: int = 0
+    held_bytes: int = 0
+    held_share: float = 0.0
+    held_nvme_bytes: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of both kinds."""
+        return self.flow_bytes + self.held_bytes
+
+
+NO_OVERLAP = OverlapRoom()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ Where the budgets have no room for that the step is taken between backward and f
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from offload.partition.layout import (
     BLOCK_ALIGNMENT_BYTES,
@@ -19,6 +19,7 @@ from offload.partition.layout import (
     num_held,
     round_up,
 )
+from offload.schedule.footprint import OverlapRoom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,30 +31,6 @@ if TYPE_CHECKING:
 _LEAST_CHUNKS, _MOST_CHUNKS = 2, 6
 _MOST_FLOW_SHARE = 1 / 2  # of the host budget
 _MOST_HELD_SHARE = 1 / 2  # of what is free on nvme
-
-
-class OverlapRoom(NamedTuple):
-    """What the overlapped step may take; see [Note: Overlap room].
-
-    Attributes:
-        flow_bytes: host memory for what is on its way; 0: the step is not overlapped.
-        held_bytes: host memory for held versions.
-        held_share: of the chunks of weights and optimizer state on nvme, those that can be held.
-        held_nvme_bytes: the extents that they take.
-    """
-
-    flow_bytes: int = 0
-    held_bytes: int = 0
-    held_share: float = 0.0
-    held_nvme_bytes: int = 0
-
-    @property
-    def host_bytes(self) -> int:
-        """Host memory of both kinds."""
-        return self.flow_bytes + self.held_bytes
-
-
-NO_OVERLAP = OverlapRoom()
 
 
 def flow_bytes(planned: Plan, machine: Machine) -> int:
@@ -77,26 +54,20 @@ def flow_bytes(planned: Plan, machine: Machine) -> int:
 
 def overlap_room(planned: Plan, machine: Machine, flow: int) -> OverlapRoom:
     """The room of a plan beside which `flow` bytes of the host are free."""
-    in_memory = on_nvme = 0
-    for bucket, chunks in _overlapped(planned, machine):
-        for state_class in UPDATED_CLASSES:
-            nbytes = sum(chunks.get(state_class, ()))
-            if nbytes and planned.tier(bucket, state_class) == "nvme":
-                on_nvme += nbytes
-            else:
-                in_memory += nbytes
+    updated = [
+        (planned.tier(bucket, state_class), nbytes)
+        for bucket, chunks in _overlapped(planned, machine)
+        for state_class in UPDATED_CLASSES
+        for nbytes in chunks.get(state_class, ())
+        if nbytes
+    ]
+    on_nvme = [nbytes for tier, nbytes in updated if tier == "nvme"]
+    in_memory = sum(nbytes for tier, nbytes in updated if tier != "nvme")
     left = machine.host_bytes - flow - planned.need_bytes["host"]
     held = min(max(left, 0), in_memory) // BLOCK_ALIGNMENT_BYTES * BLOCK_ALIGNMENT_BYTES
     free = planned.budget_bytes["nvme"] - planned.need_bytes["nvme"]
-    share = min(1.0, max(free, 0) * _MOST_HELD_SHARE / on_nvme) if on_nvme else 0.0
-    sizes = [
-        size
-        for bucket, chunks in _overlapped(planned, machine)
-        for state_class in UPDATED_CLASSES
-        if planned.tier(bucket, state_class) == "nvme"
-        for size in chunks.get(state_class, ())
-    ]
-    extents = num_held(sizes, share)
+    share = min(1.0, max(free, 0) * _MOST_HELD_SHARE / sum(on_nvme)) if on_nvme else 0.0
+    extents = num_held(on_nvme, share)
     return OverlapRoom(flow, held, share, sum(size * count for size, count in extents.items()))
 
 

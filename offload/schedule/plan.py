@@ -25,8 +25,7 @@ from offload.partition.layout import (
     state_fields,
 )
 from offload.schedule.cost import LaneSpeeds, bound_seconds, compute_flops, lane_seconds
-from offload.schedule.footprint import STATE_CLASSES, TIERS, Machine
-from offload.schedule.overlap import NO_OVERLAP, OverlapRoom
+from offload.schedule.footprint import NO_OVERLAP, STATE_CLASSES, TIERS, Machine, OverlapRoom
 from offload.schedule.placement import (
     Placement,
     PlacementChoice,
