@@ -9,7 +9,8 @@ size counts.
 An arena that has to `grow` gets one more mapping, a *segment*, prepared as the first one was. A
 lease lies in one segment, because neither a copy nor a request may cross two registrations. The
 newest segment with room is taken: what the arena has grown for finds its place there, whatever is
-free elsewhere.
+free elsewhere. What may have to make way one day is leased from a segment of its own, with which
+the arena can `shrink`: its bytes can then be any other lease's, however long that is.
 
 [Note: page-locking]
 
@@ -47,8 +48,11 @@ class RegistersMemory(Protocol):
     def register(self, address: int, nbytes: int) -> str:
         """Prepare memory that many requests will use; return "ok" or why it did not work."""
 
+    def unregister(self, address: int) -> None:
+        """Undo `register`; nothing if there is nothing to undo."""
 
-class _Segment:
+
+class HostSegment:
     """One mapping of an arena, and what of it is free."""
 
     def __init__(self, nbytes: int) -> None:
@@ -115,7 +119,7 @@ class HostArena:
         self._io: RegistersMemory | None = None
         self._locks_pages = False
         self._closed = False
-        self._segments: list[_Segment] = []
+        self._segments: list[HostSegment] = []
         self.grow(budget_bytes // alignment * alignment)
 
     @property
@@ -123,7 +127,7 @@ class HostArena:
         """Where the first segment starts."""
         return self._segments[0].address
 
-    def grow(self, nbytes: int) -> None:
+    def grow(self, nbytes: int) -> HostSegment:
         """Add `nbytes` (rounded up to the alignment) to the budget, prepared as the rest is.
 
         Leases of up to that size together find room in it at once. After an error the arena is as
@@ -141,10 +145,21 @@ class HostArena:
         with self._lock:
             self._segments.append(segment)
             self.budget_bytes += segment.nbytes
+        return segment
 
-    def _map(self, nbytes: int) -> _Segment:
+    def shrink(self, segment: HostSegment) -> None:
+        """Undo `grow`: give the memory back to the system; none of it may be leased."""
+        with self._lock:
+            assert segment.free.largest == segment.nbytes, "a segment that is leased from"
+            self._segments.remove(segment)
+            self.budget_bytes -= segment.nbytes
+        if self._io is not None:
+            self._io.unregister(segment.address)
+        segment.close()
+
+    def _map(self, nbytes: int) -> HostSegment:
         try:
-            return _Segment(nbytes)
+            return HostSegment(nbytes)
         except (OSError, ValueError, OverflowError) as error:
             raise BudgetError(
                 tier=self.tier,
@@ -243,7 +258,7 @@ class HostArena:
             f"{broken}; held now: {self._owners.table()}",
         )
 
-    def _take_back(self, lease: HostLease, segment: _Segment, start: int) -> None:
+    def _take_back(self, lease: HostLease, segment: HostSegment, start: int) -> None:
         size = self._rounded(lease.nbytes)
         with self._lock:
             if lease.released:
@@ -275,7 +290,7 @@ class HostLease:
     __slots__ = ("_arena", "_segment", "_start", "address", "nbytes", "owner", "released", "tensor")
 
     def __init__(
-        self, arena: HostArena, segment: _Segment, start: int, nbytes: int, owner: str
+        self, arena: HostArena, segment: HostSegment, start: int, nbytes: int, owner: str
     ) -> None:
         self._arena = arena
         self._segment = segment

@@ -21,20 +21,24 @@ if TYPE_CHECKING:
 class HostShare:
     """`nbytes` of the arena, in pieces. Thread-safe.
 
+    `apart`: the arena grows by the share, and shrinks by it when it is closed.
+
     Attributes:
         nbytes: bytes of the share, whole pages.
         used_bytes: bytes of the pieces that are out.
         peak_bytes: the most that was out at any time.
 
     Raises:
-        BudgetError: the arena has no room for the share.
+        BudgetError: the arena has no room for the share, or cannot grow by it.
     """
 
-    def __init__(self, arena: HostArena, nbytes: int, owner: str) -> None:
+    def __init__(self, arena: HostArena, nbytes: int, owner: str, *, apart: bool = False) -> None:
         assert nbytes >= PAGE_BYTES
         self.nbytes = nbytes // PAGE_BYTES * PAGE_BYTES
         self.used_bytes = 0
         self.peak_bytes = 0
+        self._arena = arena
+        self._segment = arena.grow(self.nbytes) if apart else None
         self._lease = arena.lease(self.nbytes, owner)
         self._free = FreeRanges(self.nbytes)
         self._lock = threading.Lock()
@@ -54,6 +58,8 @@ class HostShare:
         """Give the share back to the arena; no piece may be out."""
         assert not self.used_bytes, f"{self.used_bytes} bytes of {self._lease!r} are still out"
         self._lease.release()
+        if self._segment is not None:
+            self._arena.shrink(self._segment)
 
     def _take_back(self, start: int, nbytes: int) -> None:
         with self._lock:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from offload.errors import BudgetError
 from offload.native import IoEngine
 from offload.tiers.host import HostArena, HostLease
+from offload.tiers.host_share import HostShare
 from tests.threads import run_in_threads
 from tests.tiers.conftest import RunScript
 
@@ -176,6 +177,10 @@ class NotedMemory:
         self.ranges.append((address, nbytes))
         return "ok"
 
+    def unregister(self, address: int) -> None:
+        (known,) = [each for each in self.ranges if each[0] == address]
+        self.ranges.remove(known)
+
 
 def test_an_arena_grows_by_a_registered_segment_that_is_taken_first() -> None:
     noted = NotedMemory()
@@ -201,6 +206,51 @@ def test_an_arena_grows_by_a_registered_segment_that_is_taken_first() -> None:
         assert arena.used_bytes == 0
         arena.lease(3 * PAGE, "the new segment").release()
         arena.lease(4 * PAGE, "the old segment").release()
+
+
+def test_an_arena_shrinks_by_what_it_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart, noted = _Cudart(), NotedMemory()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    with HostArena(4 * PAGE) as arena:
+        arena.register_with(noted)
+        arena.page_lock()
+        segment = arena.grow(2 * PAGE)
+        lease = arena.lease(PAGE, "in the segment")
+        lease.tensor.fill_(7)
+        with pytest.raises(AssertionError, match="a segment that is leased from"):
+            arena.shrink(segment)
+        assert arena.budget_bytes == 6 * PAGE
+        lease.release()
+        arena.shrink(segment)
+        assert arena.budget_bytes == 4 * PAGE
+        assert noted.ranges == [(arena.address, 4 * PAGE)]
+        assert list(cudart.registered) == [arena.address]
+        assert not lease.tensor.any()  # its pages have gone back to the system
+        arena.lease(4 * PAGE, "all that is left")
+        with pytest.raises(BudgetError):
+            arena.lease(PAGE, "more")
+    assert not cudart.registered
+
+
+def test_a_share_apart_leaves_no_hole() -> None:
+    with HostArena(4 * PAGE) as arena:
+        share = HostShare(arena, 3 * PAGE + 5, "a share", apart=True)
+        assert (arena.budget_bytes, arena.used_bytes, share.nbytes) == (
+            7 * PAGE,
+            3 * PAGE,
+            3 * PAGE,
+        )
+        other = arena.lease(PAGE, "beside it")
+        piece = share.take(2 * PAGE)
+        assert piece is not None
+        with pytest.raises(AssertionError, match="8192 bytes of"):
+            share.close()
+        piece.release()
+        share.close()
+        assert (arena.budget_bytes, arena.used_bytes) == (4 * PAGE, PAGE)
+        other.release()
+        arena.grow(3 * PAGE)
+        arena.lease(3 * PAGE, "as long as the share was").release()
 
 
 class _Cudart:
