@@ -240,7 +240,8 @@ def _reserve_and_move(
     rule = chosen.rule
     deadline = config.io.deadline_seconds
     # No larger than the plan: an arena is locked in memory where there is an accelerator.
-    host = HostArena(max(plan.peak_bytes["host"], PAGE_BYTES))
+    # The overlapped step's room comes in a segment of its own, for it may have to make way.
+    host = HostArena(max(plan.peak_bytes["host"] - plan.overlap.host_bytes, PAGE_BYTES))
     closing.callback(host.close)
     host.register_with(io)
     device = open_device_tier(

@@ -38,8 +38,8 @@ from offload.partition.layout import (
 )
 from offload.partition.tensor_layout import StateTensorSpec, TensorLayout
 from offload.schedule.cost import LaneSpeeds
-from offload.schedule.footprint import Machine, Staging
-from offload.schedule.overlap import flow_bytes, overlap_room, with_overlap
+from offload.schedule.footprint import Machine, OverlapRoom, Staging
+from offload.schedule.overlap import flow_bytes, overlap_room, room_left, with_overlap
 from offload.schedule.plan import (
     Plan,
     Workload,
@@ -190,16 +190,30 @@ def plan_module(
     machine = replace(machine, device_bytes=left, host_bytes=machine.host_bytes - reserved_bytes)
     plan_beside = partial(_plan_collection, collection, config, rule=rule, groups=groups)
     if known is not None:
-        beside = replace(machine, host_bytes=machine.host_bytes - known.overlap.host_bytes)
-        planned = with_overlap(plan_beside(machine=beside, known=known), known.overlap)
+        planned, room = _plan_beside_room(plan_beside, machine, known)
+        planned = with_overlap(planned, room, machine)
     else:
         planned = plan_beside(machine=machine, known=None)
         wanted = flow_bytes(planned, machine) if _overlaps(config, rule) and planned.fits else 0
         beside = replace(machine, host_bytes=machine.host_bytes - wanted)
         if wanted and (overlapped := plan_beside(machine=beside, known=None)).fits:
-            planned = with_overlap(overlapped, overlap_room(overlapped, machine, wanted))
+            room = overlap_room(overlapped, machine, wanted)
+            planned = with_overlap(overlapped, room, machine)
     planned = with_overhead(planned, "device", collection.resident_bytes)
     return with_activations(planned, reserved_bytes, config, machine, grows=known is None)
+
+
+def _plan_beside_room(
+    plan_beside: Callable[..., Plan], machine: Machine, known: Plan
+) -> tuple[Plan, OverlapRoom]:
+    """Plan beside the room of the overlapped step; where that does not fit, the room shrinks."""
+    room = known.overlap
+    beside = replace(machine, host_bytes=machine.host_bytes - room.host_bytes)
+    planned = plan_beside(machine=beside, known=known)
+    if not planned.fits and room.host_bytes:
+        planned = plan_beside(machine=machine, known=known)
+        room = room_left(planned, machine, room)
+    return planned, room
 
 
 def _overlaps(config: OffloadConfig, rule: AnyRule) -> bool:

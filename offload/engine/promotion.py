@@ -7,10 +7,13 @@ records gradients, or the next optimizer step, *promotes* it: its bucket becomes
     notice -> plan (DoesNotFitError) -> reserve -> commit
 
 The bucket's gradients and optimizer state get homes as `[placement]` says, beside everything that
-has a home already; nothing that lives somewhere moves. Moments are zero, the step count is 0, and
-the master is the weight, exactly. Other parameters of the bucket stay frozen, and have room for
-their state from then on. Freezing a parameter again takes nothing away: it gets no gradient, so
-nothing of it changes, and it goes on where it stood once it is unfrozen.
+has a home already; nothing that lives somewhere moves. Where the host has no room for them the
+overlapped step's room makes way: it is given back, and what is then left is taken anew.
+
+Moments are zero, the step count is 0, and the master is the weight, exactly. Other parameters of
+the bucket stay frozen, and have room for their state from then on. Freezing a parameter again takes
+nothing away: it gets no gradient, so nothing of it changes, and it goes on where it stood once it
+is unfrozen.
 
 Until the commit nothing of the engine has changed but room that was made: an error leaves it as it
 was. It comes at every forward then, until the parameter is frozen again or there is room.
@@ -37,6 +40,7 @@ from offload.engine.planning import plan_module, scratch_bytes, with_overhead
 from offload.errors import DoesNotFitError, OffloadError, format_bytes, listed
 from offload.optim.generic import GenericRule
 from offload.optim.rules import refused_setting
+from offload.optim.uninterrupted import uninterrupted
 from offload.optim.zeroth_order import ZerothOrderRule
 from offload.partition.layout import Bucket
 from offload.partition.parameters import ParameterState
@@ -139,8 +143,24 @@ class Promotion:
         if not plan.fits:
             raise _no_room(states, str(plan))
         buckets = _newly_trainable(parts.plan, plan)
-        self._reserve(states, collection, plan, buckets)
+        with uninterrupted():
+            self._reserve(states, collection, plan, buckets)
+            self._commit(states, collection, plan, buckets)
+            for group, members in zip(self._optimizer.param_groups, joined, strict=True):
+                group["params"] = members["params"]
+
+    def _commit(
+        self,
+        states: Sequence[ParameterState],
+        collection: Collection,
+        plan: Plan,
+        buckets: Sequence[Bucket],
+    ) -> None:
+        parts = self._parts
         self._staging_room = max(self._staging_room, plan.staging_bytes)
+        # What the overlapped step's room took before may have been more than anything from here on.
+        peak = max(plan.peak_bytes["host"], parts.host.peak_bytes)
+        plan = replace(plan, peak_bytes={**plan.peak_bytes, "host": peak})
         parts.plan, parts.collection = plan, collection
         parts.sites.follow(plan)
         for bucket in buckets:
@@ -151,8 +171,6 @@ class Promotion:
         for state in states:
             state.trainable = True
             state.edited = True  # what completes the weight follows it at the first update
-        for group, members in zip(self._optimizer.param_groups, joined, strict=True):
-            group["params"] = members["params"]
         self._frozen = [state for state in self._frozen if not state.trainable]
 
     def _plan(self, collection: Collection, groups: Sequence[dict[str, Any]]) -> Plan:
@@ -250,9 +268,10 @@ class Promotion:
         growth = scratch + sum(plan.layouts[b.index][name].nbytes for b, name in on_host)
         if not self._has_staging_for(plan):
             growth += plan.staging_bytes  # in one piece; what there was stays beside it
-        self._require_memory(states, plan, growth)
-        parts.gradients.resize(min(plan.landing_bytes, parts.plan.landing_bytes))
         with contextlib.ExitStack() as undo:
+            room_bytes = self._make_way(plan, undo)
+            self._require_memory(states, plan, growth + room_bytes)
+            parts.gradients.resize(min(plan.landing_bytes, parts.plan.landing_bytes))
             held = plan.gradient_bytes - parts.plan.gradient_bytes
             if held or plan.working_bytes != parts.plan.working_bytes:
                 undo.callback(parts.pager.make_way, parts.plan.working_bytes)
@@ -266,12 +285,25 @@ class Promotion:
             self._add(elsewhere, plan, undo)
             parts.store.reserve_records(spare=parts.machine.staging.spare_extents)
             if growth:
-                parts.host.grow(growth)  # comes last: the arena does not shrink
+                undo.callback(parts.host.shrink, parts.host.grow(growth))
             if scratch:
                 undo.callback(parts.host.lease(scratch, SCRATCH_OWNER).release)
             self._add(on_host, plan, undo)
             self._zero(buckets)
+            if plan.overlap != parts.plan.overlap:
+                parts.updates.take_room(plan.overlap)
             undo.pop_all()
+
+    def _make_way(self, plan: Plan, undo: contextlib.ExitStack) -> int:
+        """Give back the overlapped step's room if the plan has another; the bytes of that one."""
+        parts = self._parts
+        if plan.overlap == parts.plan.overlap:
+            return 0
+        while parts.pager.finish_one():
+            pass  # a page may come from what is on its way home, which is in the room
+        parts.updates.give_back()
+        undo.callback(parts.updates.take_room, parts.plan.overlap)
+        return plan.overlap.host_bytes
 
     def _require_memory(self, states: Sequence[ParameterState], plan: Plan, growth: int) -> None:
         """Refuse what the machine does not have.

@@ -98,10 +98,12 @@ class OverlappedStep:
         self._streamed = streamed
         self._parameters = parameters
         self._store = store
-        self._held_room = room.held_bytes
-        self._share = HostShare(host, room.host_bytes, OWNER) if room.flow_bytes else None
+        self._host = host
+        self._held_room = 0
+        self._share: HostShare | None = None
         self._shadows = Shadows(store)
         self._lock = threading.RLock()
+        self._trainable: list[Bucket] = []
         self._buckets: dict[int, Bucket] = {}
         self._segments: dict[Key, tuple[Segment, ...]] = {}
         self._loading: OrderedDict[Key, _Loading] = OrderedDict()
@@ -121,11 +123,54 @@ class OverlappedStep:
         for bucket in buckets:
             if bucket.trainable:
                 self.admit(bucket)
+        self.take_room(room)
+
+    def take_room(self, room: OverlapRoom) -> None:
+        """Overlap the steps from here on in this room, or none where it has no flow.
+
+        The arena grows by the room. No step is under way, and no other room is held.
+
+        Raises:
+            BudgetError: the system maps no more; nothing is overlapped.
+        """
+        if room.flow_bytes:
+            self._share = HostShare(self._host, room.host_bytes, OWNER, apart=True)
+            self._held_room = room.held_bytes
+            for bucket in self._trainable:
+                self._overlap(bucket)
+
+    def give_back(self) -> None:
+        """Give the room back; until `take_room` nothing is overlapped.
+
+        Homes are what the last step says, and nobody reads what is on its way home.
+
+        Raises:
+            StorageError: as `settle`, or something could not be written home; the room stays.
+            OffloadError: a transfer that hangs has a part of the room; the room stays.
+        """
+        self.settle()
+        with self._timed():
+            self._store.retry_failed()
+            if self._share is None:
+                return
+            if self._share.used_bytes:
+                raise OffloadError(
+                    f"{self._share.used_bytes} bytes of the room of {OWNER} cannot be given back: "
+                    "a transfer that hangs has them",
+                    remedy="look whether the disk hangs",
+                )
+            self._share.close()
+            self._share = None
+            self._buckets.clear()
+            self._segments.clear()
 
     def admit(self, bucket: Bucket) -> None:
         """A bucket is trainable, and its blocks are there."""
-        if self._share is None:
-            return
+        self._trainable.append(bucket)
+        if self._share is not None:
+            self._overlap(bucket)
+
+    def _overlap(self, bucket: Bucket) -> None:
         blocks = self._blocks(bucket)
         if self._store.device.host_addressable and all(map(self._store.in_place, blocks)):
             return  # there is nothing to wait for

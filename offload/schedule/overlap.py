@@ -6,6 +6,7 @@
   held    next versions that are not current yet: on the host for homes in memory, from what the
           budget has left; on nvme as shadow extents, from half of what is free there.
 Where the budgets have no room for that the step is taken between backward and forward, as ever.
+State that is added to a plan later comes first: the room of the host is what is left beside it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ _MOST_FLOW_SHARE = 1 / 2  # of the host budget
 _MOST_HELD_SHARE = 1 / 2  # of what is free on nvme
 
 
-def flow_bytes(planned: Plan, machine: Machine) -> int:
-    """Host bytes that the flow wants; 0: nothing is staged, or the budget is too small."""
+def flow_bytes(planned: Plan, machine: Machine, most_bytes: int | None = None) -> int:
+    """Host bytes that the flow wants, of `most_bytes`; by default of its share of the budget.
+
+    0: nothing is staged, or there is room for less than the least.
+    """
     largest = max(
         (
             sum(
@@ -48,6 +52,8 @@ def flow_bytes(planned: Plan, machine: Machine) -> int:
         default=0,
     )
     room_bytes = int(machine.host_bytes * _MOST_FLOW_SHARE)
+    if most_bytes is not None:
+        room_bytes = min(room_bytes, most_bytes)
     chunks = min(room_bytes // largest, _MOST_CHUNKS) if largest else 0
     return chunks * largest if chunks >= _LEAST_CHUNKS else 0
 
@@ -71,8 +77,19 @@ def overlap_room(planned: Plan, machine: Machine, flow: int) -> OverlapRoom:
     return OverlapRoom(flow, held, share, sum(size * count for size, count in extents.items()))
 
 
-def with_overlap(planned: Plan, room: OverlapRoom) -> Plan:
-    """Count the room: the plan needs none of it, and takes all."""
+def room_left(planned: Plan, machine: Machine, known: OverlapRoom) -> OverlapRoom:
+    """What is left of the room `known` beside a plan that needs some of it for homes and staging.
+
+    The extents of held versions stay.
+    """
+    left = max(machine.host_bytes - planned.need_bytes["host"], 0)
+    flow = flow_bytes(planned, machine, left)
+    held = overlap_room(planned, machine, flow).held_bytes if flow else 0
+    return known._replace(flow_bytes=flow, held_bytes=held)
+
+
+def with_overlap(planned: Plan, room: OverlapRoom, machine: Machine) -> Plan:
+    """Count the room: the plan, which was made beside it, needs none of it, and takes all."""
     peak = planned.peak_bytes
     return replace(
         planned,
@@ -82,10 +99,7 @@ def with_overlap(planned: Plan, room: OverlapRoom) -> Plan:
             "host": peak["host"] + room.host_bytes,
             "nvme": peak["nvme"] + room.held_nvme_bytes,
         },
-        budget_bytes={
-            **planned.budget_bytes,
-            "host": planned.budget_bytes["host"] + room.flow_bytes,
-        },
+        budget_bytes={**planned.budget_bytes, "host": machine.host_bytes},
     )
 
 
