@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from offload.errors import BudgetError, OffloadError, StorageError
 from offload.native import IoEngine
@@ -16,13 +14,13 @@ from offload.optim.device_rules import device_rule, rows_bytes
 from offload.optim.device_update import DeviceUpdate
 from offload.optim.rules import make_rule
 from offload.partition.blocks import BlockStore, Staged, release_all
-from offload.partition.layout import ClassLayout, FieldSpec, ParamSpec, pack, segments
-from offload.partition.parameters import ParameterState
+from offload.partition.layout import ClassLayout, FieldSpec, segments
 from offload.schedule.executor import ComputePool
 from offload.schedule.update_site import NUM_SLOTS, UpdateScratch, update_scratch
 from offload.tiers.host import HostArena
 from offload.tiers.simulated import SimulatedDeviceTier, SimulatedIo
 from offload.tiers.transfer import CompletedTransfer
+from tests.optim.one_chunk import one_chunk_buckets
 
 NUMEL = 1024
 NUM_BUCKETS = 5
@@ -41,8 +39,7 @@ class Setting:
     """Buckets of one chunk; weights and gradients on the host, moments at `home`."""
 
     def __init__(self, fault: str | None = None, home: str = "host") -> None:
-        specs = [ParamSpec(f"p{i}", (NUMEL,), NUMEL, "fp32", 4, True) for i in range(NUM_BUCKETS)]
-        self.buckets = pack(specs, bucket_elements=NUMEL)
+        self.buckets, self.parameters = one_chunk_buckets(NUM_BUCKETS, NUMEL)
         self.io = IoEngine(backend="threads", threads=1)
         self.host = HostArena(1 << 20)
         self.device = SimulatedDeviceTier(1 << 20, SimulatedIo(fault=fault), host_addressable=False)
@@ -56,20 +53,6 @@ class Setting:
             for name, layout in layouts.items():
                 self.store.add(bucket, name, layout, home if name == "optimizer" else "host")
         self.scratch = update_scratch(self.buckets, blocks, rows_bytes)
-        self.parameters = [
-            ParameterState(
-                index=i,
-                names=(f"p{i}",),
-                parameter=nn.Parameter(torch.zeros(NUMEL)),
-                shape=torch.Size([NUMEL]),
-                stride=(1,),
-                numel=NUMEL,
-                bucket=i,
-                offset=0,
-                gradient_sums=np.ones(1),
-            )
-            for i in range(NUM_BUCKETS)
-        ]
         self.pool = ComputePool(1)
         rule = make_rule("adamw")
         self.kernel = KernelUpdate(self.parameters, self.store, rule, self.pool)

@@ -6,22 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from offload.errors import NonFiniteError, OffloadError, StorageError
 from offload.native import IoEngine
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
 from offload.optim.streamed import StreamedStep
 from offload.partition.blocks import BlockStore
-from offload.partition.layout import ClassLayout, FieldSpec, ParamSpec, pack
+from offload.partition.layout import ClassLayout, FieldSpec
 from offload.partition.parameters import ParameterState
 from offload.telemetry import LaneMeter
 from offload.tiers.device import CpuDeviceTier
 from offload.tiers.host import HostArena
 from offload.tiers.nvme import NvmeStore
+from tests.optim.one_chunk import one_chunk_buckets
 
 NUMEL = 1024  # each parameter fills a bucket of one chunk of 4096 bytes
 NUM_BUCKETS = 6
@@ -56,8 +55,7 @@ class Setting:
     """A streamed step over six buckets whose state is on NVMe."""
 
     def __init__(self, path: Path, fault: str | None, *, staged_chunks: int, depth: int) -> None:
-        specs = [ParamSpec(f"p{i}", (NUMEL,), NUMEL, "fp32", 4, True) for i in range(NUM_BUCKETS)]
-        buckets = pack(specs, bucket_elements=NUMEL)
+        buckets, self.parameters = one_chunk_buckets(NUM_BUCKETS, NUMEL)
         self.io = IoEngine(backend="threads", threads=2, fault=fault)
         self.host = HostArena(staged_chunks * 3 * 4096)
         self.device = CpuDeviceTier(1 << 20, self.io)
@@ -70,20 +68,6 @@ class Setting:
                 layout = ClassLayout(bucket, [FieldSpec(state_class, "fp32", 4)])
                 self.store.add(bucket, state_class, layout, "nvme")
         self.store.reserve_records(spare=3)
-        self.parameters = [
-            ParameterState(
-                index=i,
-                names=(f"p{i}",),
-                parameter=nn.Parameter(torch.zeros(NUMEL)),
-                shape=torch.Size([NUMEL]),
-                stride=(1,),
-                numel=NUMEL,
-                bucket=i,
-                offset=0,
-                gradient_sums=np.ones(1),
-            )
-            for i in range(NUM_BUCKETS)
-        ]
         self.updater = CountingUpdate(self.parameters, self.store)
         self.step = StreamedStep(
             buckets=buckets,
