@@ -49,14 +49,22 @@ def make_engine(
     return offload.initialize(model, config, **factories)
 
 
+def small_llama(depth: int = 2, *, seed: int = 0) -> Any:
+    """A Llama of which each layer can be a bucket, with seeded weights."""
+    import transformers
+
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_SIZES, intermediate_size=128, num_hidden_layers=depth)
+    )
+
+
 def transformers_model(name: str, checkpointing: str = "off") -> nn.Module:
     """A tiny model with seeded weights; `checkpointing` is off, reentrant or not_reentrant."""
     import transformers
 
     configs: dict[str, Callable[[], nn.Module]] = {
-        "llama": lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**_SIZES, intermediate_size=128, num_hidden_layers=2)
-        ),
+        "llama": small_llama,
         "gpt2": lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 n_embd=64,

@@ -23,6 +23,7 @@ from tests.oracle import (
     assert_identical,
     make_engine,
     settings,
+    small_llama,
     train_plain,
     transformers_model,
     two_buckets_bytes,
@@ -604,22 +605,6 @@ def test_hooks_of_the_users_on_weights_that_are_used_once() -> None:
 # -- placements, precisions, memory ----------------------------------------------------------------
 
 
-def wide_llama(depth: int = 3) -> Any:
-    """Every layer, the embedding and the head are buckets of their own."""
-    import transformers
-
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=depth,
-            num_attention_heads=4,
-        )
-    )
-
-
 LAYER_ELEMENTS = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
 
 
@@ -640,7 +625,7 @@ def tight(model: nn.Module, tier: str, path: Path, **sections: Any) -> dict[str,
 def test_placements_and_budgets_leave_the_numbers_alone(compute: str, tmp_path: Path) -> None:
     runs = []
     for tier in ("device", "host", "nvme"):
-        model = wide_llama(2)
+        model = small_llama(2)
         placed: dict[str, Any] = {"tier": "device", "compute": compute}
         if tier != "device":
             placed = tight(model, tier, tmp_path, compute=compute)
@@ -649,7 +634,7 @@ def test_placements_and_budgets_leave_the_numbers_alone(compute: str, tmp_path: 
             placed["activations"] = {"min_bytes": 1024, "host_memory": "256KiB"}
         for order in ORDERS:
             torch.manual_seed(3)
-            with make_engine(wide_llama(2), config_of(order, **placed)) as engine:
+            with make_engine(small_llama(2), config_of(order, **placed)) as engine:
                 runs.append(accumulate_steps(engine, tokens))
             tiers = runs[-1].report.tiers.values()
             assert all(each.peak_bytes <= each.budget_bytes for each in tiers)
@@ -665,7 +650,7 @@ def test_weights_move_twice_a_step_whatever_the_number_of_micro_batches(
     moved: dict[tuple[str, int], int] = {}
     for order in ORDERS:
         for count in (2, 4, 8):
-            model = wide_llama(4)
+            model = small_llama(4)
             placed = tight(model, tier, tmp_path)
             # What else moves on the lane stays away from it.
             placed["placement"] = {"gradients": "host", "optimizer": "host"}
@@ -678,7 +663,7 @@ def test_weights_move_twice_a_step_whatever_the_number_of_micro_batches(
                 report = engine.report()
                 moved[order, count] = report.lanes[lane].bytes
                 assert report.faults == 0
-    weights = sum(p.numel() for p in wide_llama(4).parameters()) * 4
+    weights = sum(p.numel() for p in small_llama(4).parameters()) * 4
     for_the_update = weights if tier == "nvme" else 0  # fp32 weights are the master weights
     (found,) = {moved["layer_major", count] - for_the_update for count in (2, 4, 8)}
     # Once for forward and once for backward, less what is still there when that begins.
@@ -691,14 +676,14 @@ def test_weights_move_twice_a_step_whatever_the_number_of_micro_batches(
 def test_gradients_on_nvme_are_written_once_a_step(tmp_path: Path) -> None:
     written = {}
     for order in ORDERS:
-        model = wide_llama(4)
+        model = small_llama(4)
         placed = tight(model, "host", tmp_path)
         placed["placement"] = {"gradients": "nvme"}
         placed["tiers"] = {**settings("nvme", tmp_path, device=placed["device"])["tiers"]}
         with make_engine(model, config_of(order, **placed, count=4)) as engine:
             accumulate_steps(engine, tokens)
             written[order] = engine.report().lanes["nvme_write"].bytes
-    numel = sum(p.numel() for p in wide_llama(4).parameters())
+    numel = sum(p.numel() for p in small_llama(4).parameters())
     assert written["layer_major"] <= 1.1 * 4 * numel
     assert written["micro_batch_major"] > 3 * written["layer_major"]
 
@@ -769,8 +754,8 @@ def test_an_accelerator_whose_copies_end_late(
             use_accelerator(monkeypatch)
         for order in ORDERS:
             torch.manual_seed(3)
-            placed = tight(wide_llama(2), tier, tmp_path)
-            with make_engine(wide_llama(2), config_of(order, **placed)) as engine:
+            placed = tight(small_llama(2), tier, tmp_path)
+            with make_engine(small_llama(2), config_of(order, **placed)) as engine:
                 runs.append(accumulate_steps(engine, tokens))
     for run in runs[1:]:
         assert_identical(run, runs[0])

@@ -32,6 +32,7 @@ from tests.oracle import (
     language_loss,
     make_engine,
     settings,
+    small_llama,
     small_loss,
     small_model,
     train_engine,
@@ -443,20 +444,9 @@ def source_tokens() -> torch.Tensor:
 
 def held_out_losses(optimizer: dict[str, Any], *, seed: int, steps: int) -> tuple[float, float]:
     """Of a Llama on source text before and after its training in bf16."""
-    import transformers
-
     tokens = source_tokens()
     held_out, train = tokens[-4096:].view(-1, 64), tokens[:-4096]
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    )
+    model = small_llama(seed=seed)
     config = settings(
         "device",
         compute="bf16",
