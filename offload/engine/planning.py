@@ -206,8 +206,11 @@ def plan_module(
 def _plan_beside_room(
     plan_beside: Callable[..., Plan], machine: Machine, known: Plan
 ) -> tuple[Plan, OverlapRoom]:
-    """Plan beside the room of the overlapped step; where that does not fit, the room shrinks."""
+    """Plan beside the room of the overlapped step; where the host has too little, it shrinks."""
     room = known.overlap
+    if machine.nvme_bytes is not None:
+        left = machine.nvme_bytes - room.held_nvme_bytes
+        machine = replace(machine, nvme_bytes=left, nvme_held_bytes=room.held_nvme_bytes)
     beside = replace(machine, host_bytes=machine.host_bytes - room.host_bytes)
     planned = plan_beside(machine=beside, known=known)
     if not planned.fits and room.host_bytes:

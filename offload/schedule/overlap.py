@@ -99,7 +99,11 @@ def with_overlap(planned: Plan, room: OverlapRoom, machine: Machine) -> Plan:
             "host": peak["host"] + room.host_bytes,
             "nvme": peak["nvme"] + room.held_nvme_bytes,
         },
-        budget_bytes={**planned.budget_bytes, "host": machine.host_bytes},
+        budget_bytes={
+            **planned.budget_bytes,
+            "host": machine.host_bytes,
+            "nvme": machine.budget_bytes("nvme"),
+        },
     )
 
 

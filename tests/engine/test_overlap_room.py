@@ -192,6 +192,29 @@ def test_while_writes_are_late(delay: int, tmp_path: Path, monkeypatch: pytest.M
     assert_identical(found, expected)
 
 
+def test_extents_of_held_versions_are_no_room(tmp_path: Path) -> None:
+    """Too little beside them is known before anything moves."""
+    config = configured(tmp_path, ROOMY, "optimizer on nvme")
+    with make_engine(partly_frozen(), config) as engine:
+        expected = train(engine)
+        need = engine.plan.need_bytes["nvme"]
+    config["tiers"]["nvme"]["capacity"] = need
+    with make_engine(partly_frozen(), config) as engine:
+        assert engine.plan.overlap.held_nvme_bytes
+        first = train(engine, steps=3)
+        plan, used = engine.plan, engine._parts.nvme.used_bytes
+        with pytest.raises(DoesNotFitError, match=r"parameter 0\.weight: unfrozen") as caught:
+            train(engine, steps=1)
+        held = plan.overlap.held_nvme_bytes
+        assert f"tiers.nvme.capacity and free space of at least {need + held} bytes" in str(
+            caught.value
+        )
+        assert engine.plan is plan
+        assert plan.budget_bytes["nvme"] == need
+        assert engine._parts.nvme.used_bytes == used == plan.peak_bytes["nvme"]
+    assert first.losses == expected.losses[:3]
+
+
 def refuse_files(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     def refuse(*_: Any, **__: Any) -> None:
         raise OffloadError("no room on this disk")
