@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from offload.cli import lanes, trial
+from offload.cli import built_in, lanes, trial
 from offload.cli.main import main
+from offload.engine import build
+from tests.engine.accelerator import use_accelerator
 
 LANES = {"h2d", "d2h", "nvme_read", "nvme_write", "cpu", "compute"}
 TINY = '[tiers.device]\nkind = "cpu"\nmemory = "1MiB"\n[tiers.host]\nmemory = "4MiB"\n'
@@ -55,14 +58,17 @@ def on_nvme(disk: Path) -> str:
     return f'{TINY}[tiers.nvme]\npaths = ["{disk}"]\n'
 
 
-def bound(report: dict[str, Any], best: dict[str, float]) -> float:
+def bound(report: dict[str, Any], best: dict[str, float], cores: str = "shared") -> float:
     """The least seconds of a step, from what its lanes moved and what each can do alone."""
     moved = {name: lane["bytes"] for name, lane in report["lanes"].items()}
     disk_bytes = moved["nvme_read"] + moved["nvme_write"]
+    update_seconds = moved["cpu"] / best["cpu"]
+    compute_seconds = report["lanes"]["compute"]["busy_seconds"]
     return max(
         *(moved[name] / best[name] for name in ("h2d", "d2h", "nvme_read", "nvme_write")),
         disk_bytes / best["nvme_mixed"],
-        moved["cpu"] / best["cpu"] + report["lanes"]["compute"]["busy_seconds"],
+        update_seconds + compute_seconds if cores == "shared" else compute_seconds,
+        update_seconds,
     )
 
 
@@ -144,6 +150,30 @@ def test_without_a_kernel_the_lane_counts_as_it_shows_itself(tmp_path: Path, dis
     cpu = step["lanes"]["cpu"]
     best["cpu"] = cpu["bytes"] / cpu["busy_seconds"]
     assert 0 < step["bound_seconds"] <= bound(step, best) * (1 + 1e-9)
+
+
+def test_an_accelerator_copies_both_ways(
+    tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = use_accelerator(monkeypatch)
+    open_tier = functools.partial(build.open_device_tier, deadline_seconds=60.0)
+    monkeypatch.setattr(lanes, "open_device_tier", open_tier)
+    for module in (trial, built_in):
+        monkeypatch.setattr(module, "device_is_host_memory", lambda _config: False)
+    found = measured(tmp_path, on_nvme(disk) + "[io]\nchecksum = false\n", "--steps", "2")
+    alone, engine = opened
+    assert {name: moved for name, (moved, _) in alone.lanes().items()} == {
+        "h2d": 4 << 20,
+        "d2h": 4 << 20,
+    }
+    training = found["training"]
+    gradients = 2 * training["parameters"]
+    best = {lane["lane"]: lane["best_bytes_per_second"] for lane in found["lanes"]}
+    for step in training["steps"]:
+        assert step["lanes"]["d2h"]["bytes"] >= gradients
+        assert step["lanes"]["h2d"]["bytes"] >= gradients  # as many weights
+        assert step["bound_seconds"] == pytest.approx(bound(step, best, cores="apart"), rel=1e-9)
+    assert engine.peak_bytes <= 1 << 20
 
 
 def test_ctrl_c_ends_the_training_after_a_step(
