@@ -97,7 +97,7 @@ def doctor(config: str | None, paths: tuple[str, ...]) -> None:
     default=5,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Training steps to measure; 0: the lanes only.",
+    help="Training steps to measure, in about a minute; 0: the lanes only.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(

@@ -40,6 +40,7 @@ from offload.state.session import OffloadEngine, initialize
 from offload.telemetry import StepReport, note_speeds
 
 WARM_UP_STEPS = STEADY_STEP - 1
+_LONG_SECONDS = 60.0  # of a large model, fewer steps are measured; one at least
 
 
 @dataclass(slots=True)
@@ -107,13 +108,14 @@ def run_trial(
 ) -> Trial:
     """Take `WARM_UP_STEPS` and `steps` more with the model of `[run]`, or the built-in one.
 
-    Tokens are random, and nothing of the training is kept.
+    Tokens are random, and nothing of the training is kept. After a minute no step is begun, once
+    one has been measured.
 
     Args:
         config: as for `offload train`.
         alone: bytes/s by lane, of the lanes measured alone; a lane that is not there counts with
             the best speed that it shows.
-        steps: to measure.
+        steps: to measure, at most.
         progress: shows the steps.
         stop: ends the trial after the step that is under way.
 
@@ -125,8 +127,10 @@ def run_trial(
     with subject.engine as engine:
         num_parameters = sum(parameter.numel() for parameter in engine.module.parameters())
         trial = Trial(type(engine.module).__name__, num_parameters, Outcome(engine.plan.bytes))
+        started = time.perf_counter()
         for number in range(1, WARM_UP_STEPS + steps + 1):
-            if stop:
+            takes_long = time.perf_counter() - started > _LONG_SECONDS
+            if stop or (takes_long and number > STEADY_STEP):
                 break
             _step(subject, trial, progress, number)
         if not trial.shown and not stop:

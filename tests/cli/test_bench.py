@@ -176,6 +176,11 @@ def test_an_accelerator_copies_both_ways(
     assert engine.peak_bytes <= 1 << 20
 
 
+def test_long_steps_are_fewer(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_LONG_SECONDS", 0.0)
+    assert len(measured(tmp_path, on_nvme(disk), "--steps", "3")["training"]["steps"]) == 1
+
+
 def test_ctrl_c_ends_the_training_after_a_step(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
