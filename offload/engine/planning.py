@@ -206,16 +206,18 @@ def plan_module(
 def _plan_beside_room(
     plan_beside: Callable[..., Plan], machine: Machine, known: Plan
 ) -> tuple[Plan, OverlapRoom]:
-    """Plan beside the room of the overlapped step; where the host has too little, it shrinks."""
+    """Plan beside the overlapped step's room; where that does not fit, the room is what is left."""
     room = known.overlap
-    if machine.nvme_bytes is not None:
-        left = machine.nvme_bytes - room.held_nvme_bytes
-        machine = replace(machine, nvme_bytes=left, nvme_held_bytes=room.held_nvme_bytes)
-    beside = replace(machine, host_bytes=machine.host_bytes - room.host_bytes)
+    nvme_bytes = machine.nvme_bytes
+    beside = replace(
+        machine,
+        host_bytes=machine.host_bytes - room.host_bytes,
+        nvme_bytes=None if nvme_bytes is None else nvme_bytes - room.held_nvme_bytes,
+    )
     planned = plan_beside(machine=beside, known=known)
-    if not planned.fits and room.host_bytes:
+    if not planned.fits and room.flow_bytes:
         planned = plan_beside(machine=machine, known=known)
-        room = room_left(planned, machine, room)
+        room = room_left(planned, machine)
     return planned, room
 
 

@@ -7,7 +7,7 @@ records gradients, or the next optimizer step, *promotes* it: its bucket becomes
     notice -> plan (DoesNotFitError) -> reserve -> commit
 
 The bucket's gradients and optimizer state get homes as `[placement]` says, beside everything that
-has a home already; nothing that lives somewhere moves. Where the host has no room for them the
+has a home already; nothing that lives somewhere moves. Where a budget has no room for them the
 overlapped step's room makes way: it is given back, and what is then left is taken anew.
 
 Moments are zero, the step count is 0, and the master is the weight, exactly. Other parameters of
@@ -159,8 +159,10 @@ class Promotion:
         parts = self._parts
         self._staging_room = max(self._staging_room, plan.staging_bytes)
         # What the overlapped step's room took before may have been more than anything from here on.
-        peak = max(plan.peak_bytes["host"], parts.host.peak_bytes)
-        plan = replace(plan, peak_bytes={**plan.peak_bytes, "host": peak})
+        peak = {**plan.peak_bytes, "host": max(plan.peak_bytes["host"], parts.host.peak_bytes)}
+        if parts.nvme is not None:
+            peak["nvme"] = max(peak["nvme"], parts.nvme.peak_bytes)
+        plan = replace(plan, peak_bytes=peak)
         parts.plan, parts.collection = plan, collection
         parts.sites.follow(plan)
         for bucket in buckets:
@@ -302,8 +304,13 @@ class Promotion:
         while parts.pager.finish_one():
             pass  # a page may come from what is on its way home, which is in the room
         parts.updates.give_back()
-        undo.callback(parts.updates.take_room, parts.plan.overlap)
+        undo.callback(self._restore_room)
         return plan.overlap.host_bytes
+
+    def _restore_room(self) -> None:
+        """Take the room again that the plan counts; without it less is overlapped, and no more."""
+        with contextlib.suppress(OffloadError):
+            self._parts.updates.take_room(self._parts.plan.overlap)
 
     def _require_memory(self, states: Sequence[ParameterState], plan: Plan, growth: int) -> None:
         """Refuse what the machine does not have.

@@ -126,40 +126,34 @@ class OverlappedStep:
         self.take_room(room)
 
     def take_room(self, room: OverlapRoom) -> None:
-        """Overlap the steps from here on in this room, or none where it has no flow.
-
-        The arena grows by the room. No step is under way, and no other room is held.
+        """Overlap the steps in this room from here on, if it has a flow; there is no other.
 
         Raises:
             BudgetError: the system maps no more; nothing is overlapped.
+            StorageError: see `NvmeStore.reserve`; nothing that lives on NVMe is held.
         """
         if room.flow_bytes:
             self._share = HostShare(self._host, room.host_bytes, OWNER, apart=True)
             self._held_room = room.held_bytes
             for bucket in self._trainable:
                 self._overlap(bucket)
+            self._shadows.reserve(room.held_share)
 
     def give_back(self) -> None:
         """Give the room back; until `take_room` nothing is overlapped.
 
-        Homes are what the last step says, and nobody reads what is on its way home.
+        Nobody reads what is on its way home.
 
         Raises:
             StorageError: as `settle`, or something could not be written home; the room stays.
-            OffloadError: a transfer that hangs has a part of the room; the room stays.
+            OffloadError: a transfer that hangs has a part of the room, which stays.
         """
         self.settle()
         with self._timed():
             self._store.retry_failed()
-            if self._share is None:
-                return
-            if self._share.used_bytes:
-                raise OffloadError(
-                    f"{self._share.used_bytes} bytes of the room of {OWNER} cannot be given back: "
-                    "a transfer that hangs has them",
-                    remedy="look whether the disk hangs",
-                )
-            self._share.close()
+            if self._share is not None:
+                self._share.close()
+                self._shadows.give_back()
             self._share = None
             self._buckets.clear()
             self._segments.clear()

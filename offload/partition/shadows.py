@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from offload.errors import DeadlineError, OffloadError, StorageError
 from offload.partition.blocks import ZEROED_LANE, Block, BlockStore, Lend, Staged, release_all
-from offload.partition.layout import UPDATED_CLASSES
+from offload.partition.layout import UPDATED_CLASSES, num_held
 from offload.tiers.nvme import NvmeStore
 from offload.tiers.transfer import CompletedTransfer, Transfer
 
@@ -42,6 +42,29 @@ class Shadows:
     def __init__(self, store: BlockStore) -> None:
         self._store = store
         self._held: dict[Key, _Held] = {}
+
+    def reserve(self, share: float) -> None:
+        """Allocate shadow extents for that share of all weights and optimizer state on NVMe.
+
+        Raises:
+            StorageError: see `NvmeStore.reserve`.
+        """
+        blocks = self._store.blocks()
+        trainable = {block.bucket.index for block in blocks if block.state_class == "gradients"}
+        chunk_nbytes = [
+            nbytes
+            for block in blocks
+            if block.bucket.index in trainable and self._has_extent(block)
+            for nbytes in block.layout.chunk_nbytes
+        ]
+        if chunk_nbytes:
+            self._nvme.reserve_held(num_held(chunk_nbytes, share))
+
+    def give_back(self) -> None:
+        """Give the shadow extents back, as far as the file systems can; nothing is held."""
+        assert not self._held, "versions are held"
+        if self._store.nvme is not None:
+            self._store.nvme.give_back_held()
 
     def start_loads(self, blocks: Sequence[Block], chunk: int, lend: Lend) -> list[Staged] | None:
         """Start to bring a chunk of several blocks to staging in which it can be updated.

@@ -63,7 +63,6 @@ class Machine:
         nvme_mode: how new state replaces old on nvme.
         staging: buffer counts.
         device_held_bytes: what others hold of the device beside `device_bytes`; messages count it.
-        nvme_held_bytes: the same of nvme.
     """
 
     device_bytes: int
@@ -73,7 +72,6 @@ class Machine:
     nvme_mode: Literal["roll_forward", "atomic"] = "roll_forward"
     staging: Staging = Staging()
     device_held_bytes: int = 0
-    nvme_held_bytes: int = 0
 
     def budget_bytes(self, tier: str) -> int:
         """The budget of a tier; 0 for nvme that is not used."""
@@ -82,8 +80,7 @@ class Machine:
 
     def held_bytes(self, tier: str) -> int:
         """What others hold of a tier beside its budget here."""
-        held = {"device": self.device_held_bytes, "nvme": self.nvme_held_bytes}
-        return held.get(tier, 0)
+        return self.device_held_bytes if tier == "device" else 0
 
     def is_staged(self, tier: str) -> bool:
         """Whether state that lives in `tier` comes to host memory for its update."""

@@ -6,7 +6,7 @@
   held    next versions that are not current yet: on the host for homes in memory, from what the
           budget has left; on nvme as shadow extents, from half of what is free there.
 Where the budgets have no room for that the step is taken between backward and forward, as ever.
-State that is added to a plan later comes first: the room of the host is what is left beside it.
+State that is added to a plan later comes first: the room is then what is left beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from offload.partition.layout import (
     num_held,
     round_up,
 )
-from offload.schedule.footprint import OverlapRoom
+from offload.schedule.footprint import NO_OVERLAP, OverlapRoom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,15 +77,11 @@ def overlap_room(planned: Plan, machine: Machine, flow: int) -> OverlapRoom:
     return OverlapRoom(flow, held, share, sum(size * count for size, count in extents.items()))
 
 
-def room_left(planned: Plan, machine: Machine, known: OverlapRoom) -> OverlapRoom:
-    """What is left of the room `known` beside a plan that needs some of it for homes and staging.
-
-    The extents of held versions stay.
-    """
+def room_left(planned: Plan, machine: Machine) -> OverlapRoom:
+    """The room that a plan leaves which was made without regard to any."""
     left = max(machine.host_bytes - planned.need_bytes["host"], 0)
     flow = flow_bytes(planned, machine, left)
-    held = overlap_room(planned, machine, flow).held_bytes if flow else 0
-    return known._replace(flow_bytes=flow, held_bytes=held)
+    return overlap_room(planned, machine, flow) if flow else NO_OVERLAP
 
 
 def with_overlap(planned: Plan, room: OverlapRoom, machine: Machine) -> Plan:
@@ -101,7 +97,7 @@ def with_overlap(planned: Plan, room: OverlapRoom, machine: Machine) -> Plan:
         },
         budget_bytes={
             **planned.budget_bytes,
-            "host": machine.host_bytes,
+            "host": machine.budget_bytes("host"),
             "nvme": machine.budget_bytes("nvme"),
         },
     )

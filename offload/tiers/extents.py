@@ -124,9 +124,9 @@ class ExtentPool:
         self.num_extents += 1
         self._release(extent)
 
-    def take(self, home: int) -> Extent | None:
+    def take(self, home: int | None) -> Extent | None:
         """Take a free extent, of path `home` if there is one; None if all are in use."""
-        queue = self._free.get(home)
+        queue = None if home is None else self._free.get(home)
         if not queue:
             queue = max(self._free.values(), key=len, default=None)
         if not queue:
@@ -145,6 +145,12 @@ class ExtentPool:
             self._retired.add(extent)
         else:
             self._release(extent)
+
+    def remove(self, extent: Extent) -> None:
+        """Forget an extent that has been taken: its bytes are not the class's any more."""
+        assert extent not in self._is_free
+        del self._home[extent]
+        self.num_extents -= 1
 
     def begin_read(self, extent: Extent) -> None:
         """Count one reader of a current extent."""
@@ -215,7 +221,9 @@ class RoundRobin:
         `held` are those for held writes beside them, by extent bytes.
         """
         dealt = []
-        for extent_bytes, num_new in Counter(record_extent_bytes).items():
+        new = Counter(record_extent_bytes)
+        for extent_bytes in {**new, **held}:
+            num_new = new[extent_bytes]
             self._num_records[extent_bytes] += num_new
             num_records = self._num_records[extent_bytes]
             wanted = num_records if atomic else min(spare, num_records)

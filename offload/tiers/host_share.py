@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from offload.errors import OffloadError
 from offload.tiers.extents import PAGE_BYTES, FreeRanges, round_up_to_page
 
 if TYPE_CHECKING:
@@ -55,8 +56,17 @@ class HostShare:
         return HostPiece(self, start, self._lease.tensor.narrow(0, start, size))
 
     def close(self) -> None:
-        """Give the share back to the arena; no piece may be out."""
-        assert not self.used_bytes, f"{self.used_bytes} bytes of {self._lease!r} are still out"
+        """Give the share back to the arena.
+
+        Raises:
+            OffloadError: a piece is still out, which only a transfer that hangs keeps.
+        """
+        if self.used_bytes:
+            raise OffloadError(
+                f"{self.used_bytes} bytes of {self._lease.owner} cannot be given back: a transfer "
+                "that hangs has them",
+                remedy="look whether the disk hangs",
+            )
         self._lease.release()
         if self._segment is not None:
             self._arena.shrink(self._segment)

@@ -7,6 +7,7 @@ written ([Note: records]).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import threading
@@ -36,6 +37,7 @@ from offload.tiers.run_folder import (
     check_disk_room,
     close_paths,
     disk_bytes_free,
+    give_back_range,
     warn_of_memory,
 )
 from offload.tiers.transfer import (
@@ -108,14 +110,10 @@ class NvmeStore:
         self._in_flight: dict[int, dict[Transfer, None]] = {}  # by extent bytes, oldest first
         self._num_holdable: Counter[int] = Counter()  # by extent bytes: shadows left to take
         self.used_bytes = 0
+        self.peak_bytes = 0
         self.capacity_bytes = (
             disk_bytes_free(self._paths) if capacity_bytes is None else capacity_bytes
         )
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that was allocated so far: extents are given back by `close()` only."""
-        return self.used_bytes
 
     def bytes_free(self) -> int:
         """Bytes that `reserve` could still allocate, within the capacity and on the disks."""
@@ -163,7 +161,52 @@ class NvmeStore:
                 self._num_holdable.update(held)
                 self._dealer = dealer
                 self.used_bytes += needed.total()
+                self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return records
+
+    def reserve_held(self, held: Mapping[int, int]) -> None:
+        """Allocate what is missing of these shadow extents for held writes; none is taken.
+
+        Raises:
+            BudgetError, DiskFullError, StorageError: as `reserve`.
+        """
+        with self._lock:
+            missing = {
+                nbytes: count - self._num_holdable[round_up_to_page(nbytes)]
+                for nbytes, count in held.items()
+            }
+        missing = {nbytes: count for nbytes, count in missing.items() if count > 0}
+        if missing:
+            self.reserve([], spare=0, held=missing)
+
+    def give_back_held(self) -> None:
+        """Give the shadow extents for held writes back to the disks; none is taken.
+
+        Where a file system cannot give up a part of a file, they stay.
+        """
+        with self._reserving:
+            with self._lock:
+                self._check_open()
+                taken = [
+                    extent
+                    for nbytes, count in self._num_holdable.items()
+                    for _ in range(count)
+                    if (extent := self._pools[nbytes].take(None)) is not None
+                ]
+            given = set()
+            for extent in taken:
+                with contextlib.suppress(OSError):
+                    give_back_range(self._files[extent.file].fd, extent.offset, extent.nbytes)
+                    given.add(extent)
+            with self._lock:
+                for extent in taken:
+                    pool = self._pools[extent.nbytes]
+                    if extent in given:
+                        pool.remove(extent)
+                        self._num_holdable[extent.nbytes] -= 1
+                        self.used_bytes -= extent.nbytes
+                    else:
+                        pool.put_back(extent)
 
     def start_read(
         self, record: Record, tensor: torch.Tensor, *, urgency: int = Urgency.BULK

@@ -16,6 +16,7 @@ with the lock in hand, whether the lock file is still there, and starts over wit
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno as errno_codes
 import fcntl
 import os
@@ -37,6 +38,7 @@ _NO_TMPFILE = (errno_codes.EOPNOTSUPP, errno_codes.EISDIR, errno_codes.EINVAL)
 _NO_ROOM = (errno_codes.ENOSPC, errno_codes.EDQUOT)
 _MAX_ATTEMPTS = 16
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 
 class StorePath:
@@ -118,6 +120,21 @@ class StorePath:
                     raise
             self._run_folder = RunFolder(self._fd)
         return self._run_folder.create()
+
+
+def give_back_range(fd: int, offset: int, nbytes: int) -> None:
+    """Give the blocks of a part of a file back to the disk; it reads as zeros from here on.
+
+    Raises:
+        OSError: the file system cannot; nothing changed.
+
+    Source: fallocate(2).
+    """
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(nbytes)):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 def disk_bytes_free(paths: Sequence[StorePath]) -> int:

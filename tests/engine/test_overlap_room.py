@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from torch import nn
 
 from offload.config import OffloadConfig
 from offload.engine import build, planning, promotion
-from offload.errors import DoesNotFitError, OffloadError
+from offload.errors import BudgetError, DoesNotFitError, OffloadError
 from offload.native import IoEngine
+from offload.tiers import nvme
 from tests.engine.accelerator import use_accelerator
 from tests.oracle import Run, assert_identical, make_engine, settings, small_loss, small_model
 
@@ -100,6 +103,9 @@ def assert_within_budgets(engine: Any, host: int) -> None:
         assert tier.peak_bytes <= engine.plan.peak_bytes[name] <= tier.budget_bytes
     assert engine.report().tiers["host"].budget_bytes == host
     assert engine._parts.host.budget_bytes <= host
+    plan = engine.plan
+    used = plan.need_bytes["nvme"] + plan.overlap.held_nvme_bytes
+    assert engine._parts.nvme.used_bytes == used
 
 
 @pytest.mark.parametrize("left", ["nothing", "a part"])
@@ -118,6 +124,7 @@ def test_the_room_makes_way_for_what_is_unfrozen(placement: str, left: str, tmp_
         after = engine.plan.overlap
         assert (after.flow_bytes > 0) == (left == "a part")
         assert after.host_bytes < before.host_bytes
+        assert (after.held_nvme_bytes > 0) == (left == "a part")
         assert_within_budgets(engine, host)
         found_later = train(engine, steps=2)
     assert torch.equal(torch.tensor(found.losses), torch.tensor(expected.losses))
@@ -192,32 +199,68 @@ def test_while_writes_are_late(delay: int, tmp_path: Path, monkeypatch: pytest.M
     assert_identical(found, expected)
 
 
-def test_extents_of_held_versions_are_no_room(tmp_path: Path) -> None:
-    """Too little beside them is known before anything moves."""
+@pytest.mark.parametrize("left", [0, 20 << 10])
+def test_extents_for_held_versions_make_way(left: int, tmp_path: Path) -> None:
+    config = configured(tmp_path, ROOMY, "optimizer on nvme")
+    with make_engine(partly_frozen(), config) as engine:
+        expected = train(engine)
+        need = engine.plan.need_bytes["nvme"]
+    capacity = need + left
+    config["tiers"]["nvme"]["capacity"] = capacity
+    with make_engine(partly_frozen(), config) as engine:
+        before = engine.plan.overlap
+        assert before.held_nvme_bytes
+        found = train(engine)
+        after, store = engine.plan.overlap, engine._parts.nvme
+        assert after.held_share < before.held_share
+        assert after.held_nvme_bytes < before.held_nvme_bytes
+        assert after.flow_bytes
+        assert store.used_bytes == need + after.held_nvme_bytes
+        assert store.used_bytes <= store.peak_bytes <= engine.plan.peak_bytes["nvme"] <= capacity
+        given = before.held_nvme_bytes - after.held_nvme_bytes
+        assert _blocks_bytes(store) - store.used_bytes < given
+        train(engine, steps=2)
+    assert_identical(found, expected)
+
+
+def _blocks_bytes(store: Any) -> int:
+    """What the disks have given to the files."""
+    return sum(os.fstat(file.fd).st_blocks * 512 for file in store._files)
+
+
+def test_extents_stay_where_a_file_system_gives_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
     config = configured(tmp_path, ROOMY, "optimizer on nvme")
     with make_engine(partly_frozen(), config) as engine:
         expected = train(engine)
         need = engine.plan.need_bytes["nvme"]
     config["tiers"]["nvme"]["capacity"] = need
+    monkeypatch.setattr(nvme, "give_back_range", refuse)
     with make_engine(partly_frozen(), config) as engine:
-        assert engine.plan.overlap.held_nvme_bytes
         first = train(engine, steps=3)
         plan, used = engine.plan, engine._parts.nvme.used_bytes
-        with pytest.raises(DoesNotFitError, match=r"parameter 0\.weight: unfrozen") as caught:
+        with pytest.raises(BudgetError, match="the extents of records and their shadows"):
             train(engine, steps=1)
-        held = plan.overlap.held_nvme_bytes
-        assert f"tiers.nvme.capacity and free space of at least {need + held} bytes" in str(
-            caught.value
-        )
         assert engine.plan is plan
-        assert plan.budget_bytes["nvme"] == need
         assert engine._parts.nvme.used_bytes == used == plan.peak_bytes["nvme"]
+        engine.module[0].weight.requires_grad_(False)
+        index = engine.global_steps
+        engine.backward(small_loss(engine, index))
+        assert engine.step()
     assert first.losses == expected.losses[:3]
 
 
 def refuse_files(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OffloadError("no room on this disk")
+    reserve = engine._parts.nvme.reserve
+
+    def refuse(sizes: Any, **options: Any) -> None:
+        if sizes:
+            raise OffloadError("no room on this disk")
+        reserve(sizes, **options)
 
     monkeypatch.setattr(engine._parts.nvme, "reserve", refuse)
     return "no room on this disk"
@@ -242,7 +285,7 @@ def keep_a_piece(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """As a write that hangs does."""
     piece = engine._parts.updates._share.take(1)
     monkeypatch.setattr(engine, "_kept", piece, raising=False)
-    return "4096 bytes of the room of the overlapped optimizer step cannot be given back"
+    return "4096 bytes of the overlapped optimizer step cannot be given back"
 
 
 @pytest.mark.parametrize("trouble", [refuse_files, refuse_memory, refuse_homes, keep_a_piece])
@@ -256,7 +299,13 @@ def test_an_error_leaves_the_room_as_it_was(
     with make_engine(partly_frozen(), configured(tmp_path, host, placement)) as engine:
         first = train(engine, steps=1)
         arena, updates, plan = engine._parts.host, engine._parts.updates, engine.plan
-        before = arena.budget_bytes, arena.used_bytes, arena.owners(), updates._share.nbytes
+        disks = engine._parts.nvme
+
+        def held() -> tuple[Any, ...]:
+            room = updates._share.nbytes, disks._num_holdable.total()
+            return arena.budget_bytes, arena.used_bytes, arena.owners(), room
+
+        before = held()
         with pytest.MonkeyPatch.context() as broken:
             message = trouble(engine, broken)
             for _ in range(2):
@@ -265,8 +314,7 @@ def test_an_error_leaves_the_room_as_it_was(
             if trouble is keep_a_piece:
                 engine._kept.release()
         assert engine.plan is plan
-        found = arena.budget_bytes, arena.used_bytes, arena.owners(), updates._share.nbytes
-        assert found == before
+        assert held() == before
         for name, parameter in engine.module.named_parameters():
             parameter.requires_grad_(name.startswith(("7", "8")))
         overlapped = list(updates._buckets)

@@ -101,6 +101,45 @@ def test_records_are_dealt_over_paths_and_stay_there(io: IoEngine, tmp_path: Pat
         assert on_file == {0: 3, 1: 3}
 
 
+def hold(store: NvmeStore, record: Record, value: int) -> None:
+    """Write a next version beside the current one."""
+    assert store.take_shadow(record)
+    transfer = store.start_held_write(record, filled(value, record.nbytes))
+    assert transfer is not None
+    transfer.wait()
+
+
+@pytest.mark.parametrize("paths", [1, 2])
+def test_extents_for_held_writes_come_and_go(io: IoEngine, tmp_path: Path, paths: int) -> None:
+    folders = [tmp_path / str(number) for number in range(paths)]
+    for folder in folders:
+        folder.mkdir()
+    with NvmeStore(folders, io) as store:
+        records = store.reserve([(f"bucket {i}", 4 * PAGE) for i in range(6)], spare=2)
+        least = store.used_bytes
+        for rounds in range(3):
+            store.reserve_held({4 * PAGE: 4})
+            store.reserve_held({4 * PAGE: 3})  # there are more
+            assert store.used_bytes == store.peak_bytes == least + 16 * PAGE
+            for value, record in enumerate(records):
+                write(store, record, 10 * rounds + value)
+            for record in records[:4]:
+                hold(store, record, 99 - rounds)
+            assert not store.take_shadow(records[4])
+            for record in records[:2]:
+                store.commit(record)
+            for record in records[2:4]:
+                store.drop_shadow(record)
+            store.give_back_held()
+            assert (store.used_bytes, store.peak_bytes) == (least, least + 16 * PAGE)
+            assert not store.take_shadow(records[0])
+            found = [read(store, record) for record in records]
+            assert found == [99 - rounds] * 2 + [10 * rounds + i for i in range(2, 6)]
+        for record in records:  # writes that are in flight together find their extents
+            write(store, record, 7)
+        assert {read(store, record) for record in records} == {7}
+
+
 def test_reserve_can_be_called_again(io: IoEngine, tmp_path: Path) -> None:
     with NvmeStore([tmp_path], io) as store:
         (first,) = store.reserve([("first", PAGE)], spare=1)
