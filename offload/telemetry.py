@@ -13,6 +13,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,12 +87,29 @@ class UpdateReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RetryReport:
+    """I/O errors beside the computation; what failed is made again.
+
+    Whoever needs it is told if that fails, too. `last` is the message of the last one; "" if there
+    was none.
+    """
+
+    count: int = 0
+    last: str = ""
+
+    def __sub__(self, earlier: RetryReport) -> RetryReport:
+        count = self.count - earlier.count
+        return RetryReport(count, self.last if count else "")
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One optimizer step, from the end of the one before.
 
     `bound_seconds` is the least time the step could take at measured lane speeds; 0.0 where it is
     not known yet, and `critical` the lane that sets it. `faults` counts demand fetches.
-    `activations` is all zeros where they stay on the device.
+    `activations` is all zeros where they stay on the device. `retries` are I/O errors beside the
+    computation: they have cost time and nothing else, but the disk may be failing.
     """
 
     step: int
@@ -103,6 +121,7 @@ class StepReport:
     activations: ActivationReport = ActivationReport()
     update: UpdateReport = UpdateReport()
     critical: str = "none"
+    retries: RetryReport = RetryReport()
 
     @property
     def efficiency(self) -> float:
@@ -141,6 +160,7 @@ class StepReport:
             "lanes": {name: dataclasses.asdict(lane) for name, lane in self.lanes.items()},
             "activations": dataclasses.asdict(self.activations),
             "update": {**dataclasses.asdict(self.update), "on_device": list(self.update.on_device)},
+            "retries": dataclasses.asdict(self.retries),
         }
 
     @classmethod
@@ -156,6 +176,7 @@ class StepReport:
             activations=ActivationReport(**entry.get("activations", {})),
             update=_update_report(entry.get("update", {})),
             critical=entry.get("critical", "none"),
+            retries=RetryReport(**entry.get("retries", {})),
         )
 
 
@@ -233,6 +254,41 @@ class LaneMeter:
                 )
                 for name, entry in self._lanes.items()
             }
+
+
+class RetryLog:
+    """Errors of work that is made again. Thread-safe.
+
+    The first one is worth a warning, which `warn` gives in a thread of the user.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._report = RetryReport()
+        self._has_warned = False
+
+    def note(self, error: Exception) -> None:
+        """Something has failed and is, or will be, made again."""
+        with self._lock:
+            self._report = RetryReport(self._report.count + 1, str(error))
+
+    def report(self) -> RetryReport:
+        """All of them since the start."""
+        with self._lock:
+            return self._report
+
+    def warn(self) -> None:
+        """Warn of the first error, once: a RuntimeWarning."""
+        with self._lock:
+            if self._has_warned or not self._report.count:
+                return
+            self._has_warned = True
+        warnings.warn(
+            f"what failed beside the computation is made again: {self._report.last}; further "
+            "errors are counted in StepReport.retries",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 class JsonlWriter:

@@ -123,6 +123,12 @@ def print_summary(console: Console, outcome: Outcome) -> None:
             f"updated on the device: {len(update.on_device)} of {num_buckets} buckets "
             f"({update.reason})"
         )
+    retried = [report.retries for report in outcome.reports if report.retries.count]
+    if retried:
+        lines.append(
+            f"I/O errors beside the computation: {sum(each.count for each in retried)}, "
+            f"the last one: {retried[-1].last}"
+        )
     fall = outcome.held_out_loss_fall
     if fall is not None:
         lines.append(

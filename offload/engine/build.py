@@ -303,7 +303,7 @@ def _reserve_and_move(
         meter=meter,
     )
     updates = OverlappedStep(streamed, plan.buckets, parameters, store, host, plan.overlap)
-    closing.callback(updates.abandon)
+    closing.callback(updates.close)
     pager.updates = gradients.updates = updates
     activations = open_activations(config, plan, host, device, nvme)
     if activations is not None:

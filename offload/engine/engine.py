@@ -165,9 +165,10 @@ class Engine(AccumulatingEngine):
         self._check_ready("backward")
         self._check_has_gradients("backward")
         self._end_interrupted()
-        if self.is_accumulation_boundary():
-            self._expect_step()
         with self._running_backward():
+            if self.is_accumulation_boundary():
+                self._parts.gradients.land()  # what comes from here on is the last of the step
+                self._expect_step()
             self._scaled(loss).backward(**kwargs)
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from offload.schedule.cost import bound_of_step
 from offload.telemetry import (
     ActivationReport,
     LaneReport,
+    RetryReport,
     StepReport,
     TierReport,
     lanes_between,
@@ -41,6 +42,7 @@ class StepMeter:
         self._lanes = self._now()
         self._faults = 0
         self._activations = ActivationReport()
+        self._retries = RetryReport()
         self._last: StepReport | None = None
         self._is_computing = False
 
@@ -81,11 +83,13 @@ class StepMeter:
             activations=self._activations_now() - self._activations,
             update=self._parts.sites.report(),
             critical=critical,
+            retries=self._parts.updates.retries.report() - self._retries,
         )
         self._started = now
         self._activations = self._activations_now()
         self._lanes = self._now()
         self._faults = self._parts.pager.faults
+        self._retries = self._parts.updates.retries.report()
 
     def report(self, step: int) -> StepReport:
         """The report of the last step; of an empty one before the first."""

@@ -19,12 +19,16 @@ CPU goes on with its own in between. Their staging counts as theirs until they a
 A chunk that is staged for another reason can be updated on that occasion (`update_staged`); `run`
 then leaves it out.
 
+`run` takes the chunks of one thread; others may be updated by another at the same time, which says
+so by `note_updated` and `settle_bucket`.
+
 A weight that becomes infinite does not stop the step, because state that is updated where it lives
 cannot be taken back: the step ends, the same bits in every placement, and then it is an error.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 
@@ -32,7 +36,7 @@ from offload.errors import NonFiniteError, OffloadError
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
 from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import BlockStore, release_all
-from offload.partition.layout import Bucket, Chunk, segments
+from offload.partition.layout import UPDATED_CLASSES, Bucket, Chunk, Segment, segments
 from offload.partition.parameters import ParameterState
 from offload.schedule.update_site import NUM_SLOTS
 from offload.telemetry import LaneMeter
@@ -51,7 +55,8 @@ class StreamedStep:
         depth: int,
         meter: LaneMeter,
     ) -> None:
-        self._buckets = [bucket for bucket in buckets if bucket.trainable]
+        self._buckets: list[Bucket] = []
+        self._segments: dict[tuple[int, int], tuple[Segment, ...]] = {}
         self._parameters = parameters
         self._store = store
         self._updater = updater
@@ -62,10 +67,20 @@ class StreamedStep:
         self._has_run = False  # the rest is left to others
         self._not_finite: ParameterState | None = None
         self._step = 0  # the number of the step under way
+        self._lock = threading.Lock()  # of what has been updated and settled
+        for bucket in buckets:
+            if bucket.trainable:
+                self.admit(bucket)
 
     def admit(self, bucket: Bucket) -> None:
         """A bucket is trainable from now on; no step is under way."""
         self._buckets = sorted([*self._buckets, bucket], key=lambda each: each.index)
+        for chunk in bucket.chunks:
+            self._segments[bucket.index, chunk.index] = segments(bucket, chunk)
+
+    def segments(self, bucket: int, chunk: int) -> Sequence[Segment]:
+        """The segments of a chunk of a trainable bucket."""
+        return self._segments[bucket, chunk]
 
     def run(self, settings: StepSettings, *, later: Collection[int] = ()) -> None:
         """Take one step, or complete the one that an error interrupted, with its own settings.
@@ -119,9 +134,11 @@ class StreamedStep:
         """Whether the step is through with a bucket; if so, its parameters count it, once."""
         if bucket.index in self._settled:
             return True
-        if any(self.work_left(bucket, chunk, settings) for chunk in bucket.chunks):
+        if any(self.has_work_left(bucket, chunk, settings) for chunk in bucket.chunks):
             return False
-        with uninterrupted():
+        with uninterrupted(), self._lock:
+            if bucket.index in self._settled:
+                return True
             for slot in bucket.slots:
                 state = self._parameters[slot.param]
                 if state.index in settings.hyper:
@@ -136,13 +153,14 @@ class StreamedStep:
         Raises:
             NonFiniteError: it is, and a weight of the parameter it names is not finite.
         """
-        if not self._has_run or len(self._settled) < len(self._buckets):
-            return
-        self._has_run = False
-        self._updated.clear()
-        self._settled.clear()
-        not_finite, self._not_finite = self._not_finite, None
-        step, self._step = self._step, 0
+        with self._lock:
+            if not self._has_run or len(self._settled) < len(self._buckets):
+                return
+            self._has_run = False
+            self._updated.clear()
+            self._settled.clear()
+            not_finite, self._not_finite = self._not_finite, None
+            step, self._step = self._step, 0
         if not_finite is not None:
             raise NonFiniteError(
                 f"step {step} made a weight of parameter {not_finite.name} infinite or "
@@ -150,14 +168,20 @@ class StreamedStep:
                 remedy="load the last checkpoint and lower the learning rate",
             )
 
+    def has_work_left(self, bucket: Bucket, chunk: Chunk, settings: StepSettings) -> bool:
+        """Whether the step has still something to update of a chunk."""
+        key = bucket.index, chunk.index
+        return key not in self._updated and any(
+            segment.param in settings.hyper for segment in self._segments[key]
+        )
+
     def work_left(self, bucket: Bucket, chunk: Chunk, settings: StepSettings) -> ChunkWork | None:
         """What the step has still to update of a chunk, nothing staged; None: nothing."""
-        if (bucket.index, chunk.index) in self._updated:
+        if not self.has_work_left(bucket, chunk, settings):
             return None
-        active = tuple(
-            segment for segment in segments(bucket, chunk) if segment.param in settings.hyper
-        )
-        return ChunkWork(bucket, chunk.index, active, {}) if active else None
+        every = self._segments[bucket.index, chunk.index]
+        active = tuple(segment for segment in every if segment.param in settings.hyper)
+        return ChunkWork(bucket, chunk.index, active, {})
 
     def compute(self, work: ChunkWork, settings: StepSettings) -> ParameterState | None:
         """Apply the step to a staged chunk; returns a parameter that is not finite afterwards."""
@@ -169,9 +193,10 @@ class StreamedStep:
         self, work: ChunkWork, settings: StepSettings, not_finite: ParameterState | None
     ) -> None:
         """The chunk has what `compute` made of it, or will have when it has been stored."""
-        self._not_finite = self._not_finite or not_finite
-        self._step = settings.step
-        self._updated.add((work.bucket.index, work.chunk))
+        with self._lock:
+            self._not_finite = self._not_finite or not_finite
+            self._step = settings.step
+            self._updated.add((work.bucket.index, work.chunk))
 
     def update_staged(self, work: ChunkWork, settings: StepSettings) -> None:
         """Apply the step to a staged chunk that does not have it; the caller stores the chunk.
@@ -179,6 +204,28 @@ class StreamedStep:
         Both together are to be `uninterrupted`.
         """
         self.note_updated(work, settings, self.compute(work, settings))
+
+    def store_updated(self, work: ChunkWork) -> None:
+        """Start to bring home what has been updated; all staging of the chunk is given away.
+
+        Raises:
+            StorageError: a write could not be started; the store keeps its buffer.
+        """
+        error: OffloadError | None = None
+        for state_class in UPDATED_CLASSES:
+            staged = work.staged.pop(state_class, None)
+            if staged is None:
+                continue
+            try:
+                block = self._store.block(work.bucket.index, state_class)
+                self._store.start_store(block, work.chunk, staged)
+            except OffloadError as failure:
+                # The store keeps the buffer; the other class goes on.
+                error = error or failure
+        work.release()
+        work.staged.clear()
+        if error is not None:
+            raise error
 
     def abandon(self) -> None:
         """Forget the step that an error interrupted: its state is about to be replaced."""
@@ -220,26 +267,9 @@ class StreamedStep:
     def _update(self, work: ChunkWork, settings: StepSettings) -> None:
         with uninterrupted():
             self.update_staged(work, settings)
-            self._store_updated(work)
+            self.store_updated(work)
 
     def _finish(self, work: ChunkWork, settings: StepSettings) -> None:
         with uninterrupted():
             self.note_updated(work, settings, self._updater.finish(work))
-            self._store_updated(work)
-
-    def _store_updated(self, work: ChunkWork) -> None:
-        error: OffloadError | None = None
-        for state_class in ("weights", "optimizer"):
-            staged = work.staged.pop(state_class, None)
-            if staged is None:
-                continue
-            try:
-                block = self._store.block(work.bucket.index, state_class)
-                self._store.start_store(block, work.chunk, staged)
-            except OffloadError as failure:
-                # The store keeps the buffer; the other class goes on.
-                error = error or failure
-        work.release()
-        work.staged.clear()
-        if error is not None:
-            raise error
+            self.store_updated(work)

@@ -19,6 +19,7 @@ lost. A chunk that is being written is read again only after its write has settl
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -465,12 +466,14 @@ class BlockStore:
                 raise first
 
     def retry_failed(self) -> None:
-        """Write again what an earlier write failed to bring home.
+        """Write again what an earlier write failed to bring home, if there is any, and wait.
 
         Raises:
             StorageError: it failed again; everything is still kept.
         """
         with self._lock:
+            if not self._failed:
+                return
             for key in list(self._failed):
                 bucket, state_class, chunk = key
                 self.start_store(self._blocks[bucket, state_class], chunk, self._failed.pop(key))
@@ -510,13 +513,23 @@ class BlockStore:
             self._writing[self._key(block, chunk)] = (transfer, staged)
 
     def settle(self, block: Block, chunk: int) -> None:
-        """Wait for the write of a chunk, if one is in flight.
+        """Wait for the write of a chunk, if one is in flight; nobody else is held up.
 
         Raises:
             StorageError: it failed, also when it was repeated; its buffer is kept.
         """
         with self._lock:
+            written = self._writing.get(self._key(block, chunk))
+        if written is not None:
+            with contextlib.suppress(OffloadError):  # found again below
+                written[0].wait(self.deadline_seconds)
+        with self._lock:
             self._settle(block, chunk)
+
+    def oldest_write(self) -> Transfer | None:
+        """The write that has been in flight longest; None: there is none."""
+        with self._lock:
+            return next((transfer for transfer, _ in self._writing.values()), None)
 
     def _is_in_flight(self, block: Block, chunk: int) -> bool:
         written = self._writing.get(self._key(block, chunk))

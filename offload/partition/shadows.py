@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from offload.errors import DeadlineError, OffloadError, StorageError
 from offload.partition.blocks import ZEROED_LANE, Block, BlockStore, Lend, Staged, release_all
 from offload.partition.layout import UPDATED_CLASSES, num_held
+from offload.telemetry import RetryLog
 from offload.tiers.nvme import NvmeStore
 from offload.tiers.transfer import CompletedTransfer, Transfer
 
@@ -37,10 +38,14 @@ class _Held:
 
 
 class Shadows:
-    """The held versions of an engine's chunks. Not thread-safe: its user has a lock."""
+    """The held versions of an engine's chunks. Not thread-safe: its user has a lock.
 
-    def __init__(self, store: BlockStore) -> None:
+    `retries` is told of writes that failed: whoever drops the version makes it again.
+    """
+
+    def __init__(self, store: BlockStore, retries: RetryLog | None = None) -> None:
         self._store = store
+        self._retries = retries or RetryLog()
         self._held: dict[Key, _Held] = {}
 
     def reserve(self, share: float) -> None:
@@ -135,6 +140,11 @@ class Shadows:
             if held.transfer is not None and held.transfer.done():
                 self._settle(held)
 
+    def oldest_write(self) -> Transfer | None:
+        """A write that staging waits for; None: there is none in flight."""
+        writes = (held.transfer for held in self._held.values())
+        return next((transfer for transfer in writes if transfer is not None), None)
+
     def is_good(self, block: Block, chunk: int) -> bool:
         """Whether the held version can be committed, as far as is known."""
         held = self._held.get(self._key(block, chunk))
@@ -178,10 +188,13 @@ class Shadows:
             return
         try:
             held.transfer.wait(self._store.deadline_seconds)
-        except DeadlineError:
+        except DeadlineError as error:
+            if not held.failed:
+                self._retries.note(error)
             held.failed = True
             return
-        except StorageError:
+        except StorageError as error:
+            self._retries.note(error)
             held.failed = True
         held.transfer = None
         if held.staged is not None:

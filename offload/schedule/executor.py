@@ -4,19 +4,32 @@
 Update kernels release the GIL and are called on fixed chunks, so the results do not depend on which
 thread runs which call. The caller of `run` takes calls too: a pool of n threads starts n - 1, when
 they are first needed. A call may itself call `run`: a batch never waits for a free thread.
+
+[Note: Pump]
+A thread that queues kernels for an accelerator must not stop to update a chunk. A *pump* takes such
+work turn by turn in a thread of its own. It sleeps until `notify`; from then on a turn says which
+transfers to wait for before the next one, and when it names none the pump sleeps again. What does
+not end within its deadline is not waited for a second time without a `notify`.
+
+No turn is under way when the process forks, so a child finds no lock held that a turn has taken;
+it has no pump. At the end of the interpreter, and when nobody refers to the pump any more, no
+further turn begins.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-from offload.errors import EngineStateError
+from offload.errors import DeadlineError, EngineStateError, OffloadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from offload.tiers.transfer import Transfer
 
 T = TypeVar("T")
 
@@ -153,3 +166,141 @@ class _Batch(Generic[T]):
             self._pending -= 1
             if self._pending == 0:
                 self._ended.set()
+
+
+class Pump:
+    """Takes turns in a thread of its own; see [Note: Pump]. Thread-safe.
+
+    The thread starts with the first `notify`. An error that a turn raises is the last of it: the
+    pump takes no other until `forget_error`, and `raise_error` says so to whoever asks.
+
+    Args:
+        turn: a method; what it returns is waited for before it is called again. The pump does not
+            keep its object alive.
+        name: of the thread.
+        what: it does, for messages.
+    """
+
+    def __init__(self, turn: Callable[[], Sequence[Transfer]], *, name: str, what: str) -> None:
+        self._name = name
+        self._what = what
+        self._work = _PumpWork(weakref.WeakMethod(turn))
+        self._thread: threading.Thread | None = None
+        self._finalizer = weakref.finalize(self, self._work.stop)
+        _living.add(self._work)
+
+    def notify(self) -> None:
+        """There may be something to do. Returns at once; in a fork, and after `close`, in vain."""
+        work = self._work
+        if not work.is_usable:
+            return
+        with work.wake:
+            work.is_due = True
+            work.wake.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=work.serve, name=self._name, daemon=True)
+                self._thread.start()
+
+    def raise_error(self) -> None:
+        """Raises OffloadError if a turn has failed, every time until `forget_error`."""
+        error = self._work.error
+        if error is not None:
+            raise OffloadError(
+                f"{self._what} failed: {type(error).__name__}: {error}",
+                remedy="load a checkpoint, or close the engine",
+            ) from error
+
+    def forget_error(self) -> None:
+        """What a failed turn has left behind is of no consequence any more."""
+        self._work.error = None
+
+    def close(self) -> None:
+        """Ends the thread, after its turn and what it waits for. Does nothing in a fork.
+
+        No later than the deadline of the transfer that it waits for.
+        """
+        self._finalizer()
+        thread = self._thread
+        if self._work.is_own and thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+
+class _PumpWork:
+    """What a pump and its thread share: the thread refers to nothing else while it sleeps."""
+
+    def __init__(self, turn: weakref.WeakMethod[Callable[[], Sequence[Transfer]]]) -> None:
+        self.wake = threading.Condition()
+        self.is_due = False
+        self.error: BaseException | None = None
+        self.turning = threading.RLock()  # a turn is under way
+        self._turn = turn
+        self._closed = False
+        self._pid = os.getpid()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the thread is one of this process."""
+        return self._pid == os.getpid()
+
+    @property
+    def is_usable(self) -> bool:
+        return self.is_own and not self._closed and self.error is None
+
+    def serve(self) -> None:
+        while self._is_wanted():
+            try:
+                self._take_turns()
+            except BaseException as error:  # noqa: BLE001 - `raise_error` tells of it
+                self.error = error
+
+    def stop(self) -> None:
+        """Let no further turn begin, and wait for the one that is under way."""
+        if not self.is_own:
+            return
+        with self.wake:
+            self._closed = True
+            self.wake.notify()
+        with self.turning:
+            pass
+
+    def _is_wanted(self) -> bool:
+        with self.wake:
+            while not (self.is_due or self._closed):
+                self.wake.wait()
+            self.is_due = False
+            return not self._closed
+
+    def _take_turns(self) -> None:
+        while transfers := self._take_turn():
+            for transfer in transfers:
+                try:
+                    transfer.wait()
+                except DeadlineError:
+                    return
+                except OffloadError:
+                    continue  # the next turn finds it, and knows whose it is
+
+    def _take_turn(self) -> Sequence[Transfer]:
+        with self.turning:
+            turn = self._turn()
+            return turn() if turn is not None and self.is_usable else ()
+
+
+_living: weakref.WeakSet[_PumpWork] = weakref.WeakSet()
+_held: list[_PumpWork] = []  # while the process forks
+
+
+def _hold_pumps() -> None:
+    for work in list(_living):
+        work.turning.acquire()
+        _held.append(work)
+
+
+def _let_go_of_pumps() -> None:
+    while _held:
+        _held.pop().turning.release()
+
+
+os.register_at_fork(
+    before=_hold_pumps, after_in_parent=_let_go_of_pumps, after_in_child=_let_go_of_pumps
+)

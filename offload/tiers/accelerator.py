@@ -13,10 +13,16 @@ An arrow orders what is queued later on its second stream after what is queued n
     A2  copy ----end-----------> compute  `make_current_wait`: who has fetched a page
     A3  h2d ----on first use---> compute  `enter`: who uses a page that another stream has fetched
     A4  compute --at release---> h2d      `renew`: every stream that has used what is copied over
+    A5  compute --at a mark----> beside   `mark`, `after`: copies that another thread starts
 
 With one compute stream A1 and A2 are enough: whatever is leased again was used on the stream that
 starts the copy. A3 and A4 are for a user who runs the model on several, and for backward, whose
 nodes run on the streams of their forward.
+
+A5 stands for A1 where the copy is started by a thread that has no stream of its users, or long
+after them: beside the computation. `mark` is called by the thread that has queued the last work
+which uses the memory, and `after` makes the copy wait for that, and for nothing that is queued
+meanwhile. What it copies must not be used from the mark to the end of the copy.
 
 [Note: slab]
 
@@ -29,6 +35,8 @@ lies beside the slab.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -67,6 +75,10 @@ class AcceleratorTier(DeviceTier):
         """Let what is queued on the stream from now on wait for the event."""
 
     @abstractmethod
+    def _beside(self) -> AbstractContextManager[object]:
+        """A block in which this thread queues its work on a stream that nobody computes on."""
+
+    @abstractmethod
     def _copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
         """Queue a copy on the stream of its lane."""
 
@@ -88,6 +100,15 @@ class AcceleratorTier(DeviceTier):
         for stream in lease.streams:
             self._wait(self._lane_stream("h2d"), self._record(stream))  # A4
         lease.streams.clear()
+
+    def mark(self) -> Event:
+        return self._record(self._current())
+
+    @contextmanager
+    def after(self, mark: object) -> Iterator[None]:
+        with self._beside():
+            self._wait(self._current(), mark)  # A5
+            yield
 
     def _start_copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
         assert dst.dtype == src.dtype == torch.uint8

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -125,6 +126,7 @@ class CudaDeviceTier(AcceleratorTier):
             "h2d": torch.cuda.Stream(self.device),  # overlaps fetches with kernels
             "d2h": torch.cuda.Stream(self.device),  # overlaps departures with kernels and fetches
         }
+        self._quiet = torch.cuda.Stream(self.device)  # of copies that wait for a mark only
         self._lanes = {"h2d": (0, 0.0), "d2h": (0, 0.0)}
         # Copies that were only ordered (make_current_wait) are counted when they are found done;
         # until then they own their buffers (P18).
@@ -164,6 +166,10 @@ class CudaDeviceTier(AcceleratorTier):
 
     def _lane_stream(self, lane: CopyLane) -> Stream:
         return self._streams[lane]
+
+    def _beside(self) -> AbstractContextManager[object]:
+        # Also the device of the thread: a new one's is number 0.
+        return torch.cuda.stream(self._quiet)
 
     def _record(self, stream: Stream) -> Event:
         return cast("torch.cuda.Stream", stream).record_event()

@@ -15,10 +15,11 @@ So a lease fails only when leased + held would exceed the budget: never by fragm
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -102,6 +103,19 @@ class DeviceTier(ABC):
     def renew(self, lease: DeviceLease) -> None:
         """Order copies into `lease` after every use of it so far; `enter` it again after them."""
         del lease
+
+    def mark(self) -> object:
+        """All device work that this thread has queued so far, for `after`."""
+        return None
+
+    @contextlib.contextmanager
+    def after(self, mark: object) -> Iterator[None]:
+        """A block in which copies that this thread starts wait for a mark, and for no later work.
+
+        Whoever starts one knows that nothing later uses its memory before it has ended.
+        """
+        del mark  # nothing is queued here
+        yield
 
     def try_lease(self, nbytes: int, owner: str, *, beside: bool = False) -> DeviceLease | None:
         """Lease `nbytes`, or return None where the budget, or what was reserved, has no room.

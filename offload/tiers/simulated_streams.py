@@ -9,8 +9,8 @@ exactly if the clock of the second contains the tick of the first, however long 
 the host has seen to be over, whatever it queues next comes after.
 
     checked when                        against
-    an op uses memory of the slab       the last copy into it
-    a copy into the slab starts         every op that has used that memory
+    an op uses memory of the tier       the last copy into it
+    a copy into the tier starts         every op that has used that memory
     a copy out starts                   the op that made what is copied
 
 A `RaceError` says which arrow is missing. The bytes are late as well: memory of the slab is NaN
@@ -100,9 +100,11 @@ class SimulatedAccelerator(AcceleratorTier):
         self._thread = threading.local()
         self._clocks: dict[str, Clock] = {}
         self._seen: Clock = {}  # by the host
-        self._uses: dict[tuple[Range, str], int] = {}  # of the slab, by stream: the last tick
-        self._arrived: dict[Range, Clock] = {}  # what was copied into the slab, and its end
-        self._made: dict[int, tuple[str, int]] = {}  # by address: where and when it was made
+        self._leased: set[Range] = set()  # beside the slab
+        self._uses: dict[tuple[Range, str], int] = {}  # of leases, by stream: the last tick
+        self._results: dict[tuple[Range, str], int] = {}  # those uses that have written
+        self._arrived: dict[Range, Clock] = {}  # what was copied into leases, and its end
+        self._made: dict[int, tuple[str, int]] = {}  # by address, not leased: where and when
         self._in_flight: list[Transfer] = []
         self._order = threading.RLock()  # of the clocks and what they are compared with
 
@@ -131,10 +133,10 @@ class SimulatedAccelerator(AcceleratorTier):
         Raises:
             RaceError: it would run before the copy of what it uses has ended.
         """
-        at = self._in_slab(tensor)
-        if at is None:
-            return
         with self._order:
+            at = self._place(tensor)
+            if at is None:
+                return
             stream, tick = self._tick()
             for place, end in self._arrived.items():
                 if _overlap(place, at) and not _is_before(end, self._clock(stream)):
@@ -146,7 +148,12 @@ class SimulatedAccelerator(AcceleratorTier):
     def make(self, tensor: torch.Tensor) -> None:
         """An op has run, and the tensor is its result."""
         with self._order:
-            self._made[tensor.untyped_storage().data_ptr()] = self._tick()
+            at = self._place(tensor)
+            stream, tick = self._tick()
+            if at is None:
+                self._made[tensor.untyped_storage().data_ptr()] = stream, tick
+            else:
+                self._results[at, stream] = tick
 
     def make_current_wait(self, transfer: Transfer) -> None:
         if isinstance(transfer, SimulatedCopy):
@@ -154,6 +161,15 @@ class SimulatedAccelerator(AcceleratorTier):
             transfer.order()
         else:
             transfer.wait()
+
+    def try_lease(self, nbytes: int, owner: str, *, beside: bool = False) -> DeviceLease | None:
+        lease = super().try_lease(nbytes, owner, beside=beside)
+        if lease is not None:
+            with self._order:
+                place = _range_of(lease.tensor)
+                if self._allocation(place[0]) is None:
+                    self._leased.add(place)
+        return lease
 
     def lanes(self) -> LaneTotals:
         totals = self._io.lanes()
@@ -167,6 +183,9 @@ class SimulatedAccelerator(AcceleratorTier):
 
     def _lane_stream(self, lane: CopyLane) -> Stream:
         return lane
+
+    def _beside(self) -> contextlib.AbstractContextManager[object]:
+        return self.on_stream("beside")
 
     def _record(self, stream: Stream) -> Event:
         with self._order:
@@ -182,9 +201,9 @@ class SimulatedAccelerator(AcceleratorTier):
             clock = self._clock(lane)
             clock[lane] += 1
             end = dict(clock)
-            into = self._in_slab(dst)
+            into = self._place(dst)
             if into is not None:
-                self._arrived = {p: e for p, e in self._arrived.items() if not _overlap(p, into)}
+                self._forget(into)
                 self._arrived[into] = end
         ticket = self._io.start_copy(dst.data_ptr(), src.data_ptr(), dst.numel(), lane=lane)
         transfer = SimulatedCopy(
@@ -203,20 +222,36 @@ class SimulatedAccelerator(AcceleratorTier):
 
     def _check_copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> None:
         clock = self._clock(lane)
-        into = self._in_slab(dst)
-        for (place, stream), tick in list(self._uses.items()):
-            if into is None or not _overlap(place, into):
-                continue
-            if clock.get(stream, 0) < tick:
-                raise RaceError(f"a copy into memory that stream {stream} still uses: A1 or A4")
-            del self._uses[place, stream]
-        stream, tick = self._made.get(src.untyped_storage().data_ptr(), (lane, 0))
-        if lane == "d2h" and clock.get(stream, 0) < tick:
-            raise RaceError(f"a copy out of what stream {stream} has not made yet: A1")
+        into, of = self._place(dst), self._place(src)
+        for (place, stream), tick in self._uses.items():
+            if into is not None and _overlap(place, into) and clock.get(stream, 0) < tick:
+                raise RaceError(
+                    f"a copy into memory that stream {stream} still uses: A1 or A4, or A5"
+                )
+        made = [self._made.get(src.untyped_storage().data_ptr(), (lane, 0))]
+        made += [
+            (stream, tick)
+            for (place, stream), tick in self._results.items()
+            if of is not None and _overlap(place, of)
+        ]
+        for stream, tick in made:
+            if lane == "d2h" and clock.get(stream, 0) < tick:
+                raise RaceError(f"a copy out of what stream {stream} has not made yet: A1 or A5")
+
+    def _forget(self, place: Range) -> None:
+        """What was done with this memory is of no consequence any more."""
+        self._uses = {k: tick for k, tick in self._uses.items() if not _overlap(k[0], place)}
+        self._results = {k: tick for k, tick in self._results.items() if not _overlap(k[0], place)}
+        self._arrived = {p: end for p, end in self._arrived.items() if not _overlap(p, place)}
 
     def _take_back(self, lease: DeviceLease, memory: torch.Tensor) -> None:
         super()._take_back(lease, memory)
         ctypes.memset(memory.data_ptr(), _POISON, memory.numel())
+        with self._order:
+            place = _range_of(lease.tensor)
+            if place in self._leased:  # the system may have it back
+                self._leased.remove(place)
+                self._forget(place)
 
     def _clock(self, stream: str) -> Clock:
         """The clock of what is queued next on the stream."""
@@ -230,16 +265,30 @@ class SimulatedAccelerator(AcceleratorTier):
         clock[stream] += 1
         return stream, clock[stream]
 
-    def _in_slab(self, tensor: torch.Tensor) -> Range | None:
-        """The bytes of the slab that a tensor may use: a parameter's, or its own of a lease."""
-        slab = self._slab
-        if slab is None or not tensor.numel():
+    def _place(self, tensor: torch.Tensor) -> Range | None:
+        """The leased bytes that a tensor may use: a parameter's, or its own of an allocation."""
+        if not tensor.numel():
             return None
-        first, storage = slab.data_ptr(), tensor.untyped_storage()
+        storage = tensor.untyped_storage()
         start, nbytes = storage.data_ptr(), storage.nbytes()
-        if nbytes == slab.numel():
-            start, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        return (start, start + nbytes) if first <= start < first + slab.numel() else None
+        whole = self._allocation(start)
+        if whole is None:
+            return None
+        if nbytes >= whole[1] - whole[0]:
+            return _range_of(tensor)
+        return start, start + nbytes
+
+    def _allocation(self, address: int) -> Range | None:
+        """The slab, or the lease beside it, that an address lies in."""
+        slab = self._slab
+        if slab is not None and slab.data_ptr() <= address < slab.data_ptr() + slab.numel():
+            return _range_of(slab)
+        return next((each for each in self._leased if each[0] <= address < each[1]), None)
+
+
+def _range_of(tensor: torch.Tensor) -> Range:
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
 
 
 def _merge(clock: Clock, event: Clock) -> None:

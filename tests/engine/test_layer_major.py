@@ -673,6 +673,7 @@ def test_weights_move_twice_a_step_whatever_the_number_of_micro_batches(
         assert in_the_usual_order > 0.75 * count * found
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_gradients_on_nvme_are_written_once_a_step(tmp_path: Path) -> None:
     written = {}
     for order in ORDERS:

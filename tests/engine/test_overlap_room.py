@@ -283,7 +283,7 @@ def refuse_homes(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def keep_a_piece(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """As a write that hangs does."""
-    piece = engine._parts.updates._share.take(1)
+    piece = engine._parts.updates._held.share.take(1)
     monkeypatch.setattr(engine, "_kept", piece, raising=False)
     return "4096 bytes of the overlapped optimizer step cannot be given back"
 
@@ -302,7 +302,7 @@ def test_an_error_leaves_the_room_as_it_was(
         disks = engine._parts.nvme
 
         def held() -> tuple[Any, ...]:
-            room = updates._share.nbytes, disks._num_holdable.total()
+            room = updates._held.share.nbytes, disks._num_holdable.total()
             return arena.budget_bytes, arena.used_bytes, arena.owners(), room
 
         before = held()
