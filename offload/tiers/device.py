@@ -64,6 +64,7 @@ class DeviceTier(ABC):
         self._held_bytes = 0
         self._free: dict[int, list[torch.Tensor]] = {}  # by size, oldest first
         self._free_bytes = 0
+        self._abandoned: list[torch.Tensor] = []
         self._closed = False
 
     def lease(self, nbytes: int, owner: str) -> DeviceLease:
@@ -138,10 +139,12 @@ class DeviceTier(ABC):
             surplus = self._shed(size)
             self._count(size)
             self._owners.add(owner, size)
-        surplus.clear()  # goes back to the system before new memory is asked for
+        self._give_back(surplus)  # before new memory is asked for
         try:
             if memory is None:
                 memory = self._allocate(size)
+            else:
+                self._prepare(memory)
         except (OSError, ValueError, RuntimeError) as error:
             with self._lock:
                 self.used_bytes -= size
@@ -167,7 +170,7 @@ class DeviceTier(ABC):
             surplus = self._shed(nbytes)
             self._count(nbytes)
             self._held_bytes += nbytes
-        surplus.clear()
+        self._give_back(surplus)
         return True
 
     def unhold(self, nbytes: int) -> None:
@@ -188,7 +191,7 @@ class DeviceTier(ABC):
         with self._lock:
             self._closed = True
             surplus = self._shed(self.budget_bytes)
-        surplus.clear()
+        self._give_back(surplus)
 
     @abstractmethod
     def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
@@ -220,6 +223,14 @@ class DeviceTier(ABC):
     @abstractmethod
     def _allocate(self, nbytes: int) -> torch.Tensor:
         """Return new memory, uint8, 1-D. Raises OSError, ValueError or RuntimeError."""
+
+    def _prepare(self, memory: torch.Tensor) -> None:
+        """Memory is leased again, so it is worth being prepared for transfers. May be repeated."""
+        del memory
+
+    def _give_back(self, surplus: list[torch.Tensor]) -> None:
+        """Let memory that nobody has leased go back to the system."""
+        surplus.clear()
 
     def _admits(self, nbytes: int) -> bool:
         if self._closed:
@@ -265,6 +276,8 @@ class DeviceTier(ABC):
             if not self._closed:
                 self._free.setdefault(size, []).append(memory)
                 self._free_bytes += size
+                return
+        self._give_back([memory])
 
 
 class DeviceLease:
@@ -299,6 +312,11 @@ class DeviceLease:
         """Return the lease; exactly once, with no transfer in flight on it."""
         self._tier._take_back(self, self._memory)
 
+    def abandon(self) -> None:
+        """In place of `release`, where a transfer hangs: nobody gets the memory any more."""
+        self.released = True
+        self._tier._abandoned.append(self._memory)
+
     def __repr__(self) -> str:
         state = ", released" if self.released else ""
         return f"DeviceLease({self.owner!r}, {self.nbytes} bytes{state})"
@@ -319,7 +337,8 @@ def _alias(address: int, nbytes: int, device: torch.device) -> torch.UntypedStor
 class CpuDeviceTier(DeviceTier):
     """A budgeted part of host memory in the place of an accelerator's.
 
-    Copies run on the copy threads of `io_engine`, which is the caller's and is closed after.
+    Copies run on the copy threads of `io_engine`, which is the caller's and is closed after. It
+    also reads from disks into leases: what is leased more than once is registered with it.
     """
 
     def __init__(
@@ -334,6 +353,7 @@ class CpuDeviceTier(DeviceTier):
         self._deadline_seconds = deadline_seconds
         # A transfer that its starter dropped still owns its buffers (P18).
         self._in_flight: list[Transfer] = []
+        self._registered: set[int] = set()  # addresses, or refused for good
 
     def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
         return self._start_copy(dst, src, "h2d")
@@ -350,6 +370,22 @@ class CpuDeviceTier(DeviceTier):
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         return torch.frombuffer(map_shared(nbytes), dtype=torch.uint8)
+
+    def _prepare(self, memory: torch.Tensor) -> None:
+        address = memory.data_ptr()
+        with self._lock:
+            is_new = address not in self._registered
+            self._registered.add(address)
+        if is_new:
+            self._io.register(address, memory.numel())
+
+    def _give_back(self, surplus: list[torch.Tensor]) -> None:
+        for memory in surplus:
+            address = memory.data_ptr()
+            if address in self._registered:
+                self._io.unregister(address)
+                self._registered.discard(address)
+        surplus.clear()
 
     def _start_copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
         assert dst.dtype == src.dtype == torch.uint8

@@ -183,6 +183,10 @@ class SimulatedIo:
         del address, nbytes
         return "ok"
 
+    def unregister(self, address: int) -> None:
+        """Undo `register`."""
+        del address
+
     def fsync(self, file: IoFile) -> None:
         """Make written data durable. Raises StorageError."""
         action = self._fault.next("fsync")

@@ -112,6 +112,12 @@ class AsyncIo(Protocol):
     ) -> Ticket:
         """Start a memory copy that is counted on `lane`."""
 
+    def register(self, address: int, nbytes: int) -> str:
+        """Prepare memory that many requests will use; return "ok" or why it did not work."""
+
+    def unregister(self, address: int) -> None:
+        """Undo `register`; no request on that memory may be in flight."""
+
     def lanes(self) -> LaneTotals:
         """Bytes and busy seconds of each lane since the start."""
 

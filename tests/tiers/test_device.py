@@ -108,6 +108,58 @@ def test_released_memory_is_reused_by_size_and_given_back_for_room() -> None:
         tier.lease(1, "late")
 
 
+class Registrations(SimulatedIo):
+    """Knows what memory is registered with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registered: dict[int, int] = {}
+        self.asked = 0
+
+    def register(self, address: int, nbytes: int) -> str:
+        self.asked += 1
+        self.registered[address] = nbytes
+        return "ok"
+
+    def unregister(self, address: int) -> None:
+        del self.registered[address]
+
+
+def test_memory_that_is_leased_again_is_registered_while_it_exists() -> None:
+    io = Registrations()
+    tier = CpuDeviceTier(4 * PAGE, io)
+    tier.lease(PAGE, "home").release()
+    assert not io.registered
+    for _ in range(3):
+        lease = tier.lease(PAGE, "page")
+        address = lease.tensor.data_ptr()
+        assert io.registered == {address: PAGE}
+        lease.release()
+    assert io.asked == 1
+    tier.hold(4 * PAGE, "gradients")  # the memory goes back to the system
+    assert not io.registered
+    tier.unhold(4 * PAGE)
+    tier.lease(2 * PAGE, "page").release()
+    late = tier.lease(2 * PAGE, "page")
+    assert list(io.registered.values()) == [2 * PAGE]
+    tier.close()
+    late.release()
+    assert not io.registered
+
+
+def test_an_abandoned_lease_keeps_its_memory_and_its_room() -> None:
+    tier = CpuDeviceTier(4 * PAGE, Registrations())
+    lease = tier.lease(PAGE, "page")
+    address = lease.tensor.data_ptr()
+    lease.abandon()
+    del lease
+    gc.collect()
+    assert tier.used_bytes == PAGE
+    others = [tier.lease(PAGE, "page") for _ in range(3)]
+    assert address not in {each.tensor.data_ptr() for each in others}
+    assert tier.try_lease(PAGE, "page") is None
+
+
 def test_budget_error_says_who_holds_what(tier: CpuDeviceTier) -> None:
     tier.lease(4 * PAGE, "bucket 3")
     tier.hold(100, "gradients")
