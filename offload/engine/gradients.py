@@ -34,9 +34,10 @@ from offload.engine.landing import LandingRing
 from offload.errors import BudgetError
 from offload.optim.gradients import BLOCK_NUMEL, accumulate_gradient, num_blocks
 from offload.partition.arrays import field_array, memory_order, tensor_bits
-from offload.partition.blocks import Block, BlockStore, Staged
+from offload.partition.blocks import Block, BlockStore
 from offload.partition.layout import Bucket, ClassLayout, Segment, segments
 from offload.partition.parameters import ParameterState
+from offload.partition.staging import Staged
 from offload.schedule.executor import ComputePool
 
 if TYPE_CHECKING:

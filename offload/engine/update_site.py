@@ -22,9 +22,10 @@ from offload.optim.chunk_update import ChunkUpdate, ChunkWork, KernelUpdate, Ste
 from offload.optim.device_rules import device_rule, rows_bytes
 from offload.optim.device_update import DeviceUpdate
 from offload.optim.rules import UpdateRule
-from offload.partition.blocks import BlockStore, release_all
+from offload.partition.blocks import BlockStore
 from offload.partition.layout import Bucket, segments
 from offload.partition.parameters import ParameterState
+from offload.partition.staging import release_all
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.executor import ComputePool
 from offload.schedule.footprint import Machine

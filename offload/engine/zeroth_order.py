@@ -35,8 +35,9 @@ from offload.errors import GuardError, NonFiniteError, OffloadError, StorageErro
 from offload.optim.chunk_update import ChunkWork, StepSettings
 from offload.optim.uninterrupted import uninterrupted
 from offload.optim.zeroth_order import ZerothOrderUpdate
-from offload.partition.blocks import Block, Staged
+from offload.partition.blocks import Block
 from offload.partition.residency import Residency
+from offload.partition.staging import Staged
 from offload.tiers.transfer import CompletedTransfer, Transfer
 
 if TYPE_CHECKING:

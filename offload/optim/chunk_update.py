@@ -15,9 +15,10 @@ from offload.optim.generic import GenericRule, GenericUpdate
 from offload.optim.rules import Hyper, UpdateRule
 from offload.optim.split import merge_tensor, split_tensor
 from offload.partition.arrays import field_array, field_tensor, memory_order, module_order
-from offload.partition.blocks import BlockStore, Staged
+from offload.partition.blocks import BlockStore
 from offload.partition.layout import Bucket, Field, Segment
 from offload.partition.parameters import ParameterState
+from offload.partition.staging import Staged
 from offload.partition.tensor_layout import TensorLayout
 from offload.schedule.executor import ComputePool
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from offload.errors import OffloadError
 from offload.optim.chunk_update import ChunkWork, StepSettings
 from offload.optim.complete_chunks import Key
-from offload.partition.blocks import Block, BlockStore, Staged
+from offload.partition.blocks import Block, BlockStore
 from offload.partition.layout import UPDATED_CLASSES, Bucket, Segment
 from offload.partition.parameters import ParameterState
 from offload.partition.shadows import Shadows
+from offload.partition.staging import Staged
 from offload.schedule.footprint import OverlapRoom
 from offload.telemetry import RetryLog
 from offload.tiers.host import HostArena

@@ -36,9 +36,10 @@ from offload.optim.held import HeldChunks, LoadingChunk
 from offload.optim.streamed import StreamedStep
 from offload.optim.turns import Turns
 from offload.optim.uninterrupted import uninterrupted
-from offload.partition.blocks import Block, BlockStore, release_all
+from offload.partition.blocks import Block, BlockStore
 from offload.partition.layout import Bucket, Segment
 from offload.partition.parameters import ParameterState
+from offload.partition.staging import release_all
 from offload.schedule.executor import Pump
 from offload.schedule.footprint import OverlapRoom
 from offload.telemetry import RetryLog

@@ -35,9 +35,10 @@ from collections.abc import Collection, Iterator, Sequence
 from offload.errors import NonFiniteError, OffloadError
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
 from offload.optim.uninterrupted import uninterrupted
-from offload.partition.blocks import BlockStore, release_all
+from offload.partition.blocks import BlockStore
 from offload.partition.layout import UPDATED_CLASSES, Bucket, Chunk, Segment, segments
 from offload.partition.parameters import ParameterState
+from offload.partition.staging import release_all
 from offload.schedule.update_site import NUM_SLOTS
 from offload.telemetry import LaneMeter
 

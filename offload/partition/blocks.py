@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,29 +30,11 @@ import torch
 
 from offload.errors import BudgetError, DeadlineError, OffloadError
 from offload.partition.layout import UPDATED_CLASSES, Bucket, Field, num_held
+from offload.partition.staging import ZEROED_LANE, Lend, Staged, StagingLease, release_all
 from offload.tiers.device import DeviceLease, DeviceTier
 from offload.tiers.host import HostArena, HostLease
 from offload.tiers.nvme import NvmeStore, Record
 from offload.tiers.transfer import CompletedTransfer, Transfer, Urgency
-
-ZEROED_LANE = "cpu"
-
-
-class StagingLease(Protocol):
-    """Host memory that a chunk is staged in: `tensor` is uint8, 1-D, at least of its bytes."""
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The memory."""
-        ...
-
-    def release(self) -> None:
-        """Give it back, once, with no transfer in flight on it."""
-        ...
-
-
-# Staging of so many bytes from elsewhere than the arena; None: there is none at present.
-Lend = Callable[[int], StagingLease | None]
 
 
 class BlockLayout(Protocol):
@@ -97,57 +78,6 @@ class Block:
         return f"{self.state_class} of bucket {self.bucket.index}"
 
 
-@dataclass(slots=True, eq=False)
-class Staged:
-    """One chunk block where the CPU can reach it, once `transfer` has been waited for.
-
-    `tensor` is uint8, 1-D, of the chunk block's bytes. `release` gives the staging back; a buffer
-    that is the home itself has none.
-    """
-
-    tensor: torch.Tensor
-    transfer: Transfer
-    lease: StagingLease | None
-
-    def release(self) -> None:
-        """Give the staging memory back, once."""
-        if self.lease is not None:
-            self.lease.release()
-            self.lease = None
-
-    def shared(self) -> Staged:
-        """The same buffer for a reader: the memory goes back when both have been released."""
-        if self.lease is not None and not isinstance(self.lease, _SharedLease):
-            self.lease = _SharedLease(self.lease)
-        if self.lease is not None:
-            self.lease.add_holder()
-        return Staged(self.tensor, CompletedTransfer(ZEROED_LANE), self.lease)
-
-
-class _SharedLease:
-    """A lease that several hold. Thread-safe."""
-
-    def __init__(self, lease: StagingLease) -> None:
-        self._lease = lease
-        self._num_holders = 1
-        self._lock = threading.Lock()
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        return self._lease.tensor
-
-    def add_holder(self) -> None:
-        with self._lock:
-            self._num_holders += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._num_holders -= 1
-            is_last = self._num_holders == 0
-        if is_last:
-            self._lease.release()
-
-
 class BlockStore:
     """Every block of an engine, the staging leases, and the writes that have not settled yet.
 
@@ -171,7 +101,8 @@ class BlockStore:
         self._writing: OrderedDict[tuple[int, str, int], tuple[Transfer, Staged]] = OrderedDict()
         self._failed: dict[tuple[int, str, int], Staged] = {}
         self._void: set[tuple[int, str, int]] = set()  # on NVMe, and not to be read any more
-        self._lock = threading.RLock()  # of the maps of writes and of `_void`
+        self._copies: dict[int, DeviceLease] = {}  # of weights, by bucket
+        self._lock = threading.RLock()  # of the maps of writes and copies, and of `_void`
 
     def add(self, bucket: Bucket, state_class: str, layout: BlockLayout, home: str) -> None:
         """Take the memory of a block at a tier in memory, or note that `reserve_records` will.
@@ -244,8 +175,7 @@ class BlockStore:
         """The bytes of a chunk at its home in memory: uint8, 1-D."""
         lease = block.host_lease or block.device_lease
         assert lease is not None, "only a home in memory has bytes to point at"
-        start = block.layout.chunk_offset_bytes[chunk]
-        return lease.tensor[start : start + block.layout.chunk_nbytes[chunk]]
+        return _part(lease, block, chunk)
 
     def on_device(self, block: Block, chunk: int) -> torch.Tensor:
         """A chunk whose home is the device, where it is: uint8, 1-D, for work on the device.
@@ -285,14 +215,69 @@ class BlockStore:
             return Staged(lease.tensor[:nbytes], CompletedTransfer(ZEROED_LANE), lease)
 
     def start_read(
-        self, block: Block, chunk: int, *, wait: bool = True, urgency: int = Urgency.BULK
+        self,
+        block: Block,
+        chunk: int,
+        *,
+        wait: bool = True,
+        urgency: int = Urgency.BULK,
+        into: torch.Tensor | None = None,
     ) -> Staged | None:
-        """`start_load` for somebody who only reads: what is on its way home is read on its way."""
+        """`start_load` for somebody who only reads: what is on its way home is read on its way.
+
+        `into`: where the reader wants the chunk in the end, in memory that the CPU reaches. From
+        nvme it is read there without staging: the `tensor` of the result is `into`.
+        """
         with self._lock:
             written = self._writing.get(self._key(block, chunk))
             if written is not None:
                 return written[1].shared()
-            return self.start_load(block, chunk, wait=wait, urgency=urgency)
+            if into is None or block.home != "nvme":
+                return self.start_load(block, chunk, wait=wait, urgency=urgency)
+            self._settle(block, chunk)
+            staged = Staged(into, CompletedTransfer(ZEROED_LANE), None)
+            self._begin_load(block, chunk, staged, urgency)
+            return staged
+
+    def is_near(self, block: Block, chunk: int) -> bool:
+        """Whether memory that the CPU reaches has the chunk: its home, a page, or a write of it."""
+        with self._lock:
+            return self._nearest(block, chunk) is not None
+
+    def start_copy(self, block: Block, chunk: int, staged: Staged) -> None:
+        """Start to bring the home's chunk into a buffer of its own from where it is nearest.
+
+        For a block whose page, if it is on the device, is as new as its home or newer.
+
+        Raises:
+            OffloadError: nothing has it any more but the disk, and the read cannot be started.
+        """
+        with self._lock:
+            source = self._nearest(block, chunk)
+            if source is None:
+                self._begin_load(block, chunk, staged, Urgency.BULK)
+            else:
+                staged.tensor.copy_(source)
+
+    def offer_copy(self, block: Block, lease: DeviceLease) -> None:
+        """A page of the block is on the device, until `withdraw_copy`."""
+        if self.device.host_addressable:
+            with self._lock:
+                self._copies[block.bucket.index] = lease
+
+    def withdraw_copy(self, block: Block) -> None:
+        """The page is about to leave the device."""
+        with self._lock:
+            self._copies.pop(block.bucket.index, None)
+
+    def _nearest(self, block: Block, chunk: int) -> torch.Tensor | None:
+        if self.in_place(block):
+            return self.home(block, chunk)
+        written = self._writing.get(self._key(block, chunk))
+        if written is not None:
+            return written[1].tensor
+        lease = self._copies.get(block.bucket.index) if block.state_class == "weights" else None
+        return None if lease is None else _part(lease, block, chunk)
 
     def start_load(
         self,
@@ -579,16 +564,6 @@ class BlockStore:
         )
 
 
-def release_all(held: Sequence[Staged], deadline_seconds: float = 0.0) -> None:
-    """Give staging back once its transfers have ended; a hung transfer keeps its buffer for good.
-
-    All of them together get `deadline_seconds`.
-    """
-    deadline = time.monotonic() + deadline_seconds
-    for staged in held:
-        try:
-            staged.transfer.wait(max(0.0, deadline - time.monotonic()))
-        except OffloadError:
-            if not staged.transfer.done():
-                continue
-        staged.release()
+def _part(lease: HostLease | DeviceLease, block: Block, chunk: int) -> torch.Tensor:
+    start = block.layout.chunk_offset_bytes[chunk]
+    return lease.tensor[start : start + block.layout.chunk_nbytes[chunk]]

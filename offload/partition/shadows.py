@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.errors import DeadlineError, OffloadError, StorageError
-from offload.partition.blocks import ZEROED_LANE, Block, BlockStore, Lend, Staged, release_all
+from offload.partition.blocks import Block, BlockStore
 from offload.partition.layout import UPDATED_CLASSES, num_held
+from offload.partition.staging import ZEROED_LANE, Lend, Staged, release_all
 from offload.telemetry import RetryLog
 from offload.tiers.nvme import NvmeStore
 from offload.tiers.transfer import CompletedTransfer, Transfer
@@ -75,9 +76,11 @@ class Shadows:
         """Start to bring a chunk of several blocks to staging in which it can be updated.
 
         All of them, or None and nothing is held: there is no staging, or no room for what would be
-        held, or the chunk is being written. What a step only reads may be the home itself.
+        held, or the chunk is being written. What a step only reads may be the home itself. What
+        memory has, a page on the device or a gradient on its way home, is not read from the disk:
+        an edit of the page that its home has not seen voids what is held anyway.
         """
-        copied = [b for b in blocks if self._is_updated(b) and self._store.in_place(b)]
+        copied = [b for b in blocks if self._is_copied(b, chunk)]
         loaded = [b for b in blocks if b not in copied]
         taken: list[Block] = []
         staged: dict[str, Staged] = {}
@@ -95,7 +98,7 @@ class Shadows:
                     names = (block.state_class for block in loaded)
                     staged.update(zip(names, started, strict=True))
                     for block in copied:
-                        staged[block.state_class].tensor.copy_(self._store.home(block, chunk))
+                        self._store.start_copy(block, chunk, staged[block.state_class])
                     return [staged[block.state_class] for block in blocks]
         except OffloadError:
             self._undo(taken, list(staged.values()), chunk)
@@ -106,7 +109,7 @@ class Shadows:
     def _lease_copies(
         self, blocks: Sequence[Block], chunk: int, lend: Lend, staged: dict[str, Staged]
     ) -> None:
-        """Lease staging for the copies of homes in memory, as far as there is some."""
+        """Lease staging for what is copied, as far as there is some."""
         for block in blocks:
             nbytes = block.layout.chunk_nbytes[chunk]
             lease = lend(nbytes)
@@ -206,6 +209,11 @@ class Shadows:
         for block in taken:
             with contextlib.suppress(StorageError):
                 self._nvme.drop_shadow(block.records[chunk])
+
+    def _is_copied(self, block: Block, chunk: int) -> bool:
+        """Whether the CPU reaches the chunk in memory where it must not be changed."""
+        is_home = self._store.in_place(block) and not self._is_updated(block)
+        return self._store.is_near(block, chunk) and not is_home
 
     @staticmethod
     def _is_updated(block: Block) -> bool:

@@ -240,6 +240,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_record(backend: str, faulty: F
         engine.close()
 
 
+@pytest.mark.usefixtures("by_itself")  # what memory has is not read
 @pytest.mark.parametrize("damage", ["lost=1", "misdirect=4096", "corrupt=1"])
 def test_a_write_that_went_wrong_is_found_when_it_is_read(damage: str, faulty: Faulty) -> None:
     engine = faulty(None)

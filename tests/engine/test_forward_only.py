@@ -26,7 +26,8 @@ from offload.errors import (
     StorageError,
 )
 from offload.optim import zeroth_order
-from offload.partition.blocks import Block, BlockStore, Staged
+from offload.partition.blocks import Block, BlockStore
+from offload.partition.staging import Staged
 from offload.schedule.executor import ComputePool
 from tests.engine.test_faults import CountingIo
 from tests.engine.test_simulated_device import accelerator  # noqa: F401 - a fixture

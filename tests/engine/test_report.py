@@ -95,7 +95,7 @@ def test_weights_on_nvme_are_read_for_each_pass_and_for_the_update(tmp_path: Pat
         lanes = engine.report().lanes
         assert lanes["nvme_write"].bytes == size
         assert 2 * size <= lanes["nvme_read"].bytes <= 3 * size
-        assert lanes["h2d"].bytes == lanes["nvme_read"].bytes - size
+        assert lanes["h2d"].bytes == 0, "what is read lands in the page"
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -147,7 +147,7 @@ def test_the_report_has_every_number(tmp_path: Path) -> None:
         assert 0 < report.efficiency <= 1
         assert report.bottleneck in report.lanes
         assert report.critical in report.lanes
-        for name in ("nvme_read", "nvme_write", "h2d", "cpu"):
+        for name in ("nvme_read", "nvme_write", "cpu"):
             assert report.lanes[name].bytes > 0, name
             assert 0 < report.lanes[name].busy_seconds <= report.measured_seconds, name
         assert report.lanes["compute"].busy_seconds > 0

@@ -13,8 +13,9 @@ from offload.optim.chunk_update import ChunkWork, KernelUpdate, StepSettings
 from offload.optim.device_rules import device_rule, rows_bytes
 from offload.optim.device_update import DeviceUpdate
 from offload.optim.rules import make_rule
-from offload.partition.blocks import BlockStore, Staged, release_all
+from offload.partition.blocks import BlockStore
 from offload.partition.layout import ClassLayout, FieldSpec, segments
+from offload.partition.staging import Staged, release_all
 from offload.schedule.executor import ComputePool
 from offload.schedule.update_site import NUM_SLOTS, UpdateScratch, update_scratch
 from offload.tiers.host import HostArena

@@ -11,8 +11,9 @@ import torch
 
 from offload.errors import BudgetError, DeadlineError, StorageError
 from offload.native import IoEngine
-from offload.partition.blocks import Block, BlockStore, release_all
+from offload.partition.blocks import Block, BlockStore
 from offload.partition.layout import Bucket, ClassLayout, FieldSpec, ParamSpec, pack
+from offload.partition.staging import release_all
 from offload.tiers.device import CpuDeviceTier
 from offload.tiers.host import HostArena
 from offload.tiers.nvme import NvmeStore

@@ -11,9 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from offload.errors import StorageError
 from offload.native import IoEngine
-from offload.partition.blocks import BlockStore, Staged
+from offload.partition.blocks import BlockStore
 from offload.partition.layout import ClassLayout, FieldSpec, ParamSpec, pack
 from offload.partition.shadows import Shadows
+from offload.partition.staging import Staged
 from offload.tiers.device import CpuDeviceTier
 from offload.tiers.host import HostArena
 from offload.tiers.host_share import HostShare
@@ -25,10 +26,16 @@ CLASSES = ("weights", "gradients", "optimizer")
 
 
 class Setting:
-    """One bucket of three chunks: gradients on the host, what is updated at `home`."""
+    """One bucket of three chunks: gradients at theirs, what is updated at `home`."""
 
     def __init__(
-        self, path: Path, home: str, *, fault: str | None = None, held_share: float = 1.0
+        self,
+        path: Path,
+        home: str,
+        *,
+        gradients: str = "host",
+        fault: str | None = None,
+        held_share: float = 1.0,
     ) -> None:
         numel = NUM_CHUNKS * 65_536
         spec = ParamSpec("w", (numel,), numel, "fp32", 4, True)
@@ -42,7 +49,7 @@ class Setting:
         )
         for state_class in CLASSES:
             layout = ClassLayout(self.bucket, [FieldSpec(state_class, "fp32", 4)])
-            tier = "host" if state_class == "gradients" else home
+            tier = gradients if state_class == "gradients" else home
             self.store.add(self.bucket, state_class, layout, tier)
         self.store.reserve_records(spare=2, held_share=held_share)
         self.share = HostShare(self.host, 9 * CHUNK_BYTES, "the test")
@@ -233,4 +240,85 @@ def test_a_chunk_that_was_written_meanwhile_can_only_be_dropped(tmp_path: Path) 
     setting.drop(0)
     setting.store.drain()
     assert setting.value(0) == 5
+    setting.close()
+
+
+def bytes_read(setting: Setting) -> int:
+    return setting.io.lanes()["nvme_read"][0]
+
+
+def test_weights_are_taken_from_their_page_while_it_is_there(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "nvme")
+    weights = setting.blocks[0]
+    page = setting.device.lease(weights.layout.nbytes, weights.name)
+    page.tensor.fill_(3)
+    for chunk in range(NUM_CHUNKS):  # of a page every chunk is told apart
+        page.tensor[chunk * CHUNK_BYTES] = 100 + chunk
+    setting.store.offer_copy(weights, page)
+    before = bytes_read(setting)
+    loaded = setting.load(1)
+    assert loaded is not None
+    taken = dict(zip(CLASSES, loaded, strict=True))
+    assert taken["weights"].tensor[0] == 101
+    assert set(taken["weights"].tensor[1:].tolist()) == {3}
+    assert taken["weights"].tensor.data_ptr() != page.tensor[CHUNK_BYTES:].data_ptr()
+    assert set(taken["optimizer"].tensor.tolist()) == {1}
+    assert bytes_read(setting) - before == CHUNK_BYTES, "the optimizer's"
+    setting.hold(1, loaded, 7)
+    assert page.tensor[CHUNK_BYTES] == 101, "what is held is not in the page"
+    setting.drop(1)
+
+    setting.store.withdraw_copy(weights)
+    loaded = setting.load(1)
+    assert loaded is not None
+    assert set(loaded[0].tensor.tolist()) == {1}, "the page has gone, and its memory is another's"
+    setting.shadows.cancel_loads(setting.blocks, 1, loaded)
+    page.release()
+    setting.close()
+
+
+def test_a_page_that_leaves_before_it_is_copied_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, "nvme")
+    weights = setting.blocks[0]
+    page = setting.device.lease(weights.layout.nbytes, weights.name)
+    page.tensor.fill_(3)
+    setting.store.offer_copy(weights, page)
+    start_loads = setting.store.start_loads
+
+    def leave(*args: object, **kwargs: object) -> object:
+        setting.store.withdraw_copy(weights)
+        page.tensor.fill_(9)
+        return start_loads(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(setting.store, "start_loads", leave)
+    loaded = setting.load(0)
+    assert loaded is not None
+    assert set(loaded[0].tensor.tolist()) == {1}
+    setting.shadows.cancel_loads(setting.blocks, 0, loaded)
+    page.release()
+    setting.close()
+
+
+def test_a_gradient_on_its_way_home_is_not_read_from_there(tmp_path: Path) -> None:
+    writes = 3 * NUM_CHUNKS
+    setting = Setting(
+        tmp_path, "nvme", gradients="nvme", fault=f"op=write,nth={writes + 1},delay=300"
+    )
+    gradients = setting.blocks[1]
+    staged = setting.store.stage_or_raise(gradients, 0)
+    staged.tensor.fill_(6)
+    setting.store.start_store(gradients, 0, staged)
+    before = bytes_read(setting)
+    loaded = setting.load(0)
+    assert loaded is not None
+    assert set(loaded[1].tensor.tolist()) == {6}
+    assert bytes_read(setting) - before == len(setting.updated) * CHUNK_BYTES
+    setting.store.drain()  # gives the memory of the write back, and somebody else takes it
+    other = setting.store.stage_or_raise(gradients, 1)
+    other.tensor.fill_(9)
+    assert set(loaded[1].tensor.tolist()) == {6}
+    other.release()
+    setting.shadows.cancel_loads(setting.blocks, 0, loaded)
     setting.close()

@@ -28,7 +28,8 @@ from torch import nn
 
 import offload
 from offload.engine.engine import Engine
-from offload.partition.blocks import Block, BlockStore, Staged
+from offload.partition.blocks import Block, BlockStore
+from offload.partition.staging import Staged
 
 Loaded = tuple[Block, int, Staged]
 

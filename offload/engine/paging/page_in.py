@@ -1,18 +1,23 @@
-"""The way of a page to the device: home -> host staging -> device, chunk by chunk."""
+"""The way of a page to the device: home -> host staging -> device, chunk by chunk.
+
+Where the CPU reaches the device, a read from nvme lands in the page itself.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-from offload.partition.blocks import release_all
+from offload.errors import DeadlineError, StorageError
+from offload.partition.staging import release_all
 from offload.tiers.transfer import Transfer, Urgency
 
 if TYPE_CHECKING:
     import torch
 
     from offload.engine.paging.pages import WeightPage
-    from offload.partition.blocks import Block, BlockStore, Staged
+    from offload.partition.blocks import Block, BlockStore
+    from offload.partition.staging import Staged
     from offload.tiers.device import DeviceLease
 
 
@@ -42,10 +47,11 @@ class PageIn:
 
     Each chunk is read into staging (or is host memory already) and copied from there. At most
     `depth` chunks are staged at a time; a chunk's staging is given back when its copy has ended.
-    From a home on the host all copies are queued at once, and nobody waits for them but the device.
-    Whoever holds a PageIn drives it: `advance` does what can be done without waiting, `finish`
-    waits for the rest. After an error all staging is given back, and the lease holds nothing of
-    use: `advance` and `finish` start again with the first chunk.
+    From a home on the host all copies are queued at once, and nobody waits for them but the device;
+    so are reads that land in the lease. Whoever holds a PageIn drives it: `advance` does what can
+    be done without waiting, `finish` waits for the rest. After an error all staging is given back,
+    and the lease holds nothing of use: `advance` and `finish` start again with the first chunk, or
+    whoever drives it takes the lease back with `give_back`.
 
     `urgency` is that of its transfers; see [Note: urgency] in tiers/transfer.py. From `finish` on
     they are in demand.
@@ -67,6 +73,8 @@ class PageIn:
         self._depth = depth
         self._urgency = urgency
         self._arrivals = arrivals
+        self._lands_in_lease = arrivals is None and store.device.host_addressable
+        self._hung: list[Transfer] = []  # what an error has left in flight
         self._next_chunk = 0
         self._reading: deque[tuple[int, Staged]] = deque()
         self._copying: deque[tuple[Transfer, Staged]] = deque()
@@ -76,7 +84,11 @@ class PageIn:
 
         With `wait`, writes under way are waited for if that frees staging.
         """
-        self._start_reads(wait=wait)
+        try:
+            self._start_reads(wait=wait)
+        except BaseException:
+            self._abandon()
+            raise
         return bool(self._reading)
 
     def advance(self) -> bool:
@@ -134,6 +146,13 @@ class PageIn:
         while self._copying:
             self._end_copy()
 
+    def give_back(self) -> None:
+        """After an error: release the lease, unless something hangs that may still write there."""
+        if all(transfer.done() for transfer in self._hung):
+            self._lease.release()
+        else:
+            self._lease.abandon()
+
     @property
     def _all_started(self) -> bool:
         return self._next_chunk == len(self._block.layout.chunk_nbytes)
@@ -145,28 +164,57 @@ class PageIn:
         return sum(staged.lease is not None for staged in held)
 
     def _start_reads(self, *, wait: bool = False) -> None:
+        self._outwait_hung()
         while not self._all_started and self._num_staged < self._depth:
-            # Who takes part in what arrives may change it.
-            start = self._store.start_read if self._arrivals is None else self._store.start_load
-            staged = start(self._block, self._next_chunk, wait=wait, urgency=self._urgency)
+            staged = self._start_read(self._next_chunk, wait=wait)
             if staged is None:
                 return
             self._reading.append((self._next_chunk, staged))
             self._next_chunk += 1
 
+    def _outwait_hung(self) -> None:
+        """Nothing is brought to the lease before what hangs there has ended, well or not."""
+        while self._hung:
+            try:
+                self._hung[0].wait(self._store.deadline_seconds)
+            except DeadlineError:
+                raise
+            except StorageError:
+                pass
+            self._hung.pop(0)
+
+    def _start_read(self, chunk: int, *, wait: bool) -> Staged | None:
+        if self._arrivals is not None:  # who takes part in what arrives may change it
+            return self._store.start_load(self._block, chunk, wait=wait, urgency=self._urgency)
+        into = self._target(chunk) if self._lands_in_lease else None
+        return self._store.start_read(
+            self._block, chunk, wait=wait, urgency=self._urgency, into=into
+        )
+
+    def _target(self, chunk: int) -> torch.Tensor:
+        """The place of a chunk in the lease."""
+        layout = self._block.layout
+        start = layout.chunk_offset_bytes[chunk]
+        return self._lease.tensor[start : start + layout.chunk_nbytes[chunk]]
+
     def _start_copy(self) -> None:
         chunk, staged = self._reading[0]
         staged.transfer.wait(self._store.deadline_seconds)
         self._reading.popleft()
-        layout = self._block.layout
-        start = layout.chunk_offset_bytes[chunk]
-        target = self._lease.tensor[start : start + layout.chunk_nbytes[chunk]]
+        target = self._target(chunk)
+        if self._has_landed(staged):
+            return
         if self._arrivals is None:
             copy = self._store.device.start_copy_in(target, staged.tensor)
         else:
             copy, staged = self._arrivals.land(self._block, chunk, staged, target)
         copy.expedite(self._urgency)
         self._copying.append((copy, staged))
+
+    def _has_landed(self, staged: Staged) -> bool:
+        """Whether what has been read is in the lease already."""
+        start, address = self._lease.tensor.data_ptr(), staged.tensor.data_ptr()
+        return start <= address < start + self._lease.nbytes
 
     def _end_copy(self) -> None:
         transfer, staged = self._copying[0]
@@ -180,6 +228,7 @@ class PageIn:
             staged.transfer = transfer
         held = [staged for _, staged in (*self._copying, *self._reading)]
         release_all(held, self._store.deadline_seconds)
+        self._hung += [staged.transfer for staged in held if not staged.transfer.done()]
         self._copying.clear()
         self._reading.clear()
         self._next_chunk = 0

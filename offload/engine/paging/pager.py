@@ -287,7 +287,7 @@ class Pager:
         try:
             started = page_in.start(wait=wait)
         except BaseException:
-            lease.release()
+            page_in.give_back()
             raise
         if not started:
             lease.release()
@@ -315,7 +315,8 @@ class Pager:
         except BaseException:
             page.move(Residency.HOME)
             del self._present[page]
-            self._release_lease(page)
+            page_in.give_back()
+            page.lease = None
             raise
         finally:
             self.stall_seconds += time.perf_counter() - started
@@ -324,6 +325,7 @@ class Pager:
         page.move(Residency.ON_DEVICE)
         self._store.device.enter(page.held_lease)
         page.point_parameters_at_lease()
+        self._store.offer_copy(page.block, page.held_lease)
 
     def _evict(self, page: WeightPage) -> None:
         """Drop the device copy; the home copy is made as new first."""
@@ -335,13 +337,15 @@ class Pager:
     def _drop(self, page: WeightPage) -> None:
         page.move(Residency.HOME)
         del self._present[page]
+        self._store.withdraw_copy(page.block)
         page.point_parameters_away()
         for parameter in page.parameters:
             if parameter.plain_depth:
                 parameter.wear(parameter.guard_class)
         self._release_lease(page)
 
-    def _release_lease(self, page: WeightPage) -> None:
+    @staticmethod
+    def _release_lease(page: WeightPage) -> None:
         page.held_lease.release()
         page.lease = None
 
@@ -443,8 +447,7 @@ class Pager:
     def flush(self) -> None:
         """Write every edit home and forget prefetches under way, so that homes can be read.
 
-        Raises:
-            StorageError: a write failed; the device copies are kept.
+        Raises: StorageError as `write_edits`.
         """
         with self._lock:
             self.write_edits()
@@ -457,7 +460,7 @@ class Pager:
         """Write every edit home and forget prefetches under way.
 
         Raises:
-            StorageError: as `flush`.
+            StorageError: a write failed; the device copies are kept.
         """
         with self._lock:
             for page in self.pages:

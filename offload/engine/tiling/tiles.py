@@ -31,7 +31,8 @@ import torch
 from offload.engine.tiling.tiled import Arriving, Rows, TiledParameter
 from offload.errors import OffloadError
 from offload.partition.arrays import field_tensor
-from offload.partition.blocks import Block, BlockStore, Staged
+from offload.partition.blocks import Block, BlockStore
+from offload.partition.staging import Staged
 from offload.tiers.transfer import Transfer, Urgency
 
 if TYPE_CHECKING:
