@@ -310,6 +310,7 @@ class Promotion:
     def _restore_room(self) -> None:
         """Take the room again that the plan counts; without it less is overlapped, and no more."""
         with contextlib.suppress(OffloadError):
+            self._parts.updates.give_back()  # the new one, as far as it has been taken
             self._parts.updates.take_room(self._parts.plan.overlap)
 
     def _require_memory(self, states: Sequence[ParameterState], plan: Plan, growth: int) -> None:

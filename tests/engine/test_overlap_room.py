@@ -266,6 +266,22 @@ def refuse_files(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     return "no room on this disk"
 
 
+def refuse_extents(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Those for held versions in the new room; there are some for the old one."""
+    reserve = engine._parts.nvme.reserve
+    refused: list[bool] = []
+
+    def refuse(sizes: Any, **options: Any) -> Any:
+        if not sizes:
+            refused.append(len(refused) % 2 == 0)
+            if refused[-1]:
+                raise OffloadError("this disk is full")
+        return reserve(sizes, **options)
+
+    monkeypatch.setattr(engine._parts.nvme, "reserve", refuse)
+    return "this disk is full"
+
+
 def refuse_memory(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(promotion, "available_host_bytes", lambda: 0)
     return "are available under the machine's"
@@ -288,7 +304,9 @@ def keep_a_piece(engine: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     return "4096 bytes of the overlapped optimizer step cannot be given back"
 
 
-@pytest.mark.parametrize("trouble", [refuse_files, refuse_memory, refuse_homes, keep_a_piece])
+@pytest.mark.parametrize(
+    "trouble", [refuse_files, refuse_extents, refuse_memory, refuse_homes, keep_a_piece]
+)
 def test_an_error_leaves_the_room_as_it_was(
     trouble: Callable[[Any, pytest.MonkeyPatch], str], tmp_path: Path
 ) -> None:
