@@ -259,7 +259,7 @@ class LaneMeter:
 class RetryLog:
     """Errors of work that is made again. Thread-safe.
 
-    The first one is worth a warning, which `warn` gives in a thread of the user.
+    The first one is worth a warning, which `warn_once` gives in a thread of the user.
     """
 
     def __init__(self) -> None:
@@ -277,7 +277,7 @@ class RetryLog:
         with self._lock:
             return self._report
 
-    def warn(self) -> None:
+    def warn_once(self) -> None:
         """Warn of the first error, once: a RuntimeWarning."""
         with self._lock:
             if self._has_warned or not self._report.count:

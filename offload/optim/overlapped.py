@@ -194,7 +194,7 @@ class OverlappedStep:
         Raises:
             OffloadError: of what the step before has left pending; call again.
         """
-        self.retries.warn()
+        self.retries.warn_once()
         with self._entered(marks=True):
             self._check_pump()
             if self._settings is settings:
@@ -238,7 +238,7 @@ class OverlappedStep:
             StorageError: as `apply`.
             NonFiniteError: see `raise_failure`.
         """
-        self.retries.warn()
+        self.retries.warn_once()
         with self._entered():
             self._check_pump()
             self._drop()

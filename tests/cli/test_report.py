@@ -11,7 +11,14 @@ from click.testing import CliRunner
 from offload.cli.main import main
 from offload.cli.report import read_outcome
 from offload.errors import OffloadError
-from offload.telemetry import JsonlWriter, LaneReport, StepReport, TierReport, UpdateReport
+from offload.telemetry import (
+    JsonlWriter,
+    LaneReport,
+    RetryReport,
+    StepReport,
+    TierReport,
+    UpdateReport,
+)
 
 
 def step(number: int, *, loss: float, faults: int = 0) -> dict[str, Any]:
@@ -24,6 +31,7 @@ def step(number: int, *, loss: float, faults: int = 0) -> dict[str, Any]:
         faults=faults,
         update=UpdateReport((0, 2), 3, "measured"),
         critical="nvme_read",
+        retries=RetryReport(number, "read of a chunk failed") if number > 2 else RetryReport(),
     )
     return {
         "kind": "step",
@@ -75,6 +83,12 @@ def test_the_command_prints_the_summary(tmp_path: Path) -> None:
     (row,) = (line for line in result.output.splitlines() if "nvme_read" in line and "ms" in line)
     assert "88%" in row, "it was busy for an eighth of the step"
     assert "updated on the device: 2 of 5 buckets (measured)" in result.output
+
+
+def test_the_command_prints_errors_that_nobody_was_told_of(tmp_path: Path) -> None:
+    run = write_run(tmp_path, *(step(number, loss=3.0) for number in range(1, 6)))
+    result = CliRunner().invoke(main, ["report", str(run)])
+    assert "beside the computation: 12, the last one: read of a chunk failed" in result.output
 
 
 def test_a_run_without_a_step(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 import pytest
 
-from offload.errors import EngineStateError
-from offload.schedule.executor import ComputePool
+from offload.errors import DeadlineError, EngineStateError, OffloadError, StorageError
+from offload.schedule.executor import ComputePool, Pump
+from offload.tiers.transfer import CompletedTransfer, Transfer
 
 
 @pytest.fixture
@@ -139,3 +141,167 @@ def test_closing_an_inherited_pool_in_a_fork_returns_at_once(pool: ComputePool) 
 def test_a_pool_needs_a_thread() -> None:
     with pytest.raises(ValueError, match="expected at least 1"):
         ComputePool(0)
+
+
+class Gate(CompletedTransfer):
+    """A transfer that ends when it is told, or that fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__("cpu")
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+        self.error = error
+
+    def wait(self, timeout: float | None = None) -> None:
+        del timeout
+        self.reached.set()
+        if self.error is not None:
+            raise self.error
+        assert self.opened.wait(SECONDS)
+
+
+SECONDS = 20.0
+
+
+class Worker:
+    """Counts the turns of its pump; each waits for the next of some transfers."""
+
+    def __init__(self, *transfers: Transfer) -> None:
+        self.turns = 0
+        self.transfers = list(transfers)
+        self.error: BaseException | None = None
+        self.pump = Pump(self.turn, name="offload-test", what="the work")
+
+    def turn(self) -> Sequence[Transfer]:
+        self.turns += 1
+        if self.error is not None:
+            raise self.error
+        return [self.transfers.pop(0)] if self.transfers else []
+
+    def has_taken(self, turns: int) -> bool:
+        limit = time.monotonic() + SECONDS
+        while self.turns < turns and time.monotonic() < limit:
+            time.sleep(0.001)
+        time.sleep(0.02)  # for one too many
+        return self.turns == turns
+
+
+def pump_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "offload-test"]
+
+
+def test_a_pump_sleeps_until_it_is_told_or_what_it_waits_for_has_ended() -> None:
+    gate = Gate()
+    worker = Worker(gate, CompletedTransfer("cpu"))
+    assert pump_threads() == [], "there was nothing to do yet"
+    worker.pump.notify()
+    assert gate.reached.wait(SECONDS)
+    assert worker.has_taken(1)
+    worker.pump.notify()
+    assert worker.has_taken(1), "it waits"
+    gate.opened.set()
+    assert worker.has_taken(4), "one after each transfer, and one for the notice"
+    worker.pump.notify()
+    assert worker.has_taken(5)
+    worker.pump.close()
+    worker.pump.notify()
+    worker.pump.close()
+    assert pump_threads() == []
+    assert worker.turns == 5
+
+
+def test_a_transfer_that_fails_is_for_the_next_turn_and_a_late_one_for_the_next_notice() -> None:
+    failed = StorageError(operation="read", path="p")
+    late = DeadlineError(operation="read", path="p")
+    worker = Worker(Gate(failed), Gate(late), CompletedTransfer("cpu"))
+    worker.pump.notify()
+    assert worker.has_taken(2)
+    worker.pump.notify()
+    assert worker.has_taken(4)
+    worker.pump.close()
+
+
+def test_what_a_turn_raises_is_told_until_it_is_forgotten() -> None:
+    worker = Worker()
+    worker.error = KeyError("broken")
+    worker.pump.raise_error()
+    worker.pump.notify()
+    assert worker.has_taken(1)
+    for _ in range(2):
+        with pytest.raises(OffloadError, match="the work failed: KeyError: 'broken'") as raised:
+            worker.pump.raise_error()
+        assert raised.value.__cause__ is worker.error
+        worker.pump.notify()
+    assert worker.has_taken(1), "nothing is built on what has failed"
+    worker.error = None
+    worker.pump.forget_error()
+    worker.pump.raise_error()
+    worker.pump.notify()
+    assert worker.has_taken(2)
+    worker.pump.close()
+
+
+def test_closing_a_pump_waits_for_its_turn() -> None:
+    ended = []
+
+    class Slow(Worker):
+        def turn(self) -> Sequence[Transfer]:
+            self.turns += 1
+            time.sleep(0.1)
+            ended.append(True)
+            return [CompletedTransfer("cpu")]  # without end
+
+    slow = Slow()
+    slow.pump.notify()
+    while not slow.turns:
+        time.sleep(0.001)
+    slow.pump.close()
+    assert len(ended) == slow.turns
+    assert pump_threads() == []
+
+
+def test_a_pump_ends_with_the_object_it_works_for() -> None:
+    worker = Worker()
+    worker.pump.notify()
+    assert worker.has_taken(1)
+    (thread,) = pump_threads()
+    del worker
+    gc.collect()
+    thread.join(SECONDS)
+    assert not thread.is_alive()
+
+
+class Locked:
+    """A pump whose turns hold a lock most of the time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pump = Pump(self.turn, name="offload-test", what="the work")
+
+    def turn(self) -> Sequence[Transfer]:
+        with self.lock:
+            time.sleep(0.002)
+        return [CompletedTransfer("cpu")]
+
+
+def _take_lock(locked: Locked, out: Connection) -> None:
+    taken = locked.lock.acquire(timeout=5)
+    locked.pump.notify()
+    locked.pump.close()
+    out.send((taken, pump_threads()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_finds_no_lock_of_a_turn_and_has_no_pump() -> None:
+    locked = Locked()
+    locked.pump.notify()
+    context = multiprocessing.get_context("fork")
+    for _ in range(5):
+        receive, send = context.Pipe(duplex=False)
+        child = context.Process(target=_take_lock, args=(locked, send))
+        child.start()
+        assert receive.poll(SECONDS), "the child hangs"
+        assert receive.recv() == (True, [])
+        child.join(SECONDS)
+    assert len(pump_threads()) == 1, "the parent keeps its own"
+    locked.pump.close()

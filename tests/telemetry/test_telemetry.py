@@ -13,6 +13,8 @@ from offload.telemetry import (
     JsonlWriter,
     LaneMeter,
     LaneReport,
+    RetryLog,
+    RetryReport,
     StepReport,
     TierReport,
     UpdateReport,
@@ -152,3 +154,18 @@ def test_a_partial_last_line_is_left_out_and_then_removed(tmp_path: Path) -> Non
     with JsonlWriter(path) as log:
         log.write({"step": 2})
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_errors_are_counted_and_the_first_one_is_warned_of_once() -> None:
+    log = RetryLog()
+    log.warn_once()
+    assert log.report() == RetryReport()
+    log.note(OSError("one"))
+    before = log.report()
+    with pytest.warns(RuntimeWarning, match="is made again: one"):
+        log.warn_once()
+    assert log.report() - before == RetryReport(), "no message without an error"
+    log.note(OSError("two"))
+    log.note(OSError("three"))
+    log.warn_once()
+    assert log.report() - before == RetryReport(2, "three")
