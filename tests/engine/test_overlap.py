@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,28 @@ def serial() -> Callable[..., Run]:
     return run
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
-@pytest.mark.parametrize("clipping", CLIPPING)
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+def rows(is_quick: Callable[..., bool], *choices: Sequence[Any]) -> list[Any]:
+    """All combinations; slow are those whose numbers, one a choice, are not `is_quick`."""
+    return [
+        pytest.param(
+            *(values[i] for values, i in zip(choices, row, strict=True)),
+            marks=() if is_quick(*row) else pytest.mark.slow,
+        )
+        for row in itertools.product(*(range(len(values)) for values in choices))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("placement", "compute", "clipping", "accumulation"),
+    rows(
+        # With each placement each way to clip, and each accumulation, once.
+        lambda p, c, k, a: (p + k + a) % 3 == 0 and (p + k) % 2 == c,
+        list(PLACEMENTS),
+        ["fp32", "bf16"],
+        CLIPPING,
+        [1, 2, 4],
+    ),
+)
 def test_the_bits_are_those_of_the_serial_step(
     placement: str,
     compute: str,
@@ -204,9 +223,10 @@ def loss_with_nan_in(steps: set[int]) -> Callable[[Any, int], torch.Tensor]:
     return loss_of
 
 
-@pytest.mark.parametrize("compute", ["fp16", "bf16"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("placement", "accumulation", "compute"),
+    rows(lambda p, a, c: (p + a + c) % 2 == 0, list(PLACEMENTS), [1, 2], ["fp16", "bf16"]),
+)
 def test_steps_that_are_skipped_leave_nothing(
     placement: str, accumulation: int, compute: str, tmp_path: Path
 ) -> None:
@@ -330,9 +350,17 @@ def train_with(
     return run
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("placement", list(PLACEMENTS)[:3])
-@pytest.mark.parametrize("act", BETWEEN, ids=lambda act: act.__name__)
+@pytest.mark.parametrize(
+    ("act", "placement", "when"),
+    rows(
+        # Each at both times; acts follow each other through the placements.
+        lambda a, p, w: (a + p + w) % 3 == 0,
+        BETWEEN,
+        list(PLACEMENTS)[:3],
+        ["before", "after"],
+    ),
+    ids=lambda each: getattr(each, "__name__", each),
+)
 def test_whatever_happens_around_the_step(
     act: Callable[..., None], placement: str, when: str, tmp_path: Path
 ) -> None:
