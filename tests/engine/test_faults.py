@@ -121,6 +121,7 @@ def run_through(engine: Any, *, accumulation: int = 1) -> tuple[Any, list[str]]:
     return run, errors
 
 
+@pytest.mark.filterwarnings("ignore:what failed beside the computation:RuntimeWarning")
 @pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("kind", ["read", "write"])
