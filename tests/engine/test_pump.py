@@ -379,6 +379,9 @@ def test_an_engine_that_nobody_refers_to_leaves_no_thread(
     parts.updates = None
     wait_until(lambda: gc.collect() >= 0 and not pumps())
     engine._handles.clear()
+    assert parts.nvme is not None
+    for tier in (parts.nvme, parts.device, parts.host, parts.io):
+        tier.close()
 
 
 @pytest.mark.parametrize("act", ["edit", "evaluate"])
