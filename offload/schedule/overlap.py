@@ -6,6 +6,7 @@
   held    next versions that are not current yet: on the host for homes in memory, from what the
           budget has left; on nvme as shadow extents, from half of what is free there.
 Where the budgets have no room for that the step is taken between backward and forward, as ever.
+Where updates find everything on the host there is no flow, and nothing is held: all are late.
 State that is added to a plan later comes first: the room is then what is left beside it.
 """
 
@@ -31,14 +32,17 @@ if TYPE_CHECKING:
 # Chunks in the flow: fewer than the least cannot overlap, more than the most gain nothing.
 _LEAST_CHUNKS, _MOST_CHUNKS = 2, 6
 _MOST_FLOW_SHARE = 1 / 2  # of the host budget
+# The flow beside an accelerator whose updates find everything on the host: nothing is on its way.
+_FLOW_IN_PLACE_BYTES = BLOCK_ALIGNMENT_BYTES
 _MOST_HELD_SHARE = 1 / 2  # of what is free on nvme
 
 
 def flow_bytes(planned: Plan, machine: Machine, most_bytes: int | None = None) -> int:
     """Host bytes that the flow wants, of `most_bytes`; by default of its share of the budget.
 
-    0: nothing is staged, or there is room for less than the least.
+    0: nothing is overlapped, or there is room for less than the least.
     """
+    overlapped = list(_overlapped(planned, machine))
     largest = max(
         (
             sum(
@@ -46,7 +50,7 @@ def flow_bytes(planned: Plan, machine: Machine, most_bytes: int | None = None) -
                 for state_class, sizes in chunks.items()
                 if machine.is_staged(planned.tier(bucket, state_class))
             )
-            for bucket, chunks in _overlapped(planned, machine)
+            for bucket, chunks in overlapped
             for chunk in range(len(chunks["gradients"]))
         ),
         default=0,
@@ -54,7 +58,9 @@ def flow_bytes(planned: Plan, machine: Machine, most_bytes: int | None = None) -
     room_bytes = int(machine.host_bytes * _MOST_FLOW_SHARE)
     if most_bytes is not None:
         room_bytes = min(room_bytes, most_bytes)
-    chunks = min(room_bytes // largest, _MOST_CHUNKS) if largest else 0
+    if not largest:
+        return _FLOW_IN_PLACE_BYTES if overlapped and room_bytes >= _FLOW_IN_PLACE_BYTES else 0
+    chunks = min(room_bytes // largest, _MOST_CHUNKS)
     return chunks * largest if chunks >= _LEAST_CHUNKS else 0
 
 
@@ -70,6 +76,8 @@ def overlap_room(planned: Plan, machine: Machine, flow: int) -> OverlapRoom:
     on_nvme = [nbytes for tier, nbytes in updated if tier == "nvme"]
     in_memory = sum(nbytes for tier, nbytes in updated if tier != "nvme")
     left = machine.host_bytes - flow - planned.need_bytes["host"]
+    if flow == _FLOW_IN_PLACE_BYTES:
+        left = 0  # else a second copy of all state would be held
     held = min(max(left, 0), in_memory) // BLOCK_ALIGNMENT_BYTES * BLOCK_ALIGNMENT_BYTES
     free = planned.budget_bytes["nvme"] - planned.need_bytes["nvme"]
     share = min(1.0, max(free, 0) * _MOST_HELD_SHARE / sum(on_nvme)) if on_nvme else 0.0
