@@ -195,9 +195,16 @@ class GradientHome:
         self._tell_of_arrivals()
 
     def _tell_of_arrivals(self) -> None:
-        if self.updates is not None:
-            while self._arrived:
-                self.updates.arrived(self._arrived.popleft())
+        """Tell of what is home: nothing of a chunk that is open, because the home is read."""
+        if self.updates is None:
+            return
+        with self._lock:
+            open_params = {s.param for key in self._open for s in self._segments[key]}
+            told = [state for state in self._arrived if state.index not in open_params]
+            kept = [state for state in self._arrived if state.index in open_params]
+            self._arrived = deque(kept)
+        for state in told:
+            self.updates.arrived(state)
 
     def flush(self) -> None:
         """Gradients are about to be read: `land`, and start to write home what is still open.

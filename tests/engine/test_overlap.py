@@ -477,3 +477,45 @@ def test_an_engine_closes_with_an_update_pending(tmp_path: Path) -> None:
         assert taken
         engine.backward(small_loss(engine, 1))  # what is held now is never committed
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+class Crossed(torch.nn.Module):
+    """Pairs of layers that are neighbours in their buckets and far from each other in a pass."""
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(20, 20, bias=False) for _ in range(2 * pairs)
+        )
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.layers[::2], *self.layers[1::2]):
+            values = torch.tanh(layer(values))
+        return values
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gradient_chunk_that_is_closed_and_opened_again_is_complete_when_it_is_home(
+    accumulation: int, tmp_path: Path
+) -> None:
+    """More chunks are half full at once than stay open."""
+    training = {"gradient_accumulation_steps": accumulation}
+
+    def run(**sections: Any) -> tuple[Run, int]:
+        config = settings("nvme", tmp_path, bucket_elements=1024, training=training, **sections)
+        found = Run()
+        with make_engine(Crossed(6), config) as engine:
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(5 * accumulation):
+                loss = engine(torch.randn(4, 20, generator=generator)).square().mean()
+                engine.backward(loss)
+                found.losses.append(loss.item())
+                engine.step()
+            found.state = dict(engine.named_state())
+            return found, engine._parts.updates.committed
+
+    expected, _ = run(**OFF)
+    found, committed = run()
+    assert committed > 0
+    assert_identical(found, expected)
