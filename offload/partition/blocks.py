@@ -258,6 +258,7 @@ class BlockStore:
         with self._lock:
             source = self._nearest(block, chunk)
             if source is None:
+                self._settle(block, chunk)
                 self._begin_load(block, chunk, staged, Urgency.BULK)
             else:
                 staged.tensor.copy_(source)
@@ -276,9 +277,12 @@ class BlockStore:
     def _nearest(self, block: Block, chunk: int) -> torch.Tensor | None:
         if self.in_place(block):
             return self.home(block, chunk)
-        written = self._writing.get(self._key(block, chunk))
-        if written is not None:
-            return written[1].tensor
+        key = self._key(block, chunk)
+        if key in self._failed:
+            return None  # it is written again first
+        if (written := self._writing.get(key)) is not None:
+            # So is a version that is not home yet, should its write fail, before there is a next.
+            return None if block.state_class in UPDATED_CLASSES else written[1].tensor
         lease = self._copies.get(block.bucket.index) if block.state_class == "weights" else None
         return None if lease is None else _part(lease, block, chunk)
 

@@ -322,3 +322,29 @@ def test_a_gradient_on_its_way_home_is_not_read_from_there(tmp_path: Path) -> No
     other.release()
     setting.shadows.cancel_loads(setting.blocks, 0, loaded)
     setting.close()
+
+
+def test_a_failed_write_is_repeated_before_there_is_a_next_version(tmp_path: Path) -> None:
+    """Though the page on the device has what could not be written: else it would come after it."""
+    written = 2 * NUM_CHUNKS
+    setting = Setting(tmp_path, "nvme", fault=f"op=write,nth={written + 1},errno=5")
+    weights = setting.blocks[0]
+    loaded = setting.load(0)
+    assert loaded is not None
+    setting.hold(0, loaded, 7)
+    setting.commit(0)
+    page = setting.device.lease(weights.layout.nbytes, weights.name)
+    page.tensor.fill_(7)
+    setting.store.offer_copy(weights, page)
+    with pytest.raises(StorageError):
+        setting.store.drain()
+
+    loaded = setting.load(0)
+    assert loaded is not None
+    setting.hold(0, loaded, 8)
+    setting.commit(0)
+    setting.store.retry_failed()
+    setting.store.drain()
+    assert setting.value(0) == 8
+    page.release()
+    setting.close()
