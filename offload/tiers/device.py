@@ -24,7 +24,7 @@ from typing import cast
 
 import torch
 
-from offload.errors import BudgetError, EngineStateError, UnsupportedPlatformError
+from offload.errors import BudgetError, EngineStateError, OffloadError, UnsupportedPlatformError
 from offload.tiers.extents import round_up_to_page
 from offload.tiers.memory import map_shared
 from offload.tiers.owners import OwnerBytes
@@ -377,7 +377,8 @@ class CpuDeviceTier(DeviceTier):
             is_new = address not in self._registered
             self._registered.add(address)
         if is_new:
-            self._io.register(address, memory.numel())
+            with contextlib.suppress(OffloadError):  # it is closed, or the parent's
+                self._io.register(address, memory.numel())
 
     def _give_back(self, surplus: list[torch.Tensor]) -> None:
         for memory in surplus:

@@ -97,6 +97,8 @@ class PageIn:
         Raises:
             StorageError: a read failed.
         """
+        if not all(transfer.done() for transfer in self._hung):
+            return False  # `finish` waits for it
         try:
             while self._copying and self._copying[0][0].done():
                 self._end_copy()
@@ -119,10 +121,8 @@ class PageIn:
             BudgetError: there is no staging although nothing is under way.
         """
         self._urgency = Urgency.DEMAND
-        for transfer in (
-            *(copy for copy, _ in self._copying),
-            *(staged.transfer for _, staged in self._reading),
-        ):
+        self._outwait_hung()
+        for transfer in self._in_flight:
             transfer.expedite(Urgency.DEMAND)
         self.advance()
         try:
@@ -148,10 +148,15 @@ class PageIn:
 
     def give_back(self) -> None:
         """After an error: release the lease, unless something hangs that may still write there."""
-        if all(transfer.done() for transfer in self._hung):
+        if all(transfer.done() for transfer in (*self._hung, *self._in_flight)):
             self._lease.release()
         else:
             self._lease.abandon()
+
+    @property
+    def _in_flight(self) -> list[Transfer]:
+        reads = [staged.transfer for _, staged in self._reading]
+        return [*(copy for copy, _ in self._copying), *reads]
 
     @property
     def _all_started(self) -> bool:
@@ -164,7 +169,6 @@ class PageIn:
         return sum(staged.lease is not None for staged in held)
 
     def _start_reads(self, *, wait: bool = False) -> None:
-        self._outwait_hung()
         while not self._all_started and self._num_staged < self._depth:
             staged = self._start_read(self._next_chunk, wait=wait)
             if staged is None:

@@ -72,6 +72,7 @@ class Pager:
         self._present: dict[WeightPage, None] = {}  # the paged ones that hold a lease, in order
         self._loading: dict[WeightPage, PageIn] = {}  # those of them that are on their way
         self._draining: list[PageIn] = []
+        self._refreshing: dict[WeightPage, PageIn] = {}  # or what an error has left of it
         self._wanted: deque[WeightPage] = deque()  # planned fetches that found no room yet
         self._node_pins = NodePins(self.unpin, self._lock)
         self._window_threads: dict[int, int] = {}
@@ -145,8 +146,7 @@ class Pager:
     def open_window(self, pages: Sequence[WeightPage], user: str) -> None:
         """A module that uses the pages starts its forward: follow the plan and bring them in.
 
-        Raises:
-            BudgetError, StorageError: as `pin`; the window is not open then.
+        Raises as `pin`; the window is not open then.
         """
         thread = turn()
         with self._lock:
@@ -274,7 +274,6 @@ class Pager:
 
     def _start(self, page: WeightPage, *, wait: bool, beside: bool = False) -> bool:
         """Start to bring a page in; False, and nothing changed, if device or staging has no room.
-
         With `wait`, writes under way are waited for if that frees staging; for `beside` see
         `DeviceTier.try_lease`. Without it, a page whose update is pending stays where it is.
         """
@@ -344,9 +343,12 @@ class Pager:
                 parameter.wear(parameter.guard_class)
         self._release_lease(page)
 
-    @staticmethod
-    def _release_lease(page: WeightPage) -> None:
-        page.held_lease.release()
+    def _release_lease(self, page: WeightPage) -> None:
+        failed = self._refreshing.pop(page, None)
+        if failed is None:
+            page.held_lease.release()
+        else:
+            failed.give_back()
         page.lease = None
 
     def _advance(self) -> None:
@@ -393,8 +395,7 @@ class Pager:
     def finish_one(self) -> bool:
         """Wait for one page that is under way, so that its staging is free; False: there is none.
 
-        Raises:
-            StorageError: a read failed.
+        Raises StorageError if a read failed.
         """
         with self._lock:
             loading = next(iter(self._loading), None)
@@ -426,9 +427,8 @@ class Pager:
     def write_back(self, page: WeightPage) -> None:
         """Make the home copy of a page that is on the device as new as the device copy.
 
-        Raises:
-            StorageError: the write could not be started; the device copy is kept.
-            GuardError: the page holds perturbed copies.
+        Raises StorageError if the write could not be started (the device copy is kept), and
+        GuardError if the page holds perturbed copies.
         """
         if not page.note_edits() or not page.is_paged:
             return
@@ -445,10 +445,7 @@ class Pager:
             parameter.home_is_stale = False
 
     def flush(self) -> None:
-        """Write every edit home and forget prefetches under way, so that homes can be read.
-
-        Raises: StorageError as `write_edits`.
-        """
+        """`write_edits`, so that homes can be read: with what is pending or on its way."""
         with self._lock:
             self.write_edits()
             for pending in (self.arrivals, self.updates):
@@ -459,8 +456,7 @@ class Pager:
     def write_edits(self) -> None:
         """Write every edit home and forget prefetches under way.
 
-        Raises:
-            StorageError: a write failed; the device copies are kept.
+        Raises StorageError if a write failed; the device copies are kept.
         """
         with self._lock:
             for page in self.pages:
@@ -472,9 +468,7 @@ class Pager:
     def begin_tiles(self, page: WeightPage, user: str) -> None:
         """An op is about to read the home of a tiled page: make it as new as any copy.
 
-        Raises:
-            EngineStateError: the engine is closed.
-            StorageError: an edit could not be written home.
+        Raises EngineStateError of a closed engine; StorageError if an edit cannot be written home.
         """
         with self._lock:
             if self._closed:
@@ -492,30 +486,34 @@ class Pager:
         """
         with self._lock:
             if page.residency is Residency.LOADING:
-                self._bind(page)
+                with contextlib.suppress(OffloadError):  # then the page is at home
+                    self._bind(page)
             if page in self._present and not (page.pins or page.kept):
                 self._drop(page)
             elif page in self._present:
                 if self.updates is not None:
                     self.updates.apply(page.index)
-                self._store.device.renew(page.held_lease)
-                refreshed = self._page_in(page, page.held_lease, in_demand=True)
-                refreshed.finish()
-                self._store.device.enter(page.held_lease)
-                if not refreshed.advance():
-                    self._draining.append(refreshed)
+                self._refresh(page)
             for parameter in page.parameters:
                 if parameter.raw_checksum is not None:
                     parameter.raw_checksum = parameter.checksum()
 
+    def _refresh(self, page: WeightPage) -> None:
+        self._store.withdraw_copy(page.block)
+        self._store.device.renew(page.held_lease)
+        self._refreshing[page] = self._page_in(page, page.held_lease, in_demand=True)
+        self._refreshing[page].finish()
+        refreshed = self._refreshing.pop(page)
+        self._store.device.enter(page.held_lease)
+        self._store.offer_copy(page.block, page.held_lease)
+        if not refreshed.advance():
+            self._draining.append(refreshed)
+
     def make_way(self, capacity_bytes: int) -> None:
         """Leave the device, as far as nobody holds a page there, and count on another room on it.
 
-        For homes that come to the device between two runs. Plans are made anew from what is
-        recorded next.
-
-        Raises:
-            StorageError: an edit could not be written home; its page and others are still there.
+        For homes that come there between two runs. Plans are made anew from what is recorded next.
+        Raises StorageError if an edit could not be written home; its page is still there.
         """
         with self._lock:
             self._wanted.clear()
