@@ -289,6 +289,7 @@ class Engine(AccumulatingEngine):
         # A touch of a parameter stays an error for as long as the module lives.
         weakref.finalize(self.module, _forget_all, tuple(self._parts.paged))
         with self._parts.closing:
+            self._parts.updates.close()
             self._parts.store.drain()
 
     def __enter__(self) -> Self:

@@ -301,9 +301,14 @@ class OverlappedStep:
 
     def _turn(self) -> Sequence[Transfer]:
         """One turn of the pump: at most one update. What to wait for before the next."""
+        assert self._pump is not None, "a turn of the pump"
         with self._turns.pump():
-            self._hear()
-            return self._advance(most=1)
+            try:
+                self._hear()
+                return self._advance(most=1)
+            except BaseException as error:  # noqa: BLE001 - `_check_pump` raises it
+                self._pump.fail(error)
+                return ()
 
     def _check_pump(self) -> None:
         if self._pump is not None:

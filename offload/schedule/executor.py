@@ -210,6 +210,10 @@ class Pump:
                 remedy="load a checkpoint, or close the engine",
             ) from error
 
+    def fail(self, error: BaseException) -> None:
+        """A turn has failed, and says so before anybody else can go on."""
+        self._work.error = error
+
     def forget_error(self) -> None:
         """What a failed turn has left behind is of no consequence any more."""
         self._work.error = None

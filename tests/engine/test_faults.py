@@ -208,6 +208,7 @@ def continue_engine_until_error(engine: Any) -> list[float]:
 
 
 @pytest.mark.usefixtures("by_itself")
+@pytest.mark.filterwarnings("ignore:what failed beside the computation:RuntimeWarning")
 def test_an_error_again_and_again(faulty: Faulty, tmp_path: Path) -> None:
     """Many writes in a row fail; each call of step gets further, and nothing is applied twice."""
     calm = train_engine(small_model(), nvme_settings(tmp_path), small_loss, steps=2)

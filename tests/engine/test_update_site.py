@@ -131,7 +131,7 @@ def test_the_device_updates_to_the_bits_of_the_cpu(
         assert tier.peak_bytes <= tier.budget_bytes
 
 
-@pytest.mark.usefixtures("accelerator")
+@pytest.mark.usefixtures("accelerator", "by_itself")  # the lanes of one step
 def test_state_at_home_on_the_device_does_not_travel(tmp_path: Path) -> None:
     moved = {}
     for update in ("cpu", "device"):

@@ -40,7 +40,7 @@ ARGUMENTS = {
     "urgent": ["--rounds=1", "--bulk-mib=16", "--urgent-mib=1", "--request-mib=4"],
     "update_site": ["--device=cpu", "--parameters=1", "--threads=1", "--rounds=1"],
     "versus_deepspeed": [
-        *("--small", "--sequence=8", "--rounds=1", "--steps=1", "--warm-up=1", "--threads=1"),
+        *("--small", "--sequence=8", "--rounds=1", "--steps=4", "--warm-up=1", "--threads=1"),
     ],
 }
 
