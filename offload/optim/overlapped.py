@@ -46,7 +46,7 @@ from offload.telemetry import RetryLog
 from offload.tiers.host import HostArena
 from offload.tiers.transfer import Transfer
 
-_READ_AHEAD = 3  # chunks; what is written takes the rest of the flow
+_READ_AHEAD = 4  # chunks; what is written takes the rest of the flow
 # Steps in which nothing is held after one in which an assumption was wrong.
 _PAUSE_STEPS = 4
 
