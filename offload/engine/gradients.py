@@ -201,8 +201,7 @@ class GradientHome:
         with self._lock:
             open_params = {s.param for key in self._open for s in self._segments[key]}
             told = [state for state in self._arrived if state.index not in open_params]
-            kept = [state for state in self._arrived if state.index in open_params]
-            self._arrived = deque(kept)
+            self._arrived = deque(s for s in self._arrived if s.index in open_params)
         for state in told:
             self.updates.arrived(state)
 

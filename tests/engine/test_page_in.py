@@ -113,22 +113,24 @@ def test_what_is_on_its_way_home_is_taken_from_there(make_store: MakeStore) -> N
     assert store.host.used_bytes == 0
 
 
-def test_a_read_that_failed_begins_again(make_store: MakeStore) -> None:
-    store = make_store(fault="op=read,nth=3,errno=5")
-    way, _ = page_in(store)
+def page_that_failed(store: BlockStore, error: type[StorageError]) -> tuple[PageIn, int]:
+    """A page of which one read has not come, and its address."""
+    way, address = page_in(store)
     way.start(wait=False)
-    with pytest.raises(StorageError):
+    with pytest.raises(error):
         way.finish()
+    return way, address
+
+
+def test_a_read_that_failed_begins_again(make_store: MakeStore) -> None:
+    way, _ = page_that_failed(make_store(fault="op=read,nth=3,errno=5"), StorageError)
     way.finish()
     assert content(way) == [1, 2, 3, 4]
 
 
 def test_memory_is_given_back_after_an_error(make_store: MakeStore) -> None:
     store = make_store(fault="op=read,nth=3,errno=5")
-    way, address = page_in(store)
-    way.start(wait=False)
-    with pytest.raises(StorageError):
-        way.finish()
+    way, address = page_that_failed(store, StorageError)
     way.give_back()
     assert store.device.used_bytes == 0
     assert page_in(store)[1] == address
@@ -136,10 +138,7 @@ def test_memory_is_given_back_after_an_error(make_store: MakeStore) -> None:
 
 def test_memory_that_a_hung_read_may_write_is_nobodys(make_store: MakeStore) -> None:
     store = make_store(fault="op=read,nth=3,drop=1")
-    way, address = page_in(store)
-    way.start(wait=False)
-    with pytest.raises(DeadlineError):
-        way.finish()
+    way, address = page_that_failed(store, DeadlineError)
     assert not way.advance()
     with pytest.raises(DeadlineError):  # nor is anything else brought there
         way.finish()

@@ -445,7 +445,7 @@ class Pager:
             parameter.home_is_stale = False
 
     def flush(self) -> None:
-        """`write_edits`, so that homes can be read: with what is pending or on its way."""
+        """Make homes ready to be read: `write_edits`, which says what it raises, and the rest."""
         with self._lock:
             self.write_edits()
             for pending in (self.arrivals, self.updates):
