@@ -1,9 +1,10 @@
-"""Set up the project and run its demo, tests, linters and benchmarks.
+"""Set up the project and run its demo, tests, linters, benchmarks and fault suites.
 
     python3 tools/dev.py demo           train a small model with its state on disk, and export it
     python3 tools/dev.py test           the default tests        (--slow: the slow ones)
     python3 tools/dev.py lint           ruff, mypy, clang-format
     python3 tools/dev.py bench          list the benchmarks      (bench NAME: run one)
+    python3 tools/dev.py faults         list the fault suites    (faults PART: run one)
     python3 tools/dev.py install        only set up
 
 Needs only the standard library. Everything is installed into `.venv` in the project's root, and
@@ -74,9 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("lint", help="ruff check, ruff format, mypy, clang-format")
     bench = commands.add_parser("bench", help="list the benchmarks, or run one")
     bench.add_argument("name", nargs="?", help="name of a file in tools/bench, without .py")
+    faults = commands.add_parser("faults", help="list the crash and fault suites, or run one")
+    faults.add_argument("name", nargs="?", help="name of a file in tools/fault, without .py")
     commands.add_parser("install", help="only set up the environment")
     options, further = parser.parse_known_args(arguments)
-    if further and options.command not in {"test", "bench"}:
+    if further and options.command not in {"test", "bench", "faults"}:
         parser.error(f"unknown arguments: {' '.join(further)}")
     try:
         if options.command == "demo":
@@ -87,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return lint()
         if options.command == "bench":
             return benchmark(options.name, further)
+        if options.command == "faults":
+            return fault_suite(options.name, further)
         set_up("hf", "test")
         say(f"ready: source {VENV.relative_to(ROOT)}/bin/activate")
     except SetupError as error:
@@ -146,6 +151,12 @@ def benchmark(name: str | None, further: Sequence[str]) -> int:
         raise SetupError(f"there is no benchmark {name!r}, but: {', '.join(scripts) or 'none'}")
     set_up("hf", "test")
     return run(str(scripts[name]), *further)
+
+
+def fault_suite(name: str | None, further: Sequence[str]) -> int:
+    """List the parts of tools/faults.py, or run `name` with the `further` arguments."""
+    set_up("hf", "test")
+    return run("tools/faults.py", *([] if name is None else [name]), *further)
 
 
 def run(*command: str) -> int:

@@ -120,3 +120,14 @@ def test_benchmarks_are_listed_with_their_first_line(
     assert capsys.readouterr().out.split(maxsplit=1) == ["step", "Seconds of one step.\n"]
     assert dev.main(["bench", "absent"]) == 1
     assert "no benchmark 'absent', but: step" in capsys.readouterr().err
+
+
+def test_a_fault_suite_gets_its_arguments(
+    dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dev, "set_up", lambda *extras: True)
+    script = tmp_path / "tools" / "faults.py"
+    script.parent.mkdir()
+    script.write_text("import sys\nsys.exit(sys.argv[1:] != ['kill', '--trials', '3'])\n")
+    assert dev.main(["faults", "kill", "--trials", "3"]) == 0
+    assert dev.main(["faults"]) == 1

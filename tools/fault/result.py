@@ -1,0 +1,96 @@
+"""What a part of tools/faults.py is, and what it finds.
+
+[Note: parts] A part is a module of this folder. Its docstring says what is broken and what must
+hold afterwards; the first line is shown in the list. It has two functions:
+
+    add_arguments(parser)      its own options, beside those of every part (tools/faults.py)
+    run(options) -> Iterator   a `Row` for each class of faults, as soon as that is done
+
+[Note: teeth] With `--teeth` a part breaks what it tests (an fsync left out, a checksum ignored) and
+yields rows with `broken` set: such a row is good only if the test has seen the damage. A test that
+cannot fail is a defect.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+HEADINGS = ("class", "trials", "lost", "mixed", "undetected", "problems", "seconds", "verdict")
+_SHOWN_PROBLEMS = 5
+
+
+@dataclass
+class Row:
+    """The trials of one class of faults.
+
+    A trial is counted once, by the worst that happened: `lost` (older than what was acknowledged,
+    or nothing can be loaded), `mixed` (parts of two states), `undetected` (wrong bytes without an
+    error). Everything else that must not be is a line in `problems`, which says how to repeat it.
+    """
+
+    name: str
+    trials: int = 0
+    lost: int = 0
+    mixed: int = 0
+    undetected: int = 0
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    broken: str = ""  # what was broken on purpose; see [Note: teeth]
+
+    @property
+    def damage(self) -> bool:
+        """Whether the test has seen anything that must not be."""
+        return bool(self.lost or self.mixed or self.undetected or self.problems)
+
+    @property
+    def good(self) -> bool:
+        """Whether this row is as it must be: with trials and no damage, or broken and seen."""
+        return self.trials > 0 and self.damage == bool(self.broken)
+
+    @property
+    def verdict(self) -> str:
+        """The last column of the table."""
+        if self.trials == 0:
+            return "NO TRIALS"
+        if self.broken:
+            return "caught" if self.good else "NOT CAUGHT"
+        return "ok" if self.good else "FAILED"
+
+    def cells(self) -> list[str]:
+        """The columns of `HEADINGS`."""
+        counts = [self.trials, self.lost, self.mixed, self.undetected, len(self.problems)]
+        name = f"{self.name}, broken: {self.broken}" if self.broken else self.name
+        return [name, *map(str, counts), f"{self.seconds:.1f}", self.verdict]
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, and whether it is good."""
+        return asdict(self) | {"good": self.good}
+
+
+class Part(Protocol):
+    """A module of this folder; see [Note: parts]."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the part's own options."""
+
+    def run(self, options: argparse.Namespace) -> Iterator[Row]:
+        """Do the trials."""
+
+
+def print_rows(rows: Iterable[Row]) -> list[Row]:
+    """Print a table in markdown, a line as soon as it is known, then the problems; return all."""
+    print("| " + " | ".join(HEADINGS) + " |")
+    print("|---" + "|---:" * (len(HEADINGS) - 2) + "|---|", flush=True)
+    done = []
+    for row in rows:
+        print("| " + " | ".join(row.cells()) + " |", flush=True)
+        done.append(row)
+    for row in done:
+        for problem in [] if row.broken else row.problems[:_SHOWN_PROBLEMS]:
+            print(f"{row.name}: {problem}")
+        if not row.broken and len(row.problems) > _SHOWN_PROBLEMS:
+            print(f"{row.name}: and {len(row.problems) - _SHOWN_PROBLEMS} more")
+    return done
