@@ -28,6 +28,7 @@ _HOME_OF = {
     "StepReport": "offload.telemetry",
     "StorageError": "offload.errors",
     "UnsupportedPlatformError": "offload.errors",
+    "apply_delta": "offload.state.delta",
     "deferred_init": "offload.state.deferred",
     "from_pretrained": "offload.state.pretrained",
     "initialize": "offload.state.session",
@@ -54,6 +55,7 @@ __all__ = [
     "StorageError",
     "UnsupportedPlatformError",
     "__version__",
+    "apply_delta",
     "deferred_init",
     "from_pretrained",
     "initialize",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     )
     from offload.schedule.plan import Plan
     from offload.state.deferred import deferred_init
+    from offload.state.delta import apply_delta
     from offload.state.pretrained import from_pretrained
     from offload.state.session import OffloadEngine, initialize, plan
     from offload.telemetry import StepReport

@@ -7,6 +7,7 @@ Errors of offload are printed as their message, without a traceback; the exit co
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -151,12 +152,53 @@ def report(run_dir: str) -> None:
     show_default=True,
     help="compute: as the model computes; fp32: the exact values that the optimizer updates.",
 )
-def export(checkpoint: str, out: str, tag: str | None, dtype: Literal["compute", "fp32"]) -> None:
+@click.option(
+    "--delta",
+    "base",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="BASE",
+    help="Write only the tensors whose bits differ from BASE's: a folder of safetensors, or a "
+    "checkpoint. `apply-delta` makes the export of it.",
+)
+def export(
+    checkpoint: str,
+    out: str,
+    tag: str | None,
+    dtype: Literal["compute", "fp32"],
+    base: str | None,
+) -> None:
     """Write the weights of CHECKPOINT to OUT, as transformers' from_pretrained reads them."""
-    from offload.state.export import export_checkpoint
+    if base is not None:
+        from offload.errors import format_bytes
+        from offload.state.delta import export_delta
 
-    folder = export_checkpoint(checkpoint, out, tag=tag, dtype=dtype)
-    for path in sorted(folder.iterdir()):
+        delta = export_delta(checkpoint, base, out, tag=tag, dtype=dtype)
+        total = delta.num_changed + delta.num_unchanged
+        click.echo(
+            f"{delta.num_changed} of {total} tensors differ from {base}: "
+            f"{format_bytes(delta.changed_bytes)} of {format_bytes(delta.total_bytes)}"
+        )
+    else:
+        from offload.state.export import export_checkpoint
+
+        export_checkpoint(checkpoint, out, tag=tag, dtype=dtype)
+    _list_files(out)
+
+
+@main.command("apply-delta")
+@click.argument("base", type=click.Path(exists=True, file_okay=False))
+@click.argument("delta", type=click.Path(exists=True, file_okay=False))
+@click.argument("out", type=click.Path(file_okay=False))
+def apply_delta(base: str, delta: str, out: str) -> None:
+    """Write to OUT the export that `export --delta BASE` made DELTA of, bit for bit."""
+    from offload.state import delta as deltas
+
+    deltas.apply_delta(base, delta, out)
+    _list_files(out)
+
+
+def _list_files(folder: str) -> None:
+    for path in sorted(Path(folder).iterdir()):
         click.echo(path)
 
 

@@ -61,6 +61,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
+"""By the name that torch gives it, every dtype that a safetensors file can hold."""
 
 
 @dataclass(frozen=True, slots=True)
