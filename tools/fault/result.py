@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 HEADINGS = ("class", "trials", "lost", "mixed", "undetected", "problems", "seconds", "verdict")
-_SHOWN_PROBLEMS = 5
+_SHOWN_LINES = 5
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Row:
 
     A trial is counted once, by the worst that happened: `lost` (older than what was acknowledged,
     or nothing can be loaded), `mixed` (parts of two states), `undetected` (wrong bytes without an
-    error). Everything else that must not be is a line in `problems`, which says how to repeat it.
+    error), with a line in `details`. Everything else that must not be is a line in `problems`.
     """
 
     name: str
@@ -38,6 +38,8 @@ class Row:
     undetected: int = 0
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    remark: str = ""  # what the trials were, e.g. how many were killed in a save
     broken: str = ""  # what was broken on purpose; see [Note: teeth]
 
     @property
@@ -81,7 +83,7 @@ class Part(Protocol):
 
 
 def print_rows(rows: Iterable[Row]) -> list[Row]:
-    """Print a table in markdown, a line as soon as it is known, then the problems; return all."""
+    """Print a table in markdown, each line at once, then remarks and problems; return all."""
     print("| " + " | ".join(HEADINGS) + " |")
     print("|---" + "|---:" * (len(HEADINGS) - 2) + "|---|", flush=True)
     done = []
@@ -89,8 +91,11 @@ def print_rows(rows: Iterable[Row]) -> list[Row]:
         print("| " + " | ".join(row.cells()) + " |", flush=True)
         done.append(row)
     for row in done:
-        for problem in [] if row.broken else row.problems[:_SHOWN_PROBLEMS]:
-            print(f"{row.name}: {problem}")
-        if not row.broken and len(row.problems) > _SHOWN_PROBLEMS:
-            print(f"{row.name}: and {len(row.problems) - _SHOWN_PROBLEMS} more")
+        if row.remark:
+            print(f"{row.cells()[0]}: {row.remark}")
+        lines = [] if row.broken else row.details + row.problems
+        for line in lines[:_SHOWN_LINES]:
+            print(f"{row.name}: {line}")
+        if len(lines) > _SHOWN_LINES:
+            print(f"{row.name}: and {len(lines) - _SHOWN_LINES} more")
     return done

@@ -1,0 +1,65 @@
+"""A small dose of each crash and fault suite; `tools/faults.py PART` is the whole one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(part: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "faults.py"), part, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def rows(part: str, tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run it; it must be good. Skips where this machine or user cannot."""
+    result = tmp_path / "result.json"
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    done = start(part, f"--path={work}", f"--json={result}", *arguments)
+    if done.stderr.startswith("error: cut"):
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(work.iterdir()) == [], "nothing stays behind"
+    found: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
+    return found
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    found = rows("kill", tmp_path, "--trials=20", "--only=moments")
+    assert sum(row["trials"] for row in found) >= 20
+
+
+def test_power_cuts(tmp_path: Path) -> None:
+    found = rows("power", tmp_path, "--trials=4")
+    assert sum(row["trials"] for row in found) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["kill", "power"])
+def test_broken_saves_are_seen(tmp_path: Path, part: str) -> None:
+    assert len(rows(part, tmp_path, "--teeth")) > 1
+
+
+def test_power_says_that_it_needs_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    loop = importlib.import_module("fault._loop")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SystemExit, match="needs root"):
+        loop.LoopDisk(tmp_path / "image", tmp_path / "disk", 1 << 20)
+    assert list(tmp_path.iterdir()) == []

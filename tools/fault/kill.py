@@ -1,0 +1,154 @@
+"""SIGKILL at random moments and before exact system calls, while it trains and saves.
+
+A process trains a tiny model, with its state on NVMe and in memory in turns, saves a checkpoint at
+every step, and reports each one that was acknowledged. It is killed at random moments of loading,
+steps and saves; and, by `strace`, before its first, second, ... call of each system call that a
+save depends on, until there is none left. The next process resumes, and
+
+- what it loads is never older than the last checkpoint that was acknowledged (lost);
+- it has, bit for bit, the state that a run without interruption has at that step (mixed);
+- its first save leaves nothing of the killed ones, and no backing file is left (problems).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fault import _broken, _strace
+from fault._chain import Chains
+from fault._job import Life, Scenario, Uninterrupted
+from fault.result import Row
+
+TRIALS = 1000
+SCENARIOS = (
+    Scenario("killed, a tag a step"),
+    Scenario("killed, one tag, replaced", tag="best"),
+)
+BREAKS = {
+    _broken.written_in_place: SCENARIOS[1],
+    _broken.nothing_is_swept: SCENARIOS[0],
+}
+TEETH_TRIALS = 100
+# What steps and saves ask of the kernel.
+CALLS = (
+    *("fallocate", "fdatasync", "fsync", "ftruncate", "ioctl", "linkat", "mkdir", "mkdirat"),
+    *("openat", "pwrite64", "rename", "renameat", "renameat2", "rmdir", "unlink", "unlinkat"),
+    *("write", "io_uring_enter", "io_submit", "copy_file_range"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to work, and how to kill."""
+    parser.add_argument(
+        "--path", type=Path, default=Path("/var/tmp"), help="a folder on the disk to test"
+    )
+    parser.add_argument(
+        "--only", choices=("moments", "calls"), help="random moments, or exact system calls"
+    )
+
+
+def run(options: argparse.Namespace) -> Iterator[Row]:
+    """Kill at random moments, then at exact ones."""
+    draw = random.Random(options.seed)
+    if options.only != "moments" and not _strace.available():
+        sys.exit("error: killing before exact system calls needs strace; else: --only moments")
+    with tempfile.TemporaryDirectory(dir=options.path, prefix="offload-faults-") as name:
+        folder = Path(name)
+        runs = Uninterrupted()
+        if options.teeth:
+            yield from broken_builds(
+                runs,
+                folder,
+                draw,
+                options.trials or TEETH_TRIALS,
+                exact=options.only != "moments",
+            )
+            return
+        trials = -(-(options.trials or TRIALS) // len(SCENARIOS))
+        for number, scenario in enumerate(SCENARIOS):
+            if options.only != "calls":
+                yield at_random_moments(
+                    Chains(scenario, runs, folder / f"moments-{number}", draw), trials
+                )
+        for number, scenario in enumerate(SCENARIOS):
+            if options.only != "moments":
+                yield before_each_call(Chains(scenario, runs, folder / f"calls-{number}", draw))
+
+
+def at_random_moments(chains: Chains, trials: int, **options: Any) -> Row:
+    """Kill `trials` lives."""
+    began = time.perf_counter()
+
+    def cut(life: Life, _draw: random.Random) -> None:
+        chains.wait_a_while(life)
+
+    for _ in range(trials):
+        chains.disturbed(cut, **options)
+        left = (
+            [path.name for path in chains.chain.nvme.iterdir()]
+            if chains.chain.nvme.exists()
+            else []
+        )
+        if left:
+            chains.row.problems.append(f"{chains.chain}: a killed process leaves {left}")
+    chains.undisturbed(num_steps=2)
+    chains.row.seconds = time.perf_counter() - began
+    return chains.row
+
+
+def broken_builds(
+    runs: Uninterrupted, folder: Path, draw: random.Random, trials: int, *, exact: bool
+) -> Iterator[Row]:
+    """A row for each way to break it; what is too short for random moments is killed exactly."""
+    for prepare, scenario in BREAKS.items():
+        chains = Chains(scenario, runs, folder / prepare.__name__, draw)
+        chains.row.broken = prepare.__name__.replace("_", " ")
+        yield at_random_moments(chains, trials, prepare=prepare)
+    if exact:
+        chains = Chains(SCENARIOS[1], runs, folder / "exact", draw)
+        chains.row.broken = "old one goes first"
+        yield before_each_call(chains, ["rename"], prepare=_broken.old_one_goes_first)
+
+
+def before_each_call(chains: Chains, calls: Sequence[str] = CALLS, **options: Any) -> Row:
+    """Kill before the first, second, ... call of each of `calls`, until there is none."""
+    began = time.perf_counter()
+    chains.row.name += ", before each system call"
+    counts = {}
+    for call in calls:
+        number = 1
+        while _is_killed_before(chains, call, number, **options):
+            number += 1
+        chains.row.trials -= 1  # the last one was not killed
+        if number > 1:
+            counts[call] = number - 1
+    chains.row.remark = ", ".join(f"{count} {call}" for call, count in counts.items())
+    chains.row.seconds = time.perf_counter() - began
+    return chains.row
+
+
+def _is_killed_before(chains: Chains, call: str, number: int, **options: Any) -> bool:
+    """A life of two steps and saves, unless it comes to the `number`-th call."""
+    gate, opened = os.pipe()
+
+    def cut(life: Life, _draw: random.Random) -> None:
+        if life.wait_for("loaded", "fresh"):
+            with _strace.killed_before(call, number, life.pid):
+                os.write(opened, b".")
+                life.wait_for("end")
+
+    try:
+        life = chains.disturbed(cut, num_steps=2, gate=gate, **options)
+    finally:
+        os.close(gate)
+        os.close(opened)
+    last = life.reports[-1]["kind"] if life.reports else "none"
+    return last in {"loaded", "fresh", "saving", "saved", "swept"}
