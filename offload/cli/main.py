@@ -160,15 +160,34 @@ def report(run_dir: str) -> None:
     help="Write only the tensors whose bits differ from BASE's: a folder of safetensors, or a "
     "checkpoint. `apply-delta` makes the export of it.",
 )
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["hf", "dcp"]),
+    default="hf",
+    show_default=True,
+    help="hf: safetensors; dcp: a new directory that torch.distributed.checkpoint loads.",
+)
+@click.option("--optimizer", is_flag=True, help="With dcp: the optimizer's state and groups, too.")
 def export(
     checkpoint: str,
     out: str,
     tag: str | None,
     dtype: Literal["compute", "fp32"],
     base: str | None,
+    form: Literal["hf", "dcp"],
+    optimizer: bool,
 ) -> None:
     """Write the weights of CHECKPOINT to OUT, as transformers' from_pretrained reads them."""
-    if base is not None:
+    if form == "hf" and optimizer:
+        raise click.UsageError("--optimizer needs --format dcp: safetensors for use hold weights")
+    if form == "dcp":
+        if base is not None:
+            raise click.UsageError("--delta is of safetensors: it cannot be with --format dcp")
+        from offload.state.dcp_export import export_dcp
+
+        export_dcp(checkpoint, out, tag=tag, dtype=dtype, optimizer=optimizer)
+    elif base is not None:
         from offload.errors import format_bytes
         from offload.state.delta import export_delta
 

@@ -230,6 +230,14 @@ class StatefulEngine(ABC):
             for group in self.optimizer.param_groups
         ]
 
+    def optimizer_members(self) -> list[list[str]]:
+        """The canonical names of the parameters of each of the optimizer's groups."""
+        names = {id(state.parameter): state.name for state in self._parts.parameters}
+        return [
+            [names[id(p)] for p in group["params"] if id(p) in names]
+            for group in self.optimizer.param_groups
+        ]
+
     def load_optimizer_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Undo `optimizer_groups`."""
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):

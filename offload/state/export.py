@@ -124,7 +124,13 @@ def description(engine: StateSource) -> dict[str, Any]:
                 configs[name] = (Path(folder) / name).read_text(encoding="utf-8")
     parameters = (item for item in _exported(engine) if item.parameter is not None)
     names = {item.parameter: item.name for item in parameters if item.parameter != item.name}
-    return {"names": names, "configs": configs, "quantized": engine.composite_names()}
+    return {
+        "names": names,
+        "configs": configs,
+        "quantized": engine.composite_names(),
+        "aliases": engine.aliases(),
+        "groups": engine.optimizer_members(),
+    }
 
 
 def write_weights(

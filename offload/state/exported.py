@@ -6,6 +6,8 @@ code nor an engine is needed to export it:
     names     canonical parameter name -> name in the export, where they differ (tied weights)
     configs   file name -> text of the model's configuration files; {} if it has none
     quantized names of parameters that are several tensors: such a model has no export
+    aliases   tied name -> canonical parameter name
+    groups    canonical names of the parameters of each of the optimizer's groups
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class ExportedCheckpoint:
     Attributes:
         items: its tensors, in the order of the checkpoint.
         configs: file name -> text of the model's configuration files, for this precision.
+        aliases: tied name -> canonical name; {} of a checkpoint that does not say.
+        groups: names of each optimizer group's parameters; None of a checkpoint that does not say.
 
     Raises:
         CheckpointError: the checkpoint does not say what its export is, or has none.
@@ -63,6 +67,7 @@ class ExportedCheckpoint:
             name: _with_dtype(text) if dtype == "fp32" and name == CONFIG_NAME else text
             for name, text in configs.items()
         }
+        self.aliases, self.groups = _structure_of(found)
         self._records = {(r.name, r.field): r for r in found.content.tensors}
         self.items = [
             Exported(
@@ -142,6 +147,26 @@ def _description_of(found: stored.StoredCheckpoint) -> tuple[dict[str, str], dic
     if unknown or not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{found.folder}: the description of its export is malformed")
     return names, configs
+
+
+def _structure_of(
+    found: stored.StoredCheckpoint,
+) -> tuple[dict[str, str], list[list[str]] | None]:
+    """Ties and groups of a checkpoint, if it names them.
+
+    Raises:
+        CheckpointError: not of this form.
+    """
+    described: Any = found.content.values["export"]
+    aliases, groups = described.get("aliases", {}), described.get("groups")
+    known = {record.name for record in found.content.tensors if record.kind == "parameter"}
+    try:
+        unknown = {*aliases.values(), *(name for group in groups or () for name in group)} - known
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{found.folder}: its ties or groups are malformed") from error
+    if unknown:
+        raise CheckpointError(f"{found.folder}: its ties or groups name what it does not hold")
+    return aliases, groups
 
 
 def _with_dtype(config: str) -> str:

@@ -33,11 +33,11 @@ def as_wanted(
     """What a checkpoint holds, with moments as the engine keeps them where it can have them so."""
     found = dict(stored)
     for key in stored.keys() & wanted.keys():
-        if _is_encoded(key, wanted) and stored[key] == (_FP32, wanted[key][1]):
-            found |= {each: wanted[each] for each in (key, _scale_key(key))}
-        elif _is_encoded(key, stored) and wanted[key] == (_FP32, stored[key][1]):
+        if is_encoded(key, wanted) and stored[key] == (_FP32, wanted[key][1]):
+            found |= {each: wanted[each] for each in (key, scale_key(key))}
+        elif is_encoded(key, stored) and wanted[key] == (_FP32, stored[key][1]):
             found[key] = wanted[key]
-            del found[_scale_key(key)]
+            del found[scale_key(key)]
     return found
 
 
@@ -47,24 +47,36 @@ def tensors_as_wanted(
     """Every tensor of a checkpoint that matches; codes are decoded for who keeps fp32 moments."""
     records = {(r.kind, r.name, r.field): r for r in checkpoint.records()}
     stored = {key: (r.dtype, r.shape) for key, r in records.items()}
-    decoded = {key for key in wanted if _is_encoded(key, stored) and wanted[key][0] == _FP32}
-    scales = {_scale_key(key) for key in decoded}
+    decoded = {key for key in wanted if is_encoded(key, stored) and wanted[key][0] == _FP32}
+    scales = {scale_key(key) for key in decoded}
     for key, record in records.items():
         if key in scales:
             continue
-        tensor = checkpoint.read(record)
-        if key in decoded:
-            scale = checkpoint.read(records[_scale_key(key)])
-            tensor = decode(EncodedMoment(tensor.flatten(), scale)).view(record.shape)
-        yield record, tensor
+        yield (
+            record,
+            (
+                decoded_moment(checkpoint, records, key)
+                if key in decoded
+                else checkpoint.read(record)
+            ),
+        )
 
 
-def _scale_key(key: Key) -> Key:
+def decoded_moment(
+    checkpoint: StoredCheckpoint, records: Mapping[Key, TensorRecord], key: Key
+) -> torch.Tensor:
+    """The fp32 values of a moment that is stored as codes, of which `key` is."""
+    codes, scale = checkpoint.read(records[key]), checkpoint.read(records[scale_key(key)])
+    return decode(EncodedMoment(codes.flatten(), scale)).view(records[key].shape)
+
+
+def scale_key(key: Key) -> Key:
+    """The scales that belong to codes."""
     return key[0], key[1], scale_field(key[2])
 
 
-def _is_encoded(key: Key, described: Mapping[Key, Described]) -> bool:
+def is_encoded(key: Key, described: Mapping[Key, Described]) -> bool:
     """Whether it is the codes of a moment that has as many scales as it needs."""
-    scale = described.get(_scale_key(key))
+    scale = described.get(scale_key(key))
     dtype, shape = described.get(key, (_FP32, ()))
     return dtype in _CODES and scale == (_FP32, (-(-math.prod(shape) // MOMENT_BLOCK),))

@@ -74,6 +74,9 @@ class StateSource(Protocol):
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups without parameters: plain values."""
 
+    def optimizer_members(self) -> list[list[str]]:
+        """The canonical names of each group's parameters."""
+
     def load_optimizer_groups(self, groups: list[dict[str, Any]]) -> None: ...
 
     def scalar_state(self) -> dict[str, Any]:

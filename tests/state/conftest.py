@@ -99,6 +99,11 @@ class InMemoryEngine:
             for group in self._optimizer.param_groups
         ]
 
+    def optimizer_members(self) -> list[list[str]]:
+        names = {id(p): name for name, p in self._parameters.items()}
+        groups = self._optimizer.param_groups
+        return [[names[id(p)] for p in group["params"]] for group in groups]
+
     def load_optimizer_groups(self, groups: list[dict[str, Any]]) -> None:
         for group, loaded in zip(self._optimizer.param_groups, groups, strict=True):
             group.update(loaded)
