@@ -12,6 +12,11 @@ newest segment with room is taken: what the arena has grown for finds its place 
 free elsewhere. What may have to make way one day is leased from a segment of its own, with which
 the arena can `shrink`: its bytes can then be any other lease's, however long that is.
 
+Under memory pressure the arena can `fit`: what nobody leases any more goes back to the system, also
+from the middle of a segment. Such a range is *given up*, it is never leased again, and the parts
+that are left of the segment are prepared anew, each by itself: a registered buffer holds on to its
+pages.
+
 [Note: page-locking]
 
 CUDA copies asynchronously from and to page-locked memory only. Each segment is registered with it
@@ -36,6 +41,7 @@ from offload.tiers.memory import map_shared
 from offload.tiers.owners import OwnerBytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Self
 
@@ -53,38 +59,82 @@ class RegistersMemory(Protocol):
 
 
 class HostSegment:
-    """One mapping of an arena, and what of it is free."""
+    """One mapping of an arena, and what of it is free.
+
+    `parts` are the ranges, (start, end), that have not been given up, ascending.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.free = FreeRanges(nbytes)
-        self.is_page_locked = False
+        self.parts = [(0, nbytes)]
         self.mapping = map_shared(nbytes)
         self.memory = torch.frombuffer(self.mapping, dtype=torch.uint8)  # (nbytes,)
         self.address = self.memory.data_ptr()
+        self._page_locked: list[int] = []  # starts of parts
+
+    def register_with(self, io: RegistersMemory) -> str:
+        """Register every part; return "ok" or why one did not work."""
+        results = [io.register(self.address + start, end - start) for start, end in self.parts]
+        return next((result for result in results if result != "ok"), "ok")
+
+    def unregister_from(self, io: RegistersMemory) -> None:
+        """Undo `register_with`."""
+        for start, _ in self.parts:
+            io.unregister(self.address + start)
 
     def page_lock(self) -> None:
-        """Page-lock the mapping, or warn that CUDA refuses."""
-        assert not self.is_page_locked
-        try:
-            result: Any = torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0)
-            refused = "" if int(result) == 0 else str(result)
-        except RuntimeError as error:  # cudart() itself finds no usable device
-            refused = str(error)
-        self.is_page_locked = not refused
-        if refused:
+        """Page-lock every part, or warn that CUDA refuses."""
+        assert not self._page_locked
+        for start, end in self.parts:
+            try:
+                result: Any = torch.cuda.cudart().cudaHostRegister(
+                    self.address + start, end - start, 0
+                )
+                refused = "" if int(result) == 0 else str(result)
+            except RuntimeError as error:  # cudart() itself finds no usable device
+                refused = str(error)
+            if not refused:
+                self._page_locked.append(start)
+                continue
             warnings.warn(
-                f"CUDA cannot page-lock {format_bytes(self.nbytes)} of host memory ({refused}): "
+                f"CUDA cannot page-lock {format_bytes(end - start)} of host memory ({refused}): "
                 "copies from and to the device will not run beside the work that starts them; "
                 "lower tiers.host.memory, or raise the limit of locked memory (ulimit -l)",
                 stacklevel=2,
             )
 
+    def page_unlock(self) -> None:
+        """Undo `page_lock`."""
+        while self._page_locked:
+            torch.cuda.cudart().cudaHostUnregister(self.address + self._page_locked.pop())
+
+    def take_free(self) -> list[tuple[int, int]]:
+        """Take all that is free, as ranges (start, end), ascending."""
+        taken = self.free.ranges()
+        for start, end in taken:
+            self.free.take(end - start)  # the first that there is
+        return taken
+
+    def give_up(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Give the memory of ranges that have been taken back to the system, for good.
+
+        The segment is neither registered nor page-locked.
+        """
+        edges = [0, *(edge for each in ranges for edge in each), self.nbytes]
+        between = zip(edges[::2], edges[1::2], strict=True)
+        self.parts = [
+            (max(start, low), min(end, high))
+            for low, high in between
+            for start, end in self.parts
+            if max(start, low) < min(end, high)
+        ]
+        for start, end in ranges:
+            self.mapping.madvise(mmap.MADV_REMOVE, start, end - start)
+
     def close(self) -> None:
         """Give the memory back; tensors that still exist stay readable, as zeros."""
-        if self.is_page_locked:
-            self.is_page_locked = False
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+        self.page_unlock()
         # Tensors of forgotten leases may keep the mapping; they do not keep its pages.
         self.mapping.madvise(mmap.MADV_REMOVE)
         self.memory = torch.empty(0, dtype=torch.uint8)
@@ -138,14 +188,17 @@ class HostArena:
         """
         assert not self._closed, "growth of a closed arena"
         segment = self._map(self._rounded(nbytes))
-        if self._locks_pages:
-            segment.page_lock()
-        if self._io is not None:
-            self._io.register(segment.address, segment.nbytes)
+        self._prepare(segment)
         with self._lock:
             self._segments.append(segment)
             self.budget_bytes += segment.nbytes
         return segment
+
+    def _prepare(self, segment: HostSegment) -> None:
+        if self._locks_pages:
+            segment.page_lock()
+        if self._io is not None:
+            segment.register_with(self._io)
 
     def shrink(self, segment: HostSegment) -> None:
         """Undo `grow`: give the memory back to the system; none of it may be leased."""
@@ -154,8 +207,42 @@ class HostArena:
             self._segments.remove(segment)
             self.budget_bytes -= segment.nbytes
         if self._io is not None:
-            self._io.unregister(segment.address)
+            segment.unregister_from(self._io)
         segment.close()
+
+    def fit(self, leases: Sequence[HostLease], free_bytes: int) -> None:
+        """Release these leases, and shrink to what is leased then and `free_bytes` in one piece.
+
+        What is given up goes back to the system at once, and the budget shrinks by it. No transfer
+        may be in flight anywhere in the arena.
+
+        Raises:
+            BudgetError: the system maps no segment of `free_bytes`; nothing has changed.
+        """
+        room = self._map(self._rounded(free_bytes)) if free_bytes else None
+        for lease in leases:
+            lease.release()
+        with self._lock:
+            given_up = [(segment, segment.take_free()) for segment in self._segments]
+            self.budget_bytes -= sum(end - start for _, free in given_up for start, end in free)
+        for segment, free in given_up:
+            if not free:
+                continue
+            if self._io is not None:
+                segment.unregister_from(self._io)
+            segment.page_unlock()
+            segment.give_up(free)
+            self._prepare(segment)
+        if room is not None:
+            self._prepare(room)
+        for segment in self._segments:
+            if not segment.parts:
+                segment.close()
+        with self._lock:
+            self._segments = [segment for segment in self._segments if segment.parts]
+            if room is not None:
+                self._segments.append(room)
+                self.budget_bytes += room.nbytes
 
     def _map(self, nbytes: int) -> HostSegment:
         try:
@@ -211,7 +298,7 @@ class HostArena:
     def register_with(self, io: RegistersMemory) -> str:
         """Register the whole arena with an I/O engine; return "ok" or why it did not work."""
         self._io = io
-        results = [io.register(segment.address, segment.nbytes) for segment in self._segments]
+        results = [segment.register_with(io) for segment in self._segments]
         return next((result for result in results if result != "ok"), "ok")
 
     def page_lock(self) -> None:
@@ -244,7 +331,7 @@ class HostArena:
 
     def _exceeded(self, nbytes: int, owner: str) -> BudgetError:
         free_bytes = self.budget_bytes - self.used_bytes
-        largest = max(segment.free.largest for segment in self._segments)
+        largest = max((segment.free.largest for segment in self._segments), default=0)
         broken = (
             "" if largest == free_bytes else f" (the longest free range is {format_bytes(largest)})"
         )

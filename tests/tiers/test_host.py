@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ctypes
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from offload.errors import BudgetError, OffloadError
 from offload.native import IoEngine
-from offload.tiers.host import HostArena, HostLease
+from offload.tiers.host import HostArena, HostLease, HostSegment
 from offload.tiers.host_share import HostShare
 from tests.threads import run_in_threads
 from tests.tiers.conftest import RunScript
@@ -230,6 +232,99 @@ def test_an_arena_shrinks_by_what_it_has_grown(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(BudgetError):
             arena.lease(PAGE, "more")
     assert not cudart.registered
+
+
+def test_fit_gives_back_what_is_free_and_keeps_what_is_leased(arena: HostArena) -> None:
+    held = [arena.lease(1 << 20, f"block {number}") for number in range(6)]
+    for number, lease in enumerate(held):
+        lease.tensor.fill_(number + 1)
+    arena.fit([held[1], held[2], held[4]], 3 * PAGE)
+    assert arena.budget_bytes == (3 << 20) + 3 * PAGE
+    assert arena.used_bytes == 3 << 20
+    assert [int(held[number].tensor.unique()) for number in (0, 3, 5)] == [1, 4, 6]
+    room = arena.lease(3 * PAGE, "staging")
+    assert arena.try_lease(PAGE, "more") is None
+    assert all(
+        room.address + 3 * PAGE <= held[number].address
+        or held[number].address + (1 << 20) <= room.address
+        for number in range(6)
+    )
+    room.release()
+    with pytest.raises(AssertionError, match="released twice"):
+        held[1].release()
+    arena.fit([held[0], held[3], held[5]], 0)
+    assert (arena.budget_bytes, arena.used_bytes) == (0, 0)
+    with pytest.raises(BudgetError):
+        arena.lease(PAGE, "anything")
+    assert arena.grow(PAGE).nbytes == PAGE
+    arena.lease(PAGE, "again").release()
+
+
+def resident_bytes(segment: HostSegment) -> int:
+    """Bytes of a segment that have memory of the system's, by mincore(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    vector = (ctypes.c_ubyte * (segment.nbytes // PAGE))()
+    assert (
+        libc.mincore(ctypes.c_void_p(segment.address), ctypes.c_size_t(segment.nbytes), vector) == 0
+    )
+    return sum(each & 1 for each in vector) * PAGE
+
+
+@pytest.mark.parametrize("backend", ["io_uring", "threads"])
+def test_fit_gives_memory_to_the_system(backend: Any) -> None:
+    if IoEngine.probe()[backend] != "ok":
+        pytest.skip(f"no {backend} here")
+    with IoEngine(backend=backend) as io, HostArena(8 << 20) as arena:
+        arena.register_with(io)
+        held = [arena.lease(1 << 20, f"block {number}") for number in range(8)]
+        for lease in held:
+            lease.tensor.fill_(7)
+        (segment,) = arena._segments
+        assert resident_bytes(segment) == 8 << 20
+        arena.fit(held[2:5], 0)
+        assert resident_bytes(segment) == 5 << 20
+        assert segment.parts == [(0, 2 << 20), (5 << 20, 8 << 20)]
+
+
+def test_fit_registers_each_part_that_is_left() -> None:
+    noted = NotedMemory()
+    with HostArena(4 * PAGE) as arena:
+        arena.register_with(noted)
+        held = [arena.lease(PAGE, f"block {number}") for number in range(4)]
+        arena.fit([held[1]], 2 * PAGE)
+        room = arena._segments[-1]
+        assert noted.ranges == [
+            (arena.address, PAGE),
+            (arena.address + 2 * PAGE, 2 * PAGE),
+            (room.address, 2 * PAGE),
+        ]
+        arena.fit([held[3]], PAGE)
+        assert noted.ranges[:2] == [(arena.address, PAGE), (arena.address + 2 * PAGE, PAGE)]
+        assert sum(nbytes for _, nbytes in noted.ranges) == arena.budget_bytes
+
+
+def test_fit_locks_the_pages_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = _Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    with HostArena(4 * PAGE) as arena:
+        arena.page_lock()
+        held = [arena.lease(PAGE, f"block {number}") for number in range(4)]
+        arena.fit([held[1]], 2 * PAGE)
+        start = arena.address
+        room = arena._segments[-1]
+        assert sorted(cudart.registered) == sorted([start, start + 2 * PAGE, room.address])
+    assert not cudart.registered
+
+
+def test_fit_that_cannot_map_changes_nothing(
+    arena: HostArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = arena.lease(PAGE, "block")
+    before = arena.budget_bytes
+    with pytest.raises(BudgetError, match="the system maps no more"):
+        arena.fit([lease], 1 << 60)
+    assert arena.budget_bytes == before
+    assert not lease.released
 
 
 def test_a_share_apart_leaves_no_hole() -> None:
