@@ -19,7 +19,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from offload.config.contradictions import DECAYING_SCHEDULES, contradictions, section_of
-from offload.config.host_budget import HOST_SHARE, available_host_bytes
+from offload.config.host_budget import (
+    HOST_SHARE,
+    available_host_bytes,
+    free_swap_bytes,
+    host_room_bytes,
+)
 from offload.config.problems import describe_problems
 from offload.config.sections import (
     ActivationsSection,
@@ -67,6 +72,8 @@ __all__ = [
     "TrainingSection",
     "available_host_bytes",
     "config_json_schema",
+    "free_swap_bytes",
+    "host_room_bytes",
     "load_config",
     "resolve_host_budget",
 ]

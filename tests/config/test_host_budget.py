@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from offload.config import available_host_bytes, load_config, resolve_host_budget
+from offload.config import (
+    available_host_bytes,
+    free_swap_bytes,
+    host_room_bytes,
+    load_config,
+    resolve_host_budget,
+)
 
 GIB = 1 << 30
 
@@ -84,3 +90,33 @@ def test_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_host_budget(load_config({"tiers": {"host": {"memory": "3GiB"}}})) == 3 * GIB
     monkeypatch.setattr("offload.config.available_host_bytes", lambda: 10 * GIB)
     assert resolve_host_budget(load_config(None)) == 6 * GIB
+
+
+def test_no_file_page_counts_as_used_for_the_room(tmp_path: Path) -> None:
+    root = make_root(tmp_path, available_kib=8 << 20, membership="0::/a\n3:memory:/b\n")
+    v2 = v2_group(f"{6 * GIB}\n", 5 * GIB, inactive=GIB)
+    v2["memory.stat"] += f"active_file {2 * GIB}\n"
+    make_group(root / "sys/fs/cgroup/a", v2)
+    v1 = v1_group(7 * GIB, 4 * GIB, inactive=GIB)
+    v1["memory.stat"] += f"active_file 3\ntotal_active_file {2 * GIB}\n"
+    make_group(root / "sys/fs/cgroup/memory/b", v1)
+    assert available_host_bytes(root) == 2 * GIB
+    assert host_room_bytes(root) == 4 * GIB + 7
+
+
+def test_a_limit_that_only_throttles_is_a_limit(tmp_path: Path) -> None:
+    root = make_root(tmp_path, available_kib=8 << 20, membership="0::/jobs\n")
+    group = root / "sys/fs/cgroup/jobs"
+    make_group(group, {**v2_group("max\n", GIB), "memory.high": f"{2 * GIB}\n"})
+    assert available_host_bytes(root) == GIB
+    assert host_room_bytes(root) == GIB + 7
+    make_group(group, {**v2_group(f"{3 * GIB}\n", GIB), "memory.high": f"{4 * GIB}\n"})
+    assert available_host_bytes(root) == 2 * GIB
+
+
+def test_free_swap(tmp_path: Path) -> None:
+    root = make_root(tmp_path, available_kib=1, membership=None)
+    assert free_swap_bytes(root) == 0
+    with (root / "proc/meminfo").open("a") as file:
+        file.write("SwapTotal: 10 kB\nSwapFree: 3 kB\n")
+    assert free_swap_bytes(root) == 3 << 10
