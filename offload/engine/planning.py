@@ -170,10 +170,12 @@ def plan_module(
     groups: Sequence[dict[str, Any]],
     *,
     known: Plan | None = None,
+    keeps_room: bool = True,
 ) -> Plan:
     """Plan the state of collected parameters; what the engine cannot page is taken off the device.
 
-    `known` is a plan of the same parameters, whose buckets and homes stay: see `extend_plan`.
+    `known` is a plan of the same parameters, whose buckets and homes stay: see `extend_plan`. So
+    does the overlapped step's room where it fits; without `keeps_room` it is planned anew.
 
     Raises:
         ConfigError: `tiling.modules` names no module that can be tiled.
@@ -189,14 +191,14 @@ def plan_module(
     reserved_bytes = reserved_host_bytes(config, machine, known)
     machine = replace(machine, device_bytes=left, host_bytes=machine.host_bytes - reserved_bytes)
     plan_beside = partial(_plan_collection, collection, config, rule=rule, groups=groups)
-    if known is not None:
+    if known is not None and keeps_room:
         planned, room = _plan_beside_room(plan_beside, machine, known)
         planned = with_overlap(planned, room, machine)
     else:
-        planned = plan_beside(machine=machine, known=None)
+        planned = plan_beside(machine=machine, known=known)
         wanted = flow_bytes(planned, machine) if _overlaps(config, rule) and planned.fits else 0
         beside = replace(machine, host_bytes=machine.host_bytes - wanted)
-        if wanted and (overlapped := plan_beside(machine=beside, known=None)).fits:
+        if wanted and (overlapped := plan_beside(machine=beside, known=known)).fits:
             room = overlap_room(overlapped, machine, wanted)
             planned = with_overlap(overlapped, room, machine)
     planned = with_overhead(planned, "device", collection.resident_bytes)

@@ -77,6 +77,12 @@ class Block:
         """For messages: state class and bucket."""
         return f"{self.state_class} of bucket {self.bucket.index}"
 
+    @property
+    def record_sizes(self) -> list[tuple[str, int]]:
+        """Name and bytes of the record of each chunk, for a home on nvme."""
+        sizes = self.layout.chunk_nbytes
+        return [(f"{self.name}, chunk {chunk}", nbytes) for chunk, nbytes in enumerate(sizes)]
+
 
 class BlockStore:
     """Every block of an engine, the staging leases, and the writes that have not settled yet.
@@ -142,11 +148,7 @@ class BlockStore:
         if not blocks:
             return
         assert self.nvme is not None, "a plan with state on nvme comes with a store"
-        sizes = [
-            (f"{block.name}, chunk {chunk}", nbytes)
-            for block in blocks
-            for chunk, nbytes in enumerate(block.layout.chunk_nbytes)
-        ]
+        sizes = [size for block in blocks for size in block.record_sizes]
         updated = [b for b in blocks if b.bucket.trainable and b.state_class in UPDATED_CLASSES]
         held = num_held(
             (nbytes for block in updated for nbytes in block.layout.chunk_nbytes), held_share
@@ -154,6 +156,12 @@ class BlockStore:
         records = iter(self.nvme.reserve(sizes, spare=spare, held=held))
         for block in blocks:
             block.records = [next(records) for _ in block.layout.chunk_nbytes]
+
+    def move_to_nvme(self, block: Block, records: Sequence[Record]) -> None:
+        """The home of a block is these records from here on; its host lease has been released."""
+        with self._lock:
+            assert block.home == "host"
+            block.home, block.host_lease, block.records = "nvme", None, records
 
     def block(self, bucket: int, state_class: str) -> Block:
         """The block of `state_class` of bucket number `bucket`."""
