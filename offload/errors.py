@@ -6,6 +6,7 @@
     |- ConfigError               the configuration has problems; all are listed    (also ValueError)
     |- DoesNotFitError           the plan needs more than the tiers have; a table says what fits
     |- BudgetError               one request would exceed a tier's budget
+    |- MemoryPressureError       the machine is running out of memory, and nothing can shrink
     |- StorageError              a file operation failed                           (also OSError)
     |  |- DiskFullError          no room to allocate
     |  |- ChecksumError          what was read is not what was written
@@ -125,6 +126,30 @@ class BudgetError(OffloadError):
             f"{tier}, of whose budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) only "
             f"{free_bytes} bytes ({format_bytes(free_bytes)}) are free",
             remedy=remedy or f"raise tiers.{tier}.memory, or place more state on a slower tier",
+        )
+
+
+class MemoryPressureError(OffloadError):
+    """Host memory is running out, and the engine has no more to give back.
+
+    Raised between two steps, before the kernel ends the process. The state is unchanged: save a
+    checkpoint, or make room and go on with the same call.
+
+    `room_bytes` can still be allocated, `needed_bytes` are what a step has taken beside the tiers.
+    """
+
+    room_bytes: int
+    needed_bytes: int
+
+    def __init__(self, *, room_bytes: int, needed_bytes: int, why: str) -> None:
+        self.room_bytes = room_bytes
+        self.needed_bytes = needed_bytes
+        super().__init__(
+            f"host memory is running out: {format_bytes(room_bytes)} are left under the machine's "
+            f"and its cgroup's limits, and a step takes {format_bytes(needed_bytes)} beside what "
+            f"the engine holds; {why}",
+            remedy="raise the limit, end other programs, or use smaller batches, and call again; "
+            "or save a checkpoint, which works now",
         )
 
 

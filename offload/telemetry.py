@@ -103,13 +103,37 @@ class RetryReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ShrinkReport:
+    """How often the host's budget has shrunk under memory pressure. Differences are reports.
+
+    `moved_bytes` of state have left the host for NVMe, `given_back_bytes` have gone back to the
+    system. `last` says in words what was moved the last time, and why; "" if it never was.
+    """
+
+    count: int = 0
+    moved_bytes: int = 0
+    given_back_bytes: int = 0
+    last: str = ""
+
+    def __sub__(self, earlier: ShrinkReport) -> ShrinkReport:
+        count = self.count - earlier.count
+        return ShrinkReport(
+            count,
+            self.moved_bytes - earlier.moved_bytes,
+            self.given_back_bytes - earlier.given_back_bytes,
+            self.last if count else "",
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One optimizer step, from the end of the one before.
 
     `bound_seconds` is the least time the step could take at measured lane speeds; 0.0 where it is
     not known yet, and `critical` the lane that sets it. `faults` counts demand fetches.
     `activations` is all zeros where they stay on the device. `retries` are I/O errors beside the
-    computation: they have cost time and nothing else, but the disk may be failing.
+    computation: they have cost time and nothing else, but the disk may be failing. `shrinks` are
+    those of the host's budget, before the step began.
     """
 
     step: int
@@ -122,6 +146,7 @@ class StepReport:
     update: UpdateReport = UpdateReport()
     critical: str = "none"
     retries: RetryReport = RetryReport()
+    shrinks: ShrinkReport = ShrinkReport()
 
     @property
     def efficiency(self) -> float:
@@ -161,6 +186,7 @@ class StepReport:
             "activations": dataclasses.asdict(self.activations),
             "update": {**dataclasses.asdict(self.update), "on_device": list(self.update.on_device)},
             "retries": dataclasses.asdict(self.retries),
+            "shrinks": dataclasses.asdict(self.shrinks),
         }
 
     @classmethod
@@ -177,6 +203,7 @@ class StepReport:
             update=_update_report(entry.get("update", {})),
             critical=entry.get("critical", "none"),
             retries=RetryReport(**entry.get("retries", {})),
+            shrinks=ShrinkReport(**entry.get("shrinks", {})),
         )
 
 

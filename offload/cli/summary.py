@@ -129,6 +129,8 @@ def print_summary(console: Console, outcome: Outcome) -> None:
             f"I/O errors beside the computation: {sum(each.count for each in retried)}, "
             f"the last one: {retried[-1].last}"
         )
+    shrunk = [report.shrinks for report in outcome.reports if report.shrinks.count]
+    lines += [each.last for each in shrunk]
     fall = outcome.held_out_loss_fall
     if fall is not None:
         lines.append(

@@ -102,6 +102,10 @@ class HostTierSection(Section):
     memory: SizeOrAuto = "auto"
     """Hard budget of the bytes that the engine holds in host memory, staging included. `auto` is a
     share of what is available now, under cgroup limits."""
+    shrink: bool = True
+    """Whether the budget shrinks where memory runs short while training (a cgroup's limit is
+    lowered, or other programs take it): state that `auto` has placed on the host moves to
+    `tiers.nvme`. See docs/failures.md."""
 
 
 class NvmeTierSection(Section):

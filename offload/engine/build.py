@@ -62,7 +62,7 @@ from offload.partition.parameters import ParameterState
 from offload.schedule.executor import ComputePool
 from offload.schedule.footprint import Machine
 from offload.schedule.plan import Plan
-from offload.telemetry import LaneMeter
+from offload.telemetry import LaneMeter, ShrinkReport
 from offload.tiers.cuda import open_device_tier
 from offload.tiers.device import DeviceTier
 from offload.tiers.extents import PAGE_BYTES
@@ -76,7 +76,10 @@ SCRATCH_OWNER = "fp32 copies for the optimizer"
 
 @dataclass(slots=True, eq=False)
 class Parts:
-    """Everything that an engine consists of; `closing` ends it in the right order."""
+    """Everything that an engine consists of; `closing` ends it in the right order.
+
+    `shrinks` are those of the host's budget since the start.
+    """
 
     config: OffloadConfig
     module: nn.Module
@@ -106,6 +109,9 @@ class Parts:
     meter: LaneMeter
     tiles: TileSlots | None
     closing: contextlib.ExitStack = field(repr=False)
+    shrinks: ShrinkReport = field(
+        default_factory=ShrinkReport
+    )  # of the host's budget, since the start
 
     @property
     def paged_of(self) -> Mapping[int, PagedParameter]:

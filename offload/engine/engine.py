@@ -42,6 +42,7 @@ from offload.engine.guards.windows import (
 from offload.engine.loss.chunked_head import Handle, chunk_head
 from offload.engine.optimizer import Closure, OffloadOptimizer
 from offload.engine.paging.pages import PagedParameter, come_and_go, forget, paged_by_owner
+from offload.engine.pressure import HostPressure
 from offload.engine.promotion import Promotion
 from offload.engine.report import StepMeter
 from offload.engine.state_access import StateAccess
@@ -70,7 +71,6 @@ class Engine(AccumulatingEngine):
     Attributes:
         module: the user's module; its parameters are its own objects, their memory comes and goes.
         config: the configuration, frozen.
-        plan: where the state lives.
         optimizer: the parameter groups and `step` as a torch optimizer.
         lr_scheduler: a torch scheduler on it, stepped by `step`.
         loss_scale: the dynamic loss scale of fp16, else None.
@@ -82,10 +82,8 @@ class Engine(AccumulatingEngine):
 
     def __init__(self, parts: Parts, lr_scheduler: SchedulerFactory | None) -> None:
         config = parts.config
-        self._parts = parts
-        self.module = parts.module
+        self._parts, self.module = parts, parts.module
         self.config: OffloadConfig = config
-        self.plan = parts.plan
         self.global_steps = 0
         self.skipped_steps = 0
         self.micro_steps = 0
@@ -131,6 +129,7 @@ class Engine(AccumulatingEngine):
         if parts.tiles is not None:
             parts.tiles.arriving = self._slots.arriving
         self._promotion = Promotion(parts, self.optimizer)
+        self._pressure = HostPressure(parts, self._promotion)
         self._handles += chunk_head(self.module, config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +180,7 @@ class Engine(AccumulatingEngine):
     @contextlib.contextmanager
     def _running_backward(self) -> Iterator[None]:
         self._in_backward = True
+        self._pressure.note_peak(self.global_steps)
         with self._meter.computing():
             try:
                 yield
@@ -220,6 +220,7 @@ class Engine(AccumulatingEngine):
         self._parts.updates.raise_failure()
         self._end_interrupted()
         if self._zeroth is not None:
+            self._pressure.check(self.global_steps)
             self.optimizer.step(closure, reduce=reduce)
             return self._end_boundary()
         if closure is not None or reduce is not None:
@@ -345,14 +346,17 @@ class Engine(AccumulatingEngine):
 
     def _before_run(self) -> None:
         """A forward of the whole module begins, of `module` itself or through the engine."""
-        if torch.is_grad_enabled() and self._pending is None and not self._is_void:
+        if self._pending is not None or self._is_void:
+            return
+        if self._zeroth is None:
+            self._pressure.check(self.global_steps)
+        if torch.is_grad_enabled():
             self._admit_unfrozen()
 
     def _admit_unfrozen(self) -> None:
         """What was frozen and is not any more gets a place; see [Note: Promotion]."""
         promoted = self._promotion.check()
         if promoted:
-            self.plan = self._parts.plan
             self._trainable = [s for s in self._parts.parameters if s.trainable]
             self._slots.admit(promoted)
 

@@ -62,9 +62,14 @@ class Promotion:
         self._owners = {paged.state.index: paged.owner for paged in parts.paged}
         # What requires gradients from the start, and no group has: the user has left it out.
         self._not_to_warn_of = {state.index for state in self._unfrozen()}
-        self._staging_room = parts.host.budget_bytes - self._home_bytes()
+        self._staging_room = 0
+        self.follow_arena()
         section = parts.config.optimizer
         self._numbers = sorted({configured_group(section, s.names) for s in parts.parameters})
+
+    def follow_arena(self) -> None:
+        """What the arena has beside homes is its room for staging."""
+        self._staging_room = self._parts.host.budget_bytes - self._home_bytes()
 
     def check(self) -> list[ParameterState]:
         """Promote what is unfrozen and has a group; return it.

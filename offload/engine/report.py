@@ -13,6 +13,7 @@ from offload.telemetry import (
     ActivationReport,
     LaneReport,
     RetryReport,
+    ShrinkReport,
     StepReport,
     TierReport,
     lanes_between,
@@ -43,6 +44,7 @@ class StepMeter:
         self._faults = 0
         self._activations = ActivationReport()
         self._retries = RetryReport()
+        self._shrinks = ShrinkReport()
         self._last: StepReport | None = None
         self._is_computing = False
 
@@ -84,12 +86,14 @@ class StepMeter:
             update=self._parts.sites.report(),
             critical=critical,
             retries=self._parts.updates.retries.report() - self._retries,
+            shrinks=self._parts.shrinks - self._shrinks,
         )
         self._started = now
         self._activations = self._activations_now()
         self._lanes = self._now()
         self._faults = self._parts.pager.faults
         self._retries = self._parts.updates.retries.report()
+        self._shrinks = self._parts.shrinks
 
     def report(self, step: int) -> StepReport:
         """The report of the last step; of an empty one before the first."""

@@ -19,6 +19,7 @@ from offload.errors import OffloadError
 from offload.optim.loss_scale import LossScale
 from offload.optim.rules import scale_field
 from offload.partition.parameters import ParameterState
+from offload.schedule.plan import Plan
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 
@@ -56,6 +57,11 @@ class StatefulEngine(ABC):
     @abstractmethod
     def _set_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
         """Replace a parameter's gradient."""
+
+    @property
+    def plan(self) -> Plan:
+        """Where the state lives; another one when parameters were unfrozen or memory ran short."""
+        return self._parts.plan
 
     @contextlib.contextmanager
     def gathered(

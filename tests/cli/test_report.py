@@ -15,6 +15,7 @@ from offload.telemetry import (
     JsonlWriter,
     LaneReport,
     RetryReport,
+    ShrinkReport,
     StepReport,
     TierReport,
     UpdateReport,
@@ -32,6 +33,7 @@ def step(number: int, *, loss: float, faults: int = 0) -> dict[str, Any]:
         update=UpdateReport((0, 2), 3, "measured"),
         critical="nvme_read",
         retries=RetryReport(number, "read of a chunk failed") if number > 2 else RetryReport(),
+        shrinks=ShrinkReport(1, 7, 8, "memory ran short") if number == 4 else ShrinkReport(),
     )
     return {
         "kind": "step",
@@ -89,6 +91,7 @@ def test_the_command_prints_errors_that_nobody_was_told_of(tmp_path: Path) -> No
     run = write_run(tmp_path, *(step(number, loss=3.0) for number in range(1, 6)))
     result = CliRunner().invoke(main, ["report", str(run)])
     assert "beside the computation: 12, the last one: read of a chunk failed" in result.output
+    assert result.output.count("memory ran short") == 1
 
 
 def test_a_run_without_a_step(tmp_path: Path) -> None:

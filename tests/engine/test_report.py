@@ -14,7 +14,7 @@ from torch import nn
 
 import offload
 from offload.engine.report import StepMeter
-from offload.telemetry import LaneMeter, RetryLog, UpdateReport
+from offload.telemetry import LaneMeter, RetryLog, ShrinkReport, UpdateReport
 from tests.oracle import (
     assert_identical,
     continue_engine,
@@ -169,6 +169,7 @@ def test_the_mixed_speed_of_a_disk_is_that_of_both_directions_together() -> None
         activations=None,
         sites=SimpleNamespace(report=UpdateReport),
         updates=SimpleNamespace(retries=RetryLog()),
+        shrinks=ShrinkReport(),
     )
     meter = StepMeter(parts)
     lanes["nvme_read"] = (10, 1.0)

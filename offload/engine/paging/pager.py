@@ -52,6 +52,7 @@ class Pager:
         stall_seconds: how long touches have waited for transfers since then.
         arrivals: takes part in what arrives on the device; None for plain copies.
         updates: makes homes new while the module runs; None: homes are new between steps.
+        lock: who holds it keeps every page where it is.
     """
 
     def __init__(
@@ -67,14 +68,14 @@ class Pager:
         self.faults = 0
         self._store = store
         self._staging_depth = staging_depth
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._clock = 0
         self._present: dict[WeightPage, None] = {}  # the paged ones that hold a lease, in order
         self._loading: dict[WeightPage, PageIn] = {}  # those of them that are on their way
         self._draining: list[PageIn] = []
         self._refreshing: dict[WeightPage, PageIn] = {}  # or what an error has left of it
         self._wanted: deque[WeightPage] = deque()  # planned fetches that found no room yet
-        self._node_pins = NodePins(self.unpin, self._lock)
+        self._node_pins = NodePins(self.unpin, self.lock)
         self._window_threads: dict[int, int] = {}
         self._runs = Runs(capacity_bytes=capacity_bytes, lookahead_depth=lookahead_depth)
         self.stall_seconds = 0.0
@@ -88,7 +89,7 @@ class Pager:
         return self._store.device.device
 
     def __repr__(self) -> str:
-        with self._lock:
+        with self.lock:
             return " ".join(map(repr, self.pages))
 
     def seal(self) -> None:
@@ -107,7 +108,7 @@ class Pager:
             BudgetError: the pinned pages exceed the device budget; names `user` and the bytes.
             StorageError: a read failed; nothing is pinned.
         """
-        with self._lock:
+        with self.lock:
             if self._closed:
                 raise EngineStateError(f"{user} on parameters of an engine that is closed")
             self._node_pins.enter_node()
@@ -122,25 +123,25 @@ class Pager:
 
     def unpin(self, pages: Sequence[WeightPage]) -> None:
         """Take one pin off each page."""
-        with self._lock:
+        with self.lock:
             for page in pages:
                 assert page.pins > 0, f"bucket {page.index}: unpinned more often than pinned"
                 page.pins -= 1
 
     def pin_for_node(self, page: WeightPage) -> None:
         """Pin a page for the autograd node that runs in this thread, until that node has ended."""
-        with self._lock:
+        with self.lock:
             self.pin((page,), "the backward of an op")
             self._node_pins.add(page)
 
     def end_node(self) -> None:
         """An autograd node has ended, because this thread has gone on to the next."""
-        with self._lock:
+        with self.lock:
             self._node_pins.enter_node()
 
     def release_nodes(self) -> None:
         """No backward is running: whatever a failed one has left pinned is free."""
-        with self._lock:
+        with self.lock:
             self._node_pins.release_all()
 
     def open_window(self, pages: Sequence[WeightPage], user: str) -> None:
@@ -149,7 +150,7 @@ class Pager:
         Raises as `pin`; the window is not open then.
         """
         thread = turn()
-        with self._lock:
+        with self.lock:
             self._node_pins.enter_node()
             opened = 0
             try:
@@ -166,7 +167,7 @@ class Pager:
     def close_window(self, pages: Sequence[WeightPage]) -> None:
         """The forward has ended."""
         thread = turn()
-        with self._lock:
+        with self.lock:
             for page in pages:
                 page.windows -= 1
                 self._event(CLOSE, page)
@@ -177,7 +178,7 @@ class Pager:
     @property
     def is_in_window(self) -> bool:
         """Whether windows that this thread has opened are open."""
-        with self._lock:
+        with self.lock:
             return turn() in self._window_threads
 
     def is_pending(self, page: WeightPage) -> bool:
@@ -186,7 +187,7 @@ class Pager:
 
     def keep_until_step(self, page: WeightPage) -> None:
         """A raw pointer to a page that is on the device has been given away: it stays."""
-        with self._lock:
+        with self.lock:
             page.kept = True
             for parameter in page.parameters:
                 if parameter.raw_checksum is None:
@@ -196,7 +197,7 @@ class Pager:
 
     def begin(self, key: RunKey) -> None:
         """A run of the module starts; see [Note: Runs]."""
-        with self._lock:
+        with self.lock:
             if torch._C._current_graph_task_id() == -1:
                 self._node_pins.release_thread()
             if self._window_threads:
@@ -207,13 +208,13 @@ class Pager:
 
     def expect(self, key: RunKey) -> None:
         """A run of this key comes next: fetch ahead what it uses first."""
-        with self._lock:
+        with self.lock:
             if not self._window_threads:
                 self._start_run(self._runs.expect(key))
 
     def end(self) -> None:
         """The run is over."""
-        with self._lock:
+        with self.lock:
             if not self._window_threads:
                 self._runs.end()
 
@@ -397,7 +398,7 @@ class Pager:
 
         Raises StorageError if a read failed.
         """
-        with self._lock:
+        with self.lock:
             loading = next(iter(self._loading), None)
             if loading is not None:
                 self._bind(loading)
@@ -446,7 +447,7 @@ class Pager:
 
     def flush(self) -> None:
         """Make homes ready to be read: `write_edits`, which says what it raises, and the rest."""
-        with self._lock:
+        with self.lock:
             self.write_edits()
             for pending in (self.arrivals, self.updates):
                 if pending is not None:
@@ -458,7 +459,7 @@ class Pager:
 
         Raises StorageError if a write failed; the device copies are kept.
         """
-        with self._lock:
+        with self.lock:
             for page in self.pages:
                 if page.residency is Residency.LOADING:
                     self._bind(page)
@@ -470,7 +471,7 @@ class Pager:
 
         Raises EngineStateError of a closed engine; StorageError if an edit cannot be written home.
         """
-        with self._lock:
+        with self.lock:
             if self._closed:
                 raise EngineStateError(f"{user} on parameters of an engine that is closed")
             self._node_pins.enter_node()
@@ -484,7 +485,7 @@ class Pager:
 
         A page that is pinned or kept because of a raw pointer is brought up to date in place.
         """
-        with self._lock:
+        with self.lock:
             if page.residency is Residency.LOADING:
                 with contextlib.suppress(OffloadError):  # then the page is at home
                     self._bind(page)
@@ -515,7 +516,7 @@ class Pager:
         For homes that come there between two runs. Plans are made anew from what is recorded next.
         Raises StorageError if an edit could not be written home; its page is still there.
         """
-        with self._lock:
+        with self.lock:
             self._wanted.clear()
             for page in list(self._present):
                 if not (page.pins or page.windows or page.kept):
@@ -531,7 +532,7 @@ class Pager:
         were given away are void.
         """
         self.end_raw_access()
-        with self._lock:
+        with self.lock:
             for page in self.pages:
                 if page.residency is Residency.LOADING:
                     with contextlib.suppress(OffloadError):  # then the page is at home
@@ -543,7 +544,7 @@ class Pager:
 
     def begin_gathered(self, pages: Sequence[WeightPage]) -> list[WeightPage]:
         """Raw pointers to pinned pages are given away; the pages to which none was out before."""
-        with self._lock:
+        with self.lock:
             fresh = [page for page in pages if not page.kept]
             for page in pages:
                 page.note_edits()
@@ -554,7 +555,7 @@ class Pager:
         self, pages: Sequence[WeightPage], fresh: Sequence[WeightPage]
     ) -> list[PagedParameter]:
         """Raw pointers to the fresh pages are void; the parameters edited while they were out."""
-        with self._lock:
+        with self.lock:
             edited = []
             for page in pages:
                 before = [parameter.state.edited for parameter in page.parameters]
@@ -571,7 +572,7 @@ class Pager:
 
     def end_raw_access(self) -> None:
         """A step has ended: raw pointers that were given away are void."""
-        with self._lock:
+        with self.lock:
             for page in self.pages:
                 self._end_raw_access(page)
 
@@ -583,7 +584,7 @@ class Pager:
 
     def close(self) -> None:
         """Take every parameter off the device, after what is under way. Touches fail now."""
-        with self._lock:
+        with self.lock:
             self._closed = True
             self._node_pins.release_all()
             for page in self.pages:
