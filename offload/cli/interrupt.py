@@ -10,8 +10,17 @@ from typing import Self
 EXIT_SIGNAL = 128  # plus the signal's number: the exit code of what it ended, as shells report it
 
 
+class Interrupted(KeyboardInterrupt):
+    """A second signal: the run ends at once, wherever it is."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
 class StopRequest:
-    """While entered: the first SIGINT or SIGTERM sets `signal_number`, the second raises.
+    """While entered: the first SIGINT or SIGTERM sets `signal_number`, the second raises
+    `Interrupted`.
 
     A run looks at it between steps, so the step that is under way is finished. Other processes
     that inherit this (forked data loaders) get the signals' default effect.
@@ -39,5 +48,5 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif self.signal_number is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         self.signal_number = number

@@ -1,18 +1,21 @@
 """The command line: `offload COMMAND`.
 
 Every command imports what it needs when it runs, so that `--help` needs neither torch nor numpy.
-Errors of offload are printed as their message, without a traceback; the exit code is then 2.
+Errors of offload are printed as their message, without a traceback; the exit code is then 2. What
+Ctrl-C or a second signal ends at once has the exit code 128 plus the signal's number.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from signal import SIGINT, Signals
 from typing import Any, Literal
 
 import click
 
 from offload import __version__
+from offload.cli.interrupt import EXIT_SIGNAL, Interrupted
 from offload.errors import OffloadError
 
 _FAILURE = 1  # the command ran, and its answer is no
@@ -20,7 +23,7 @@ _ERROR = 2  # an offload error; also click's code for wrong usage
 
 
 class _Commands(click.Group):
-    """Prints offload's errors as one message."""
+    """Prints offload's errors as one message, and says by the exit code what interrupted it."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -28,6 +31,10 @@ class _Commands(click.Group):
         except OffloadError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(_ERROR)
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.signal_number if isinstance(interrupt, Interrupted) else SIGINT
+            click.echo(f"interrupted by {Signals(number).name}", err=True)
+            ctx.exit(EXIT_SIGNAL + number)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -41,6 +41,7 @@ def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> i
     signal's number when Ctrl-C or SIGTERM ended the run after the step that was under way.
 
     Raises:
+        Interrupted: a second signal came; the last save that was complete stays.
         OffloadError: whatever ended the run; checkpoints that were saved before stay.
     """
     loaded = load_config(config)

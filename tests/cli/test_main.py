@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from offload import __version__
+from offload.cli.interrupt import Interrupted
 from offload.cli.main import main
 from offload.config import config_json_schema
 
@@ -78,3 +80,16 @@ def test_config_schema_is_the_schema() -> None:
     result = invoke("config-schema")
     assert result.exit_code == 0
     assert json.loads(result.output) == json.loads(json.dumps(config_json_schema()))
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM), 143)]
+)
+def test_what_interrupts_a_command_at_once_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
+) -> None:
+    def run(config: str) -> int:
+        raise raised
+
+    monkeypatch.setattr("offload.cli.train.run", run)
+    assert invoke("train", "any.toml").exit_code == code

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from offload.cli import train
-from offload.cli.interrupt import StopRequest
+from offload.cli.interrupt import Interrupted, StopRequest
 from offload.cli.models import opened_model
 from offload.config import load_config
 from offload.errors import ConfigError, OffloadError
@@ -202,10 +202,11 @@ def test_a_signal_finishes_the_step_saves_and_ends(tmp_path, text, number):
 
 
 def test_a_second_signal_raises():
-    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+    with pytest.raises(Interrupted) as caught, StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal_number == signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.signal_number == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
