@@ -51,7 +51,12 @@ def test_power_cuts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["kill", "power"])
+def test_signals(tmp_path: Path) -> None:
+    assert [row["trials"] for row in rows("signals", tmp_path, "--trials=10")] == [6, 4, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["kill", "power", "signals"])
 def test_broken_saves_are_seen(tmp_path: Path, part: str) -> None:
     assert len(rows(part, tmp_path, "--teeth")) > 1
 
