@@ -209,7 +209,8 @@ class StorageError(OffloadError, OSError):
 class DiskFullError(StorageError):
     """A path has too little room for what has to be allocated on it.
 
-    Nothing was written and the blocks of the failed allocation were given back.
+    Nothing was written and the blocks of the failed allocation were given back. `needed_bytes` is 0
+    where the system has not said for what there was no room.
     """
 
     needed_bytes: int
@@ -229,16 +230,16 @@ class DiskFullError(StorageError):
     ) -> None:
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
+        needs = f"needs {needed_bytes} bytes ({format_bytes(needed_bytes)}), "
+        if not needed_bytes:
+            needs = "there is no room; "
         super().__init__(
             operation=operation,
             path=path,
-            nbytes=needed_bytes,
+            nbytes=needed_bytes or None,
             errno=errno,
             what=what,
-            detail=(
-                f"needs {needed_bytes} bytes ({format_bytes(needed_bytes)}), "
-                f"free are {free_bytes} bytes ({format_bytes(free_bytes)})"
-            ),
+            detail=f"{needs}free are {free_bytes} bytes ({format_bytes(free_bytes)})",
             remedy=remedy or "free space there, or add a path to tiers.nvme.paths",
         )
 

@@ -39,7 +39,11 @@ def _as_tuple(value: object) -> object:
 def _as_path(value: object) -> object:
     if isinstance(value, str) and value:
         value = Path(value).expanduser()
-    if isinstance(value, Path) and value.exists() and not value.is_dir():
+    try:
+        is_no_folder = isinstance(value, Path) and value.exists() and not value.is_dir()
+    except OSError as error:
+        raise ValueError(f"{value} cannot be looked at: {error.strerror}") from error
+    if is_no_folder:
         raise ValueError(f"{value} exists and is not a directory")
     return value
 

@@ -13,7 +13,8 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from offload.errors import DiskFullError, StorageError
@@ -24,6 +25,9 @@ PRIVATE_FOLDER_MODE = 0o700
 # Linux transfers at most 0x7ffff000 bytes a call; a smaller piece keeps the dirty page cache
 # bounded between syncs.
 _PIECE_BYTES = 64 << 20
+# As in the I/O engine. EINTR is repeated by Python itself (PEP 475).
+_MAX_RETRIES = 200  # without progress
+_RETRY_SECONDS = 1e-3
 
 
 @contextlib.contextmanager
@@ -43,10 +47,13 @@ def storage_errors(
     except OSError as error:
         code = error.errno or errno.EIO
         if code in _DISK_FULL:
+            free = 0
+            with contextlib.suppress(OSError):
+                free = _free_bytes(path.parent)
             raise DiskFullError(
                 path=path,
                 needed_bytes=nbytes or 0,
-                free_bytes=free_bytes(path.parent),
+                free_bytes=free,
                 operation=operation,
                 errno=code,
                 what=what,
@@ -64,14 +71,14 @@ def storage_errors(
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write every byte of `data` (uint8, 1-D) at `offset`, continuing short writes.
+    """Write every byte of `data` (uint8, 1-D) at `offset`, continuing short and refused writes.
 
     Raises:
         OSError: a system call failed.
     """
     done = 0
     while done < len(data):
-        written = os.pwrite(descriptor, data[done : done + _PIECE_BYTES], offset + done)
+        written = _accepted(os.pwrite, descriptor, data[done : done + _PIECE_BYTES], offset + done)
         if written == 0:
             raise OSError(errno.EIO, "the file system accepted no byte of a write")
         done += written
@@ -85,10 +92,19 @@ def read_all(descriptor: int, data: memoryview, offset: int) -> None:
     """
     done = 0
     while done < len(data):
-        got = os.preadv(descriptor, [data[done : done + _PIECE_BYTES]], offset + done)
+        got = _accepted(os.preadv, descriptor, [data[done : done + _PIECE_BYTES]], offset + done)
         if got == 0:
             raise OSError(errno.EIO, f"short: the file ends {len(data) - done} bytes early")
         done += got
+
+
+def _accepted(call: Callable[..., int], *arguments: object) -> int:
+    """Make the system call until it is not refused with EAGAIN, for a while; its result."""
+    for _ in range(_MAX_RETRIES):
+        with contextlib.suppress(BlockingIOError):
+            return call(*arguments)
+        time.sleep(_RETRY_SECONDS)
+    return call(*arguments)
 
 
 def sync_folder(path: Path) -> None:
@@ -107,8 +123,8 @@ def make_folder(path: Path, *, mode: int = PRIVATE_FOLDER_MODE) -> None:
     Raises:
         StorageError: it cannot be created.
     """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     with storage_errors("create", path, what="folder"):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(mode=mode, parents=True, exist_ok=True)
     for folder in missing:
         sync_folder(folder.parent)
@@ -185,6 +201,15 @@ def regular_file_nbytes(descriptor: int) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this process may still allocate on the file system of `folder`."""
+    """Bytes that this process may still allocate on the file system of `folder`.
+
+    Raises:
+        StorageError: the system does not tell.
+    """
+    with storage_errors("statvfs", folder, what="free space"):
+        return _free_bytes(folder)
+
+
+def _free_bytes(folder: Path) -> int:
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize

@@ -55,11 +55,15 @@ class StorePath:
         try:
             # The user's own path may go through links; nothing below it may.
             self._fd = os.open(os.path.realpath(path, strict=True), _FOLDER_FLAGS)
+            try:
+                self.device = os.fstat(self._fd).st_dev  # paths on one device share its free bytes
+                sweep(self._fd)
+            except BaseException:
+                os.close(self._fd)
+                raise
         except OSError as error:
             raise _refusal(error, "open", self.path) from error
-        self.device = os.fstat(self._fd).st_dev  # paths on one device share its free bytes
         self.file_system = _file_system(self.device)
-        sweep(self._fd)
 
     @property
     def is_memory(self) -> bool:
@@ -70,8 +74,14 @@ class StorePath:
         """Bytes that a user without privileges may still allocate here.
 
         The reserve of the super-user is left alone, also by the super-user.
+
+        Raises:
+            StorageError: the system does not tell.
         """
-        status = os.fstatvfs(self._fd)
+        try:
+            status = os.fstatvfs(self._fd)
+        except OSError as error:
+            raise _refusal(error, "statvfs", self.path) from error
         return status.f_bavail * status.f_frsize
 
     def create(self, nbytes: int) -> int:
@@ -298,11 +308,14 @@ def _refusal(error: OSError, operation: str, path: str, nbytes: int | None = Non
         errno_codes.EACCES: f"give user {os.geteuid()} the right to write there",
         errno_codes.EPERM: f"give user {os.geteuid()} the right to write there",
         errno_codes.EFBIG: "raise the limit of file sizes (ulimit -f), or stripe over more paths",
+        errno_codes.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno_codes.EIO: "look at the disk (dmesg, smartctl), or give another path",
     }
     return StorageError(
         operation=operation,
         path=path,
         nbytes=nbytes,
         errno=code,
+        what="the NVMe tier",
         remedy=remedies.get(code, "give another folder in tiers.nvme.paths"),
     )

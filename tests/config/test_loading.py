@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,17 @@ def test_nvme_path_that_is_a_file(tmp_path: Path) -> None:
     (problem,) = problems_of({"tiers": {"nvme": {"paths": [str(path)]}}})
     assert "is not a directory" in problem
     assert "tiers.nvme.paths.0" in problem
+
+
+def test_nvme_path_that_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exists(_: Path) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    (problem,) = problems_of({"tiers": {"nvme": {"paths": [str(tmp_path)]}}})
+    assert "cannot be looked at: Input/output error" in problem
 
 
 def test_a_decay_ends_with_the_run() -> None:

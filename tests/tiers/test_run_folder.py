@@ -468,3 +468,34 @@ except Exception as error:
     printed = run_script(body, str(tmp_path)).communicate(timeout=60)[0]
     assert printed.startswith("StorageError allocate of ")
     assert "ulimit -f" in printed
+
+
+@pytest.mark.parametrize("name", ["fstat", "scandir"])
+def test_a_path_that_cannot_be_looked_at_leaves_nothing_open(tmp_path, monkeypatch, name):
+    def open_files() -> list[str]:
+        return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+    before = open_files()
+
+    def refused(*arguments, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, refused)
+        with pytest.raises(StorageError, match=r"open of the NVMe tier in .*dmesg") as caught:
+            StorePath(tmp_path)
+    assert (caught.value.errno, caught.value.path) == (errno.EIO, str(tmp_path))
+    assert open_files() == before
+
+
+def test_free_bytes_that_nobody_tells(tmp_path, monkeypatch):
+    path = StorePath(tmp_path)
+
+    def refused(*arguments, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstatvfs", refused)
+        with pytest.raises(StorageError, match="statvfs of the NVMe tier"):
+            path.bytes_free()
+    path.close()
