@@ -68,3 +68,13 @@ def test_power_says_that_it_needs_root(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit, match="needs root"):
         loop.LoopDisk(tmp_path / "image", tmp_path / "disk", 1 << 20)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_io_attempts_that_fail(tmp_path: Path) -> None:
+    found = rows("errors", tmp_path, "--trials=3", "--only", "engine", "--backends", "threads")
+    assert sum(row["trials"] for row in found) >= 6 * 6
+
+
+@pytest.mark.slow
+def test_mishandled_io_errors_are_seen(tmp_path: Path) -> None:
+    assert len(rows("errors", tmp_path, "--teeth")) > 1

@@ -40,6 +40,7 @@ class Row:
     problems: list[str] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
     remark: str = ""  # what the trials were, e.g. how many were killed in a save
+    skipped: str = ""  # why there can be no trial here; such a row spoils nothing
     broken: str = ""  # what was broken on purpose; see [Note: teeth]
 
     @property
@@ -50,11 +51,15 @@ class Row:
     @property
     def good(self) -> bool:
         """Whether this row is as it must be: with trials and no damage, or broken and seen."""
+        if self.skipped:
+            return True
         return self.trials > 0 and self.damage == bool(self.broken)
 
     @property
     def verdict(self) -> str:
         """The last column of the table."""
+        if self.skipped:
+            return f"skipped: {self.skipped}"
         if self.trials == 0:
             return "NO TRIALS"
         if self.broken:
