@@ -56,7 +56,7 @@ def test_signals(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["kill", "power", "signals"])
+@pytest.mark.parametrize("part", ["errors", "flips", "kill", "power", "signals"])
 def test_broken_saves_are_seen(tmp_path: Path, part: str) -> None:
     assert len(rows(part, tmp_path, "--teeth")) > 1
 
@@ -75,6 +75,7 @@ def test_io_attempts_that_fail(tmp_path: Path) -> None:
     assert sum(row["trials"] for row in found) >= 6 * 6
 
 
-@pytest.mark.slow
-def test_mishandled_io_errors_are_seen(tmp_path: Path) -> None:
-    assert len(rows("errors", tmp_path, "--teeth")) > 1
+def test_damage_to_files(tmp_path: Path) -> None:
+    only = ("--only", "checkpoint", "extents", "training")
+    found = rows("flips", tmp_path, "--trials=30", *only)
+    assert sum(row["trials"] for row in found) >= 4 * 39

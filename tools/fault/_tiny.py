@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,12 @@ def fingerprint(engine: Any) -> str:
 
 
 def fingerprint_of_checkpoint(checkpoint: StoredCheckpoint) -> str:
-    """A hash over every name and every bit of an open checkpoint."""
+    """A hash over every name and every bit of an open checkpoint, and its plain values."""
     found = hashlib.sha256()
     for record in sorted(checkpoint.records(), key=lambda each: (each.kind, each.name, each.field)):
         found.update(f"{record.kind} {record.name} {record.field}".encode())
         found.update(_bytes_of(checkpoint.read(record)))
+    found.update(json.dumps(checkpoint.content.values, sort_keys=True).encode())
     return found.hexdigest()
 
 
