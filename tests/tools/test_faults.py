@@ -89,3 +89,5 @@ def test_what_makes_a_row_good(faults: ModuleType) -> None:
     for damage in ({"lost": 1}, {"mixed": 1}, {"undetected": 1}, {"problems": ["z"]}):
         assert not row("x", 1, **damage).good
         assert row("x", 1, broken="y", **damage).good
+    assert row("x", 1, lost=1, peer=True).good, "what another system does is a result"
+    assert not row("x", 0, peer=True).good

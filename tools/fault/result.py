@@ -41,6 +41,7 @@ class Row:
     details: list[str] = field(default_factory=list)
     remark: str = ""  # what the trials were, e.g. how many were killed in a save
     skipped: str = ""  # why there can be no trial here; such a row spoils nothing
+    peer: bool = False  # of another system: whatever it does is a result
     broken: str = ""  # what was broken on purpose; see [Note: teeth]
 
     @property
@@ -53,7 +54,7 @@ class Row:
         """Whether this row is as it must be: with trials and no damage, or broken and seen."""
         if self.skipped:
             return True
-        return self.trials > 0 and self.damage == bool(self.broken)
+        return self.trials > 0 and (self.peer or self.damage == bool(self.broken))
 
     @property
     def verdict(self) -> str:
@@ -62,6 +63,8 @@ class Row:
             return f"skipped: {self.skipped}"
         if self.trials == 0:
             return "NO TRIALS"
+        if self.peer:
+            return "measured"
         if self.broken:
             return "caught" if self.good else "NOT CAUGHT"
         return "ok" if self.good else "FAILED"
