@@ -56,6 +56,12 @@ def test_signals(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_peers_without_deepspeed(tmp_path: Path) -> None:
+    found = rows("peers", tmp_path, "--trials=3")
+    assert [row["trials"] for row in found] == [3, 3, 3, 3]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["errors", "flips", "kill", "power", "signals"])
 def test_broken_saves_are_seen(tmp_path: Path, part: str) -> None:
     assert len(rows(part, tmp_path, "--teeth")) > 1
