@@ -47,7 +47,7 @@ from offload.state.torch_format import (
     value_archive,
 )
 
-METADATA_NAME = ".metadata"
+_METADATA_NAME = ".metadata"
 MODEL_KEY, OPTIMIZER_KEY = "model", "optim"
 _VERSION = "1.0.0"
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -133,7 +133,7 @@ def export_dcp(
         with _pending(root) as pending:
             places = _write_entries(pending, items, max_file_bytes)
             metadata = encode(_metadata(items, places, exported.aliases))
-            durable.write_file(pending / METADATA_NAME, metadata, mode=EXPORT_FILE_MODE)
+            durable.write_file(pending / _METADATA_NAME, metadata, mode=EXPORT_FILE_MODE)
             with durable.storage_errors("rename", root, what=root.name):
                 pending.rename(root)
         durable.sync_folder(root.parent)

@@ -17,6 +17,7 @@ from offload.engine.planning import OptimizerFactory
 from offload.schedule.plan import Plan
 from offload.state import adapters, checkpoint, export
 from offload.state.deferred import placing, refuse_inside
+from offload.state.importing import Imported, import_checkpoint
 
 
 class OffloadEngine(Engine):
@@ -48,6 +49,22 @@ class OffloadEngine(Engine):
         if self._pending is None and not self._is_void:
             self._admit_unfrozen()
         return checkpoint.load_checkpoint(self, Path(directory), tag)
+
+    def import_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimizer: bool | None = None,
+        strict: bool = True,
+    ) -> Imported:
+        """Go on from another program's checkpoint; see `importing.import_checkpoint`.
+
+        Legal when `load_checkpoint` is; parameters that were unfrozen get their place first.
+        """
+        self._check_not_closed()
+        if self._pending is None and not self._is_void:
+            self._admit_unfrozen()
+        return import_checkpoint(self, Path(path), optimizer=optimizer, strict=strict)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write what transformers' `from_pretrained` loads; see `export.save_pretrained`.
