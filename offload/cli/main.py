@@ -223,6 +223,32 @@ def apply_delta(base: str, delta: str, out: str) -> None:
     _list_files(out)
 
 
+@main.command("import")
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.argument("source", type=click.Path(exists=True, file_okay=False))
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option(
+    "--optimizer/--weights-only",
+    default=None,
+    help="Insist on the optimizer's state, or leave it; default: take it if it is there.",
+)
+@click.option(
+    "--strict/--no-strict",
+    default=True,
+    help="--no-strict: moments that are missing begin at zero, what is in excess is passed over.",
+)
+def import_(config: str, source: str, out: str, optimizer: bool | None, strict: bool) -> None:
+    """Make a checkpoint in OUT from one of another program, of the model of CONFIG's [run].
+
+    SOURCE is a directory of torch.distributed.checkpoint, a universal checkpoint of DeepSpeed, or a
+    folder of safetensors. No pickle in it is run.
+    """
+    from offload.cli.importing import run
+
+    imported, saved = run(config, source, out, optimizer=optimizer, strict=strict)
+    click.echo(f"{imported}\nsaved as {saved}")
+
+
 def _list_files(folder: str) -> None:
     for path in sorted(Path(folder).iterdir()):
         click.echo(path)

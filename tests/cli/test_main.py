@@ -76,6 +76,56 @@ def test_export_of_a_checkpoint(tmp_path: Path) -> None:
     assert "export" in invoke("--help").output
 
 
+def test_import_makes_a_checkpoint_that_training_goes_on_from(tmp_path: Path) -> None:
+    import torch
+
+    import offload
+    from offload.cli.models import build_model
+    from offload.config import load_config
+
+    config = {
+        "tiers": {"device": {"kind": "cpu", "memory": "4MiB"}, "host": {"memory": "4MiB"}},
+        "precision": {"compute": "fp32"},
+        "run": {
+            "steps": 2,
+            "architecture": "LlamaForCausalLM",
+            "hf_config": {
+                "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "vocab_size": 32, "model_type": "llama",
+            },
+        },
+    }  # fmt: skip
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(config))
+    section = load_config(config).run
+    assert section is not None
+    with offload.initialize(build_model(section), config) as engine:
+        tokens = torch.arange(8).view(1, 8)
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        assert engine.step()
+        engine.save_checkpoint(tmp_path / "ckpt")
+        expected = dict(engine.named_state())
+    out = str(tmp_path / "dcp")
+    command = ("export", str(tmp_path / "ckpt"), out, "--format", "dcp", "--optimizer")
+    assert invoke(*command).exit_code == 0
+    result = invoke("import", str(path), out, str(tmp_path / "imported"))
+    assert result.exit_code == 0, result.output
+    assert "optimizer state at step 1" in result.output
+    assert f"saved as {tmp_path}/imported/step-00000001" in result.output
+    assert "not resumed: the learning rate scheduler" in result.output
+    with offload.initialize(build_model(section), config) as engine:
+        engine.load_checkpoint(tmp_path / "imported")
+        for name, tensors in engine.named_state():
+            for key, tensor in tensors.items():
+                if key != "gradient":
+                    assert torch.equal(tensor, expected[name][key]), (name, key)
+    result = invoke("import", str(path), str(tmp_path), str(tmp_path / "again"))
+    assert (result.exit_code, "lacks model.safetensors" in result.stderr) == (2, True)
+    path.write_text("{}")
+    result = invoke("import", str(path), out, str(tmp_path / "again"))
+    assert (result.exit_code, "[run] is missing" in result.stderr) == (2, True)
+
+
 def test_config_schema_is_the_schema() -> None:
     result = invoke("config-schema")
     assert result.exit_code == 0

@@ -247,6 +247,19 @@ def test_tied_weights_that_differ_are_refused(tmp_path):
         engine.import_checkpoint(folder)
 
 
+def test_the_name_of_a_tie_that_has_the_moments_has_the_master(tmp_path):
+    """Under the other name there is the weight rounded to bf16."""
+    folder = unpacked("zero2_bf16", tmp_path) / "universal"
+    exact = torch.load(folder / "zero" / "embed.weight" / "fp32.pt")["param"]
+    (folder / "zero" / "embed.weight").rename(folder / "zero" / "aside")
+    (folder / "zero" / "head.weight").rename(folder / "zero" / "embed.weight")
+    (folder / "zero" / "aside").rename(folder / "zero" / "head.weight")
+    with build("bf16") as engine:
+        engine.import_checkpoint(folder)
+        assert torch.equal(dict(engine.named_state())["embed.weight"]["master"], exact)
+        assert engine.parameter_steps()[0] == 3
+
+
 def test_model_states_with_something_of_the_users_are_passed_over(tmp_path):
     """Of ZeRO 1 and 2 all weights are in zero/, too; of ZeRO 3 frozen ones are then missing."""
     for name in ("zero1_two_ranks", "zero3_two_ranks"):

@@ -266,7 +266,15 @@ def test_entries_do_not_overlap_and_stand_once(tmp_path):
     second = data.index(CENTRAL, data.index(CENTRAL) + 4)
     overlapping = data[: second + 42] + struct.pack("<I", 0) + data[second + 46 :]
     twice = data.replace(b"a/data/1", b"a/data/0")
-    for bad in (overlapping, twice):
+    # An entry inside the bytes of another, with a header of its own there.
+    inner = struct.pack("<4s5H3I2H", LOCAL, 20, 0, 0, 0, 0, zlib.crc32(b""), 0, 0, 8, 0)
+    nested = b"".join(
+        stored_zip({"a/data/0": inner + b"a/data/1", "a/data/1": b"", "a/data.pkl": encode(1)})
+    )
+    second = nested.index(CENTRAL, nested.index(CENTRAL) + 4)
+    inside = nested.index(inner, 4)
+    nested = nested[: second + 42] + struct.pack("<I", inside) + nested[second + 46 :]
+    for bad in (overlapping, twice, nested):
         (tmp_path / "a.pt").write_bytes(bad)
         with pytest.raises(CheckpointError, match=r"no archive of torch\.save"):
             value_of(tmp_path / "a.pt")
