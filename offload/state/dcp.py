@@ -25,7 +25,7 @@ from offload.state.foreign import (
     Foreign,
     ForeignTensor,
     Known,
-    common_prefix,
+    shared_prefix,
     prefixes_of,
 )
 from offload.state.pickled import Constructor, Record, class_names, interpret
@@ -197,7 +197,7 @@ def open_dcp(directory: DcpDirectory, known: Known) -> Foreign:
     foreign = Foreign(directory.path, "torch.distributed.checkpoint")
     of_state = _state_prefix(keys, known)
     state = [key for key in keys if of_state is not None and key.startswith(of_state)]
-    of_weights = common_prefix(
+    of_weights = shared_prefix(
         {key: [p for p, rest in prefixes_of(key) if rest in known.names] for key in keys}
     )
     others = set(keys) - set(state)
@@ -225,7 +225,7 @@ def _state_prefix(keys: Sequence[str], known: Known) -> str | None:
         if last in known.fields:
             yield from (prefix for prefix, name in prefixes_of(head) if name in known.names)
 
-    return common_prefix({key: list(prefixes(key)) for key in keys})
+    return shared_prefix({key: list(prefixes(key)) for key in keys})
 
 
 def _left(keys: set[str]) -> list[str]:

@@ -80,7 +80,7 @@ class Known:
     fields: frozenset[str]
 
 
-def common_prefix(rests: Mapping[str, Iterable[str]]) -> str | None:
+def shared_prefix(rests: Mapping[str, Iterable[str]]) -> str | None:
     """The prefix under which most names are; of two, the shorter. None if there is no name.
 
     `rests`: key -> prefixes of it behind which a name stands.
