@@ -25,8 +25,8 @@ from offload.state.foreign import (
     Foreign,
     ForeignTensor,
     Known,
-    shared_prefix,
     prefixes_of,
+    shared_prefix,
 )
 from offload.state.pickled import Constructor, Record, class_names, interpret
 from offload.state.stored_zip import ReadOnlyFile
