@@ -244,12 +244,19 @@ class TicketTransfer(Transfer):
 
 
 def wait_all(transfers: list[Transfer]) -> None:
-    """Settle every transfer, then raise the first error there was."""
+    """Settle every transfer, then raise the first error there was.
+
+    When one has run into its deadline, the others have been in flight as long and get no further
+    time: on a disk that hangs this takes one deadline, not one for each.
+    """
     first: OffloadError | None = None
+    timeout: float | None = None
     for transfer in transfers:
         try:
-            transfer.wait()
+            transfer.wait(timeout)
         except OffloadError as error:
             first = first or error
+            if isinstance(error, DeadlineError):
+                timeout = 0.0
     if first is not None:
         raise first

@@ -77,3 +77,15 @@ def test_wait_all_settles_all_and_raises_the_first_error() -> None:
     assert caught.value.errno == 5
     assert all(transfer.done() for transfer in transfers)
     wait_all([CompletedTransfer("h2d", 7)])
+
+
+def test_wait_all_waits_for_one_deadline_only() -> None:
+    io = SimulatedIo(fault="op=copy,count=0,delay=90000")
+    tier = CpuDeviceTier(1 << 20, io)
+    source = torch.zeros(4096, dtype=torch.uint8)
+    transfers = [tier.start_copy_in(tier.lease(4096, "b").tensor, source) for _ in range(4)]
+    before = io.clock.now_seconds
+    with pytest.raises(DeadlineError):
+        wait_all(transfers)
+    assert io.clock.now_seconds - before == pytest.approx(60), "not one deadline for each of them"
+    assert not any(transfer.done() for transfer in transfers)
