@@ -62,7 +62,7 @@ def test_peers_without_deepspeed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["errors", "flips", "kill", "power", "signals"])
+@pytest.mark.parametrize("part", ["errors", "flips", "hostile", "kill", "power", "signals"])
 def test_broken_saves_are_seen(tmp_path: Path, part: str) -> None:
     assert len(rows(part, tmp_path, "--teeth")) > 1
 
@@ -79,6 +79,11 @@ def test_power_says_that_it_needs_root(tmp_path: Path, monkeypatch: pytest.Monke
 def test_io_attempts_that_fail(tmp_path: Path) -> None:
     found = rows("errors", tmp_path, "--trials=3", "--only", "engine", "--backends", "threads")
     assert sum(row["trials"] for row in found) >= 6 * 6
+
+
+def test_a_machine_that_refuses(tmp_path: Path) -> None:
+    found = rows("hostile", tmp_path, "--only", "no asynchronous I/O", "small files only")
+    assert sum(row["trials"] for row in found) == 3
 
 
 def test_damage_to_files(tmp_path: Path) -> None:
