@@ -142,7 +142,9 @@ class LandingRing(Generic[T]):
                 self._give_back(copy.start, copy.memory.numel(), copy.lease)
 
     def clear(self) -> None:
-        """Wait for what is in flight and forget it; what hangs keeps its memory for good."""
+        """Wait for what is in flight and forget it; what is late keeps its memory till it ends."""
+        late: list[Transfer] = []  # that have parts of the ring
+        ring = self._ring
         deadline = time.monotonic() + self._store.deadline_seconds
         while self._in_flight:
             copy = self._in_flight.popleft()
@@ -151,8 +153,13 @@ class LandingRing(Generic[T]):
                 copy.transfer.wait(max(0.0, deadline - time.monotonic()))
             if copy.transfer.done():
                 self._give_back(copy.start, copy.memory.numel(), copy.lease)
-            elif copy.lease is None:
-                self._ring = None  # never released
+            elif copy.lease is not None:
+                self._store.late.keep([copy.transfer], copy.lease.release)
+            else:
+                late.append(copy.transfer)
+                self._ring = None  # the next copy has one of its own
+        if late and ring is not None:
+            self._store.late.keep(late, ring.release)
 
     def _place(
         self, nbytes: int, owner: str

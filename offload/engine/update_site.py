@@ -25,7 +25,6 @@ from offload.optim.rules import UpdateRule
 from offload.partition.blocks import BlockStore
 from offload.partition.layout import Bucket, segments
 from offload.partition.parameters import ParameterState
-from offload.partition.staging import release_all
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.executor import ComputePool
 from offload.schedule.footprint import Machine
@@ -286,4 +285,4 @@ def _empty_chunk(bucket: Bucket, store: BlockStore) -> Iterator[ChunkWork]:
         active = segments(bucket, bucket.chunks[0])
         yield ChunkWork(bucket, 0, active, dict(zip(classes, held, strict=True)))
     finally:
-        release_all(held, store.deadline_seconds)
+        store.late.release(held, store.deadline_seconds)

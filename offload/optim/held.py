@@ -93,6 +93,7 @@ class HeldChunks:
             OffloadError: a transfer that hangs has a part of it; it stays.
         """
         if self.share is not None:
+            self._store.late.collect()
             self.share.close()
             self._shadows.give_back()
         self.share = None

@@ -38,7 +38,6 @@ from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import BlockStore
 from offload.partition.layout import UPDATED_CLASSES, Bucket, Chunk, Segment, segments
 from offload.partition.parameters import ParameterState
-from offload.partition.staging import release_all
 from offload.schedule.update_site import NUM_SLOTS
 from offload.telemetry import LaneMeter
 
@@ -119,7 +118,7 @@ class StreamedStep:
                 self._store.drain()
         except BaseException:
             for work in (*started, *under_way):
-                release_all(list(work.staged.values()), self._store.deadline_seconds)
+                self._store.late.release(list(work.staged.values()), self._store.deadline_seconds)
             raise
         for bucket in self._buckets:
             if bucket.index not in later:

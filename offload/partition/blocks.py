@@ -29,8 +29,9 @@ from typing import Protocol
 import torch
 
 from offload.errors import BudgetError, DeadlineError, OffloadError
+from offload.partition.late import LateTransfers
 from offload.partition.layout import UPDATED_CLASSES, Bucket, Field, num_held
-from offload.partition.staging import ZEROED_LANE, Lend, Staged, StagingLease, release_all
+from offload.partition.staging import ZEROED_LANE, Lend, Staged, StagingLease
 from offload.tiers.device import DeviceLease, DeviceTier
 from offload.tiers.host import HostArena, HostLease
 from offload.tiers.nvme import NvmeStore, Record
@@ -88,6 +89,9 @@ class BlockStore:
     """Every block of an engine, the staging leases, and the writes that have not settled yet.
 
     Thread-safe: gradients come home from the threads of backward while pages come in.
+
+    Attributes:
+        late: the memory of transfers that nobody waits for any more.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class BlockStore:
         self.device = device
         self.nvme = nvme
         self.deadline_seconds = deadline_seconds
+        self.late = LateTransfers()
         self._blocks: dict[tuple[int, str], Block] = {}
         self._classes: dict[int, list[str]] = {}
         self._writing: OrderedDict[tuple[int, str, int], tuple[Transfer, Staged]] = OrderedDict()
@@ -336,7 +341,7 @@ class BlockStore:
                 for block, staged in zip(blocks, held, strict=True):
                     self._begin_load(block, chunk, staged, urgency)
             except OffloadError:
-                release_all(held, self.deadline_seconds)
+                self.late.release(held, self.deadline_seconds)
                 raise
             return held
 
@@ -355,11 +360,11 @@ class BlockStore:
                     writing[0].expedite(urgency)
                 staged = self.stage(block, chunk, wait=wait, lend=lend)
                 if staged is None:
-                    release_all(held)
+                    self.late.release(held)
                     return None
                 held.append(staged)
         except OffloadError:
-            release_all(held)
+            self.late.release(held)
             raise
         return held
 
@@ -411,7 +416,7 @@ class BlockStore:
         try:
             staged.transfer.wait(self.deadline_seconds)
         except OffloadError:
-            release_all([staged])
+            self.late.release([staged])
             raise
         return staged
 
@@ -440,6 +445,7 @@ class BlockStore:
         Raises:
             StorageError: one failed; its buffer is kept for `retry_failed`.
         """
+        self.late.collect()
         with self._lock:
             while self._writing:
                 key, (transfer, _) = next(iter(self._writing.items()))
@@ -525,6 +531,12 @@ class BlockStore:
                 written[0].wait(self.deadline_seconds)
         with self._lock:
             self._settle(block, chunk)
+
+    def has_settled(self, block: Block) -> bool:
+        """Whether no write to the block's home is in flight or has failed."""
+        key = block.bucket.index, block.state_class
+        with self._lock:
+            return all(each[:2] != key for each in (*self._writing, *self._failed))
 
     def oldest_write(self) -> Transfer | None:
         """The write that has been in flight longest; None: there is none."""

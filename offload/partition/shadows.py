@@ -17,11 +17,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from offload.errors import DeadlineError, OffloadError, StorageError
 from offload.partition.blocks import Block, BlockStore
 from offload.partition.layout import UPDATED_CLASSES, num_held
-from offload.partition.staging import ZEROED_LANE, Lend, Staged, release_all
+from offload.partition.staging import ZEROED_LANE, Lend, Staged
 from offload.telemetry import RetryLog
 from offload.tiers.nvme import NvmeStore
 from offload.tiers.transfer import CompletedTransfer, Transfer
@@ -86,7 +87,9 @@ class Shadows:
         staged: dict[str, Staged] = {}
         try:
             for block in filter(self._has_extent, blocks):
-                if not self._nvme.take_shadow(block.records[chunk]):
+                record = block.records[chunk]
+                # A version whose write was late when it was dropped has its extent till it ends.
+                if record.shadow is not None or not self._nvme.take_shadow(record):
                     break
                 taken.append(block)
             else:
@@ -175,18 +178,28 @@ class Shadows:
             self._store.settle(block, chunk)
 
     def drop(self, block: Block, chunk: int) -> None:
-        """Forget the held version, if there is one, after its write."""
+        """Forget the held version, if there is one, after its write.
+
+        A write that is late keeps its buffer and its extent until it ends.
+        """
         held = self._held.pop(self._key(block, chunk), None)
         if held is None:
             return
         self._settle(held)
-        if held.staged is not None and held.transfer is None:
+        if held.transfer is None:
+            self._forget(block, chunk, held)
+        else:
+            self._store.late.keep([held.transfer], partial(self._forget, block, chunk, held))
+
+    def _forget(self, block: Block, chunk: int, held: _Held) -> None:
+        """The write of a dropped version has ended: give back what it had."""
+        if held.staged is not None:
             held.staged.release()
-        if self._has_extent(block) and held.transfer is None:
+        if self._has_extent(block):
             self._nvme.drop_shadow(block.records[chunk])
 
     def _settle(self, held: _Held) -> None:
-        """Wait for a write; one that hangs keeps its buffer and its extent for good."""
+        """Wait for a write; one that is late keeps its transfer."""
         if held.transfer is None:
             return
         try:
@@ -205,7 +218,7 @@ class Shadows:
             held.staged = None
 
     def _undo(self, taken: Sequence[Block], loaded: Sequence[Staged], chunk: int) -> None:
-        release_all(loaded, self._store.deadline_seconds)
+        self._store.late.release(loaded, self._store.deadline_seconds)
         for block in taken:
             with contextlib.suppress(StorageError):
                 self._nvme.drop_shadow(block.records[chunk])

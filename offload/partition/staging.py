@@ -84,16 +84,19 @@ class _SharedLease:
             self._lease.release()
 
 
-def release_all(held: Sequence[Staged], deadline_seconds: float = 0.0) -> None:
-    """Give staging back once its transfers have ended; a hung transfer keeps its buffer for good.
+def release_all(held: Sequence[Staged], deadline_seconds: float = 0.0) -> list[Staged]:
+    """Give staging back once its transfers have ended; what is in flight keeps its buffer.
 
-    All of them together get `deadline_seconds`.
+    All of them together get `deadline_seconds`. Returns those that are late.
     """
     deadline = time.monotonic() + deadline_seconds
+    late = []
     for staged in held:
         try:
             staged.transfer.wait(max(0.0, deadline - time.monotonic()))
         except OffloadError:
             if not staged.transfer.done():
+                late.append(staged)
                 continue
         staged.release()
+    return late

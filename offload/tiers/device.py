@@ -64,7 +64,6 @@ class DeviceTier(ABC):
         self._held_bytes = 0
         self._free: dict[int, list[torch.Tensor]] = {}  # by size, oldest first
         self._free_bytes = 0
-        self._abandoned: list[torch.Tensor] = []
         self._closed = False
 
     def lease(self, nbytes: int, owner: str) -> DeviceLease:
@@ -311,11 +310,6 @@ class DeviceLease:
     def release(self) -> None:
         """Return the lease; exactly once, with no transfer in flight on it."""
         self._tier._take_back(self, self._memory)
-
-    def abandon(self) -> None:
-        """In place of `release`, where a transfer hangs: nobody gets the memory any more."""
-        self.released = True
-        self._tier._abandoned.append(self._memory)
 
     def __repr__(self) -> str:
         state = ", released" if self.released else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -148,3 +149,14 @@ def test_memory_that_a_hung_read_may_write_is_nobodys(make_store: MakeStore) -> 
     assert other != address
     again.finish()
     assert content(again) == [1, 2, 3, 4]
+
+
+def test_memory_of_a_late_read_comes_back_when_it_has_ended(make_store: MakeStore) -> None:
+    store = make_store(fault="op=read,nth=3,delay=1500")
+    way, _ = page_that_failed(store, DeadlineError)
+    way.give_back()
+    assert store.device.used_bytes == PAGE_BYTES
+    limit = time.monotonic() + 20
+    while store.device.used_bytes and time.monotonic() < limit:
+        store.settle_ended()
+    assert store.device.used_bytes == 0

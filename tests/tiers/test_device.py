@@ -147,19 +147,6 @@ def test_memory_that_is_leased_again_is_registered_while_it_exists() -> None:
     assert not io.registered
 
 
-def test_an_abandoned_lease_keeps_its_memory_and_its_room() -> None:
-    tier = CpuDeviceTier(4 * PAGE, Registrations())
-    lease = tier.lease(PAGE, "page")
-    address = lease.tensor.data_ptr()
-    lease.abandon()
-    del lease
-    gc.collect()
-    assert tier.used_bytes == PAGE
-    others = [tier.lease(PAGE, "page") for _ in range(3)]
-    assert address not in {each.tensor.data_ptr() for each in others}
-    assert tier.try_lease(PAGE, "page") is None
-
-
 def test_budget_error_says_who_holds_what(tier: CpuDeviceTier) -> None:
     tier.lease(4 * PAGE, "bucket 3")
     tier.hold(100, "gradients")

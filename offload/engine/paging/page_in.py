@@ -9,7 +9,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from offload.errors import DeadlineError, StorageError
-from offload.partition.staging import release_all
 from offload.tiers.transfer import Transfer, Urgency
 
 if TYPE_CHECKING:
@@ -147,11 +146,13 @@ class PageIn:
             self._end_copy()
 
     def give_back(self) -> None:
-        """After an error: release the lease, unless something hangs that may still write there."""
-        if all(transfer.done() for transfer in (*self._hung, *self._in_flight)):
-            self._lease.release()
-        else:
-            self._lease.abandon()
+        """After an error: release the lease, once nothing is in flight that may still write there.
+
+        See [Note: Late transfers]; until then nobody else gets the memory.
+        """
+        late = self._store.late
+        late.keep((*self._hung, *self._in_flight), self._lease.release)
+        late.collect()
 
     @property
     def _in_flight(self) -> list[Transfer]:
@@ -231,7 +232,7 @@ class PageIn:
         for transfer, staged in self._copying:
             staged.transfer = transfer
         held = [staged for _, staged in (*self._copying, *self._reading)]
-        release_all(held, self._store.deadline_seconds)
+        self._store.late.release(held, self._store.deadline_seconds)
         self._hung += [staged.transfer for staged in held if not staged.transfer.done()]
         self._copying.clear()
         self._reading.clear()
