@@ -37,9 +37,8 @@ from offload.optim.streamed import StreamedStep
 from offload.optim.turns import Turns
 from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import Block, BlockStore
-from offload.partition.layout import Bucket, Segment
+from offload.partition.layout import UPDATED_CLASSES, Bucket, Segment
 from offload.partition.parameters import ParameterState
-from offload.partition.staging import release_all
 from offload.schedule.executor import Pump
 from offload.schedule.footprint import OverlapRoom
 from offload.telemetry import RetryLog
@@ -207,7 +206,7 @@ class OverlappedStep:
                 index: None
                 for index, bucket in sorted(self._buckets.items())
                 if not self._streamed.runs_on_device(bucket)
-                and not self._streamed.settle_bucket(bucket, settings)
+                and not (self._is_home(bucket) and self._streamed.settle_bucket(bucket, settings))
             }
             if not self._pending:
                 self._settings = None
@@ -457,10 +456,22 @@ class OverlappedStep:
         if (
             self._settings is not None
             and index in self._pending
+            and self._is_home(self._buckets[index])
             and self._streamed.settle_bucket(self._buckets[index], self._settings)
         ):
             del self._pending[index]
             self._finish_if_done()
+
+    def _is_home(self, bucket: Bucket) -> bool:
+        """Whether all writes to homes that are used where they are, on the device, have ended well.
+
+        Others are read through the store, which repeats what has failed before.
+        """
+        return all(map(self._store.has_settled, self._updated_on_device(bucket)))
+
+    def _updated_on_device(self, bucket: Bucket) -> list[Block]:
+        updated = (b for b in self._blocks(bucket) if b.state_class in UPDATED_CLASSES)
+        return [block for block in updated if block.home == "device"]
 
     def _finish_if_done(self) -> None:
         if self._pending or self._settings is None:
@@ -495,6 +506,9 @@ class OverlappedStep:
                 if key in self._troubled:
                     self._troubled.discard(key)
                     self._raise_trouble(bucket, key[1])
+            for block in self._updated_on_device(bucket):
+                self._store.settle(block, chunk.index)
+        self._settle_bucket(index)
 
     def _make_room(self, key: Key) -> None:
         """Wait for something that gives staging back; without it, stage the chunk in the arena."""
@@ -577,7 +591,7 @@ class OverlappedStep:
             self._held.cancel(loading.key, loading.work)
             return
         staged, loading.work.staged = loading.work.staged, {}
-        release_all(list(staged.values()), self._store.deadline_seconds)
+        self._store.late.release(list(staged.values()), self._store.deadline_seconds)
 
     def _blocks(self, bucket: Bucket) -> list[Block]:
         return [

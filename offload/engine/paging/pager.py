@@ -300,8 +300,7 @@ class Pager:
 
     def _page_in(self, page: WeightPage, lease: DeviceLease, *, in_demand: bool) -> PageIn:
         depth, arrivals = self._staging_depth, self.arrivals
-        ahead = Urgency.PLANNED + self._runs.next_use(page.index)
-        urgency = Urgency.DEMAND if in_demand else ahead
+        urgency = Urgency.DEMAND if in_demand else Urgency.PLANNED + self._runs.next_use(page.index)
         return PageIn(
             page.block, lease, self._store, depth=depth, urgency=urgency, arrivals=arrivals
         )
@@ -449,6 +448,8 @@ class Pager:
         """Make homes ready to be read: `write_edits`, which says what it raises, and the rest."""
         with self.lock:
             self.write_edits()
+            while self.finish_one():
+                pass  # who reads homes wants the staging of what is still being copied from it
             for pending in (self.arrivals, self.updates):
                 if pending is not None:
                     pending.settle()
