@@ -7,7 +7,8 @@
             no part: its tiles have slots of their own, which are off the budget before planning.
   host      homes + staging. The phases of a step do not overlap, so staging is their maximum:
     passes  (forward and backward) a ring of weight chunks on their way from nvme; the open gradient
-            chunks whose home is nvme; landing room for gradients that leave an accelerator.
+            chunks whose home the cores do not reach; landing room for gradients that leave an
+            accelerator, to which those go back that have their home there.
     update  as many chunks as are read ahead, computed and written behind, each with the blocks of
             the classes that the cores cannot update where they live.
   nvme      homes + spare extents: new state goes to another extent than the one it came from.
@@ -200,9 +201,9 @@ def _passes_staging_bytes(
         if tier_of[bucket, "weights"] == "nvme":
             weights = max(weights, *classes["weights"])
         gradient_tier = tier_of.get((bucket, "gradients"))
-        if gradient_tier == "nvme":
+        if gradient_tier is not None and machine.is_staged(gradient_tier):
             gradients = max(gradients, *classes["gradients"])
-        if gradient_tier in {"host", "nvme"} and not machine.host_addressable:
+        if gradient_tier is not None and not machine.host_addressable:
             # A gradient leaves the device in the dtype of the weights.
             landing = max(landing, *classes["weights"])
     staging = machine.staging

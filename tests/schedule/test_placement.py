@@ -129,12 +129,12 @@ def test_staging_and_spares_are_what_the_flows_hold(
             size = {name: sizes[chunk] for name, sizes in classes.items()}
             if at["weights"] == "nvme":
                 ring.append(size["weights"])
-            if at.get("gradients") == "nvme":
+            far = {"nvme"} if machine.host_addressable else {"nvme", "device"}
+            if at.get("gradients") in far:
                 open_gradients.append(size["gradients"])
-            if at.get("gradients", "device") != "device" and not machine.host_addressable:
+            if "gradients" in at and not machine.host_addressable:
                 landing.append(size["weights"])
             if "optimizer" in classes:
-                far = {"nvme"} if machine.host_addressable else {"nvme", "device"}
                 update.append(sum(size[name] for name in classes if at[name] in far))
             for name in classes:
                 if at[name] == "nvme":
@@ -249,3 +249,14 @@ def test_spread_order_is_even_in_every_first_part(count: int, part: int) -> None
     chosen = sorted(order[:part])
     gaps = [b - a for a, b in zip(chosen, [*chosen[1:], count], strict=True)]
     assert max(gaps) <= max(1, 4 * count // len(chosen))
+
+
+def test_gradients_at_home_on_an_accelerator_are_staged_on_their_way_back() -> None:
+    tier_of = {(0, "weights"): "nvme", (0, "gradients"): "device", (0, "optimizer"): "nvme"}
+    staging = Staging(weights=4, update=1, gradients=3, landing=2)
+    machine = Machine(device_bytes=0, host_bytes=0, nvme_bytes=0, staging=staging)
+    beside_the_cpu = footprint([bucket(1, 2, 4)], tier_of, machine, gradient_bytes=0)
+    assert beside_the_cpu.passes_staging_bytes == 4 * PAGE
+    accelerator = replace(machine, host_addressable=False)
+    beside_a_gpu = footprint([bucket(1, 2, 4)], tier_of, accelerator, gradient_bytes=0)
+    assert beside_a_gpu.passes_staging_bytes == (4 + 3 * 2 + 2 * 1) * PAGE
