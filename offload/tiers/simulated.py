@@ -10,6 +10,11 @@ jitter say when it ends, so that ends come in another order than starts.
 A transfer's bytes move at its end and not before. Until then the target holds 0xFF, which is NaN in
 every float type. So a wait that is missing shows as wrong data, in every run with the same seed.
 A queue that is empty while somebody waits is a deadlock, and raises as a passed deadline.
+
+[Note: random faults]
+
+A test names the attempt that fails; a simulation of many seeds draws it. `RandomFaults` stands in
+the place of a specification, and says afterwards what it has done.
 """
 
 from __future__ import annotations
@@ -21,9 +26,13 @@ import itertools
 import math
 import os
 import random
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
 
 from offload.errors import DeadlineError, StorageError
 from offload.native import crc32c
@@ -77,12 +86,73 @@ class LaneModel:
     """A lane moves one quantum after the other; a transfer also takes its latency, which overlaps.
 
     `jitter_seconds` is the most that is added to a latency at random: ends change their order.
+    `stalls` is the share of transfers that take up to `stall_seconds` longer than that, as on a
+    disk that collects garbage.
     """
 
     bytes_per_second: float = 1e9
     latency_seconds: float = 1e-4
     jitter_seconds: float = 1e-2
     quantum_bytes: int = 8 << 20
+    stalls: float = 0.0
+    stall_seconds: float = 0.0
+
+    def draw_latency(self, drawn: random.Random) -> float:
+        """The latency of one transfer, in seconds."""
+        latency = self.latency_seconds + drawn.uniform(0.0, self.jitter_seconds)
+        if self.stalls and drawn.random() < self.stalls:
+            latency += drawn.uniform(0.0, self.stall_seconds)
+        return latency
+
+
+class Faults(Protocol):
+    """What decides which attempt fails, and how."""
+
+    def next(self, operation: str) -> FaultAction | None:
+        """Count one attempt of `operation`; return what to do to it."""
+
+
+class RandomFaults:
+    """Faults by seed; see [Note: random faults].
+
+    Args:
+        seed: of what is drawn.
+        rates: the probability of each kind of fault, by (operation, kind), the kind and its value
+            as in [Note: fault specification]; the first that is drawn acts.
+        most: how often each kind may act; absent: without limit.
+
+    Attributes:
+        is_on: whether any acts from here on.
+        acted: how often each (operation, kind) has acted.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        rates: Mapping[tuple[str, FaultAction], float],
+        *,
+        most: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self.is_on = True
+        self.acted: Counter[tuple[str, str]] = Counter()
+        self._rates = dict(rates)
+        self._most = most
+        self._random = random.Random(seed)
+
+    def count(self, kind: str) -> int:
+        """How often a kind of fault has acted."""
+        return sum(count for (_, of), count in self.acted.items() if of == kind)
+
+    def next(self, operation: str) -> FaultAction | None:
+        """Draw whether this attempt fails."""
+        for (affected, action), rate in self._rates.items():
+            if not self.is_on or affected not in ("any", operation):
+                continue
+            may = self.count(action.kind) < self._most.get(action.kind, sys.maxsize)
+            if self._random.random() < rate and may:
+                self.acted[operation, action.kind] += 1
+                return action
+        return None
 
 
 @dataclass(slots=True, eq=False)
@@ -146,8 +216,9 @@ class SimulatedTicket:
 class SimulatedIo:
     """An I/O engine on a virtual clock, with the interface of `offload.native.IoEngine`.
 
-    Files are real. `seed` decides the order of ends, `fault` what fails; for its language see
-    [Note: fault specification] in `offload.native.fault_spec` ("short" has no effect here).
+    Files are real. `seed` decides the order of ends, `fault` what fails: `Faults`, or text; for its
+    language see [Note: fault specification] in `offload.native.fault_spec` ("short" has no effect
+    here).
     """
 
     backend = "simulated"
@@ -158,12 +229,12 @@ class SimulatedIo:
         *,
         lanes: Mapping[str, LaneModel] | None = None,
         seed: int = 0,
-        fault: str | None = None,
+        fault: str | Faults | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
         self._models = {lane: LaneModel() for lane in _LANES} | dict(lanes or {})
         self._random = random.Random(seed)
-        self._fault = FaultSpec(fault or "")
+        self._fault: Faults = FaultSpec(fault or "") if isinstance(fault, str | None) else fault
         self._waiting = {lane: RequestOrder[_Movement]() for lane in self._models}
         self._is_moving = dict.fromkeys(self._models, False)
         self._totals: LaneTotals = dict.fromkeys(self._models, (0, 0.0))
@@ -281,7 +352,7 @@ class SimulatedIo:
         action = self._fault.next(operation)
         model = self._models[lane]
         seconds = nbytes / model.bytes_per_second
-        latency = model.latency_seconds + self._random.uniform(0.0, model.jitter_seconds)
+        latency = model.draw_latency(self._random)
         if action is not None and action.kind == "delay":
             latency += action.value / 1e3
 

@@ -68,8 +68,11 @@ class SimulatedCopy(TicketTransfer):
     def wait(self, timeout: float | None = None) -> None:
         if not self._is_seen or not super().done():
             self.tier.host_waits[self.lane] += 1
-        super().wait(timeout)
-        self._see()
+        try:
+            super().wait(timeout)
+        finally:
+            if super().done():  # well or not
+                self._see()
 
     def order(self) -> None:
         """End the copy without the host's knowing."""

@@ -1,4 +1,4 @@
-"""The host arena and the device tiers against lists of who has what: nobody gets another's bytes."""
+"""The host arena and the device tiers against lists of who has what."""
 
 from __future__ import annotations
 
@@ -181,7 +181,6 @@ class DeviceMachine(RuleBasedStateMachine):
         self.leases: dict[DeviceLease, int | None] = {}  # None: its bytes are undefined
         self.copies: dict[Transfer, Copy] = {}
         self.held_bytes = 0
-        self.abandoned_bytes = 0
 
     @initialize(seed=st.integers(0, 999))
     def make_tier(self, seed: int) -> None:
@@ -194,7 +193,7 @@ class DeviceMachine(RuleBasedStateMachine):
     @property
     def used_bytes(self) -> int:
         leased = sum(round_up_to_page(lease.nbytes) for lease in self.leases)
-        return leased + self.held_bytes + self.abandoned_bytes
+        return leased + self.held_bytes
 
     @property
     def allocated_bytes(self) -> int:
@@ -226,20 +225,6 @@ class DeviceMachine(RuleBasedStateMachine):
         lease = data.draw(st.sampled_from(self.free_leases()))
         del self.leases[lease]
         lease.release()
-
-    @precondition(lambda self: any(copy.fault == "drop=1" for copy in self.copies.values()))
-    @rule()
-    def abandon(self) -> None:
-        """Of a copy that hangs nobody gets the memory any more."""
-        for transfer, copy in list(self.copies.items()):
-            if copy.fault == "drop=1":
-                others = [c for t, c in self.copies.items() if t is not transfer]
-                if all(other.lease is not copy.lease for other in others):
-                    del self.copies[transfer]
-                    del self.leases[copy.lease]
-                    copy.lease.abandon()
-                    self.abandoned_bytes += round_up_to_page(copy.lease.nbytes)
-                return
 
     @rule(nbytes=st.integers(1, 3 * 4096))
     def hold(self, nbytes: int) -> None:
@@ -334,7 +319,7 @@ class DeviceMachine(RuleBasedStateMachine):
             lease.release()
             del self.leases[lease]
         hung = sum(round_up_to_page(lease.nbytes) for lease in self.leases)
-        assert self.tier.used_bytes == self.held_bytes + self.abandoned_bytes + hung
+        assert self.tier.used_bytes == self.held_bytes + hung
         self.tier.close()
 
 
@@ -371,7 +356,7 @@ class AcceleratorMachine(DeviceMachine):
 
     @invariant()
     def the_slab_is_whole(self) -> None:
-        if hasattr(self, "tier") and not self.abandoned_bytes:
+        if hasattr(self, "tier"):
             used = sum(round_up_to_page(each.nbytes) for each in self.leases if self.is_cut(each))
             free = sum(end - start for start, end in self.tier._ranges.ranges())
             assert used + free == SLAB_BYTES

@@ -62,6 +62,14 @@ class Version:
     damaged: bool = False  # the disk has lied
 
 
+def failure_of(transfer: StoreTransfer) -> StorageError | None:
+    try:
+        transfer.wait()
+    except StorageError as error:
+        return error
+    return None
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Writes, held writes and reads of a few records in any order.
 
@@ -106,7 +114,7 @@ class StoreMachine(RuleBasedStateMachine):
         paths = [self.folder.name] * num_paths
         self.store = NvmeStore(paths, self.io, mode=mode)  # type: ignore[arg-type]
         sizes = [(f"record {index}", nbytes) for index, nbytes in enumerate(SIZES)]
-        held = {nbytes: num_held for nbytes in SIZES}
+        held = dict.fromkeys(SIZES, num_held)
         self.records = self.store.reserve(sizes, spare=spare, held=held)
         self.store.capacity_bytes = self.store.used_bytes + room * 4096
         self.spare = spare
@@ -128,8 +136,8 @@ class StoreMachine(RuleBasedStateMachine):
                 assert not self.store._in_flight[record.extent_bytes]
                 self.learn()
                 return
-            except DeadlineError as error:
-                assert record.extent_bytes in {hung.extent_bytes for hung in self.hung()}, error
+            except DeadlineError:
+                assert record.extent_bytes in {hung.extent_bytes for hung in self.hung()}
                 self.learn()
                 return
         self.learn()  # the store may have settled others to get an extent
@@ -206,7 +214,9 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.taken)
     @rule(data=st.data(), lot=st.integers(0, 99))
     def start_held_write(self, data: st.DataObject, lot: int) -> None:
-        self.start_held(data.draw(st.sampled_from([r for r in self.records if r in self.taken])), lot)
+        self.start_held(
+            data.draw(st.sampled_from([r for r in self.records if r in self.taken])), lot
+        )
 
     def start_held(self, record: Record, lot: int) -> None:
         version = self.new_data(record)
@@ -302,43 +312,39 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             reserve()
         except BudgetError as error:
-            assert error.requested_bytes > self.store.capacity_bytes - before
-            assert self.store.used_bytes == before
+            needed = error.requested_bytes
+        else:
+            return
+        assert needed > self.store.capacity_bytes - before
+        assert self.store.used_bytes == before
 
     def wait_read(self, transfer: StoreTransfer) -> None:
         read = self.reads.pop(transfer)
-        try:
-            transfer.wait()
-        except DeadlineError as error:
+        error = failure_of(transfer)
+        if error is None:
+            assert torch.equal(read.buffer, read.expected.data)
+            # The same byte flipped twice is well.
+            if not (read.expected.damaged and read.fault in LIES):
+                assert read.fault not in (FAILS, *LIES)
+                assert not read.expected.damaged, "nobody has seen that the disk has lied"
+            return
+        assert error.what == read.record.name
+        if isinstance(error, DeadlineError):
             assert read.fault == HANGS
-            assert error.what == read.record.name
             self.reads[transfer] = read
-            return
-        except ChecksumError as error:
+        elif isinstance(error, ChecksumError):
             assert read.expected.damaged or self.may_be_anywhere or read.fault in LIES, error
-            assert error.what == read.record.name
-            return
-        except StorageError as error:
+        else:
             assert read.fault in (FAILS, LIES[-1]), error  # the file may end there
-            assert error.what == read.record.name
-            return
-        assert torch.equal(read.buffer, read.expected.data)
-        if not (read.expected.damaged and read.fault in LIES):  # the same byte flipped twice is well
-            assert read.fault not in (FAILS, *LIES)
-            assert not read.expected.damaged, "nobody has seen that the disk has lied"
 
     def wait_write(self, transfer: StoreTransfer) -> None:
         write = self.writes[transfer]
-        try:
-            transfer.wait()
-        except DeadlineError as error:
-            assert write.fault == HANGS
-            assert error.what == write.record.name
-        except StorageError as error:
-            assert write.fault == FAILS, error
-            assert error.what == write.record.name
-        else:
+        error = failure_of(transfer)
+        if error is None:
             assert write.fault not in (FAILS, HANGS)
+        else:
+            assert error.what == write.record.name
+            assert write.fault == (HANGS if isinstance(error, DeadlineError) else FAILS), error
         self.learn()
 
     def learn(self) -> None:
