@@ -160,8 +160,10 @@ class StorageError(OffloadError, OSError):
     current extent intact. The buffer is free again. The store stays usable; the call may be
     repeated, except `fsync`, which is never repeated on the same data.
 
-    `errno` is the system's error number; `what` the record's name, if it has one; `offset` and
-    `nbytes` are in bytes and None where the operation has none.
+    `errno` is the system's error number; `what` the record's name, if it has one, with parameters
+    that are in it; `offset` and `nbytes` are in bytes and None where the operation has none. `on`
+    is the disk, with its device and mount point, where the system tells; `num_tries` how often the
+    operation was made.
     """
 
     operation: str
@@ -169,6 +171,8 @@ class StorageError(OffloadError, OSError):
     offset: int | None
     nbytes: int | None
     what: str | None
+    on: str | None
+    num_tries = 1
 
     def __init__(
         self,
@@ -179,9 +183,11 @@ class StorageError(OffloadError, OSError):
         nbytes: int | None = None,
         errno: int | None = None,
         what: str | None = None,
+        on: str | None = None,
         detail: str | None = None,
         remedy: str | None = None,
     ) -> None:
+        self.on = on
         self.operation = operation
         self.path = os.fspath(path)
         self.offset = offset
@@ -196,6 +202,8 @@ class StorageError(OffloadError, OSError):
         name = errno_codes.errorcode.get(code, str(code))
         fact = f"{operation} of {what + ' in ' if what else ''}{place} failed: "
         fact += f"{detail} [{name}]" if detail else f"{os.strerror(code)} [{name}]"
+        if on:
+            fact += f"; disk: {on}"
         OffloadError.__init__(self, fact, remedy=remedy)
         self._message = str(self.args[0])
         OSError.__init__(self, code, self._message, self.path)

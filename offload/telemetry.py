@@ -88,7 +88,7 @@ class UpdateReport:
 
 @dataclass(frozen=True, slots=True)
 class RetryReport:
-    """I/O errors beside the computation; what failed is made again.
+    """I/O errors that nobody was told of, because what has failed is made again.
 
     Whoever needs it is told if that fails, too. `last` is the message of the last one; "" if there
     was none.
@@ -131,9 +131,9 @@ class StepReport:
 
     `bound_seconds` is the least time the step could take at measured lane speeds; 0.0 where it is
     not known yet, and `critical` the lane that sets it. `faults` counts demand fetches.
-    `activations` is all zeros where they stay on the device. `retries` are I/O errors beside the
-    computation: they have cost time and nothing else, but the disk may be failing. `shrinks` are
-    those of the host's budget, before the step began.
+    `activations` is all zeros where they stay on the device. `retries` are I/O errors after which
+    something was made again: they have cost time and nothing else, but the disk may be failing.
+    `shrinks` are those of the host's budget, before the step began.
     """
 
     step: int
@@ -311,8 +311,8 @@ class RetryLog:
                 return
             self._has_warned = True
         warnings.warn(
-            f"what failed beside the computation is made again: {self._report.last}; further "
-            "errors are counted in StepReport.retries",
+            f"an I/O error, after which the operation is made again: {self._report.last}; further "
+            "ones are counted in StepReport.retries",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -188,6 +188,7 @@ def settings(
         "precision": {"compute": compute},
         "optimizer": {"name": "adamw", **ADAMW},
         "partition": {"bucket_elements": bucket_elements},
+        "io": {"retries": 0},  # a test that injects one error means it to be seen
     }
     for name, section in sections.items():
         inherited = {} if "name" in section else config.get(name, {})

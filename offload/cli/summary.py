@@ -126,8 +126,8 @@ def print_summary(console: Console, outcome: Outcome) -> None:
     retried = [report.retries for report in outcome.reports if report.retries.count]
     if retried:
         lines.append(
-            f"I/O errors beside the computation: {sum(each.count for each in retried)}, "
-            f"the last one: {retried[-1].last}"
+            "I/O errors after which something was made again: "
+            f"{sum(each.count for each in retried)}, the last one: {retried[-1].last}"
         )
     shrunk = [report.shrinks for report in outcome.reports if report.shrinks.count]
     lines += [each.last for each in shrunk]

@@ -305,6 +305,9 @@ class IoSection(Section):
     """Verify every extent that is read back."""
     deadline_seconds: Positive = 60.0
     """An operation that takes longer is an error."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 3
+    """How often a read or write of an extent that has failed is made again, if the error may be a
+    passing one (EIO, a timeout, a lost link), after 0.02, 0.1, 0.5, ... seconds."""
 
 
 class GuardSection(Section):

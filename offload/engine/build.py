@@ -62,13 +62,15 @@ from offload.partition.parameters import ParameterState
 from offload.schedule.executor import ComputePool
 from offload.schedule.footprint import Machine
 from offload.schedule.plan import Plan
-from offload.telemetry import LaneMeter, ShrinkReport
+from offload.telemetry import LaneMeter, RetryLog, ShrinkReport
 from offload.tiers.cuda import open_device_tier
 from offload.tiers.device import DeviceTier
 from offload.tiers.extents import PAGE_BYTES
 from offload.tiers.host import HostArena
 from offload.tiers.memory import trim_heap
 from offload.tiers.nvme import NvmeStore
+from offload.tiers.retrying import RetryingIo
+from offload.tiers.transfer import AsyncIo
 
 _LOOKAHEAD_PAGES = 3
 SCRATCH_OWNER = "fp32 copies for the optimizer"
@@ -161,7 +163,8 @@ def build(
     with contextlib.ExitStack() as closing:
         io = open_io(config)
         closing.callback(io.close, config.io.deadline_seconds)
-        nvme = _open_nvme(config, io, closing)
+        retries = RetryLog()
+        nvme = _open_nvme(config, RetryingIo(io, retries=config.io.retries, log=retries), closing)
         chosen = choose_rule(collection, config, optimizer)
         collection = without_untrained(collection, chosen.groups)
         machine = describe_machine(config, None if nvme is None else nvme.bytes_free())
@@ -174,7 +177,7 @@ def build(
             collection,
             plan,
             machine,
-            (io, nvme),
+            (io, nvme, retries),
             chosen,
             source or OwnMemory(),
             closing,
@@ -214,7 +217,7 @@ def _require_memory(plan: Plan, machine: Machine) -> None:
 
 
 def _open_nvme(
-    config: OffloadConfig, io: IoEngine, closing: contextlib.ExitStack
+    config: OffloadConfig, io: AsyncIo, closing: contextlib.ExitStack
 ) -> NvmeStore | None:
     section = config.tiers.nvme
     if not section.paths:
@@ -237,12 +240,12 @@ def _reserve_and_move(
     collection: Collection,
     plan: Plan,
     machine: Machine,
-    disks: tuple[IoEngine, NvmeStore | None],
+    disks: tuple[IoEngine, NvmeStore | None, RetryLog],
     chosen: ChosenRule,
     source: InitialWeights,
     closing: contextlib.ExitStack,
 ) -> Parts:
-    io, nvme = disks
+    io, nvme, retries = disks
     rule = chosen.rule
     deadline = config.io.deadline_seconds
     # No larger than the plan: an arena is locked in memory where there is an accelerator.
@@ -260,7 +263,13 @@ def _reserve_and_move(
         device.hold(collection.resident_bytes, "parameters that cannot be paged")
     if plan.gradient_bytes:
         device.hold(plan.gradient_bytes, "gradients in flight")
-    store = BlockStore(host=host, device=device, nvme=nvme, deadline_seconds=deadline)
+    store = BlockStore(
+        host=host,
+        device=device,
+        nvme=nvme,
+        deadline_seconds=deadline,
+        names=[collected.names[0] for collected in collection.paged],
+    )
     for bucket in plan.buckets:
         for state_class, layout in plan.layouts[bucket.index].items():
             store.add(bucket, state_class, layout, plan.tier(bucket.index, state_class))
@@ -308,7 +317,7 @@ def _reserve_and_move(
         depth=machine.staging.update,
         meter=meter,
     )
-    updates = OverlappedStep(streamed, plan.buckets, parameters, store, host, plan.overlap)
+    updates = OverlappedStep(streamed, plan.buckets, parameters, store, host, plan.overlap, retries)
     closing.callback(updates.close)
     pager.updates = gradients.updates = updates
     activations = open_activations(config, plan, host, device, nvme)

@@ -69,6 +69,7 @@ class StepMeter:
     def end_step(self) -> None:
         """The step has ended: keep its report."""
         now = time.perf_counter()
+        self._parts.updates.retries.warn_once()
         lanes = lanes_between(self._lanes, self._now())
         note_speeds(self._best, lanes)
         self._note_mixed(lanes)

@@ -62,11 +62,12 @@ class OverlappedStep:
         store: the state.
         host: lends the room.
         room: what may be taken; without flow nothing is overlapped, and every method does nothing.
+        retries: is told of errors after which something is made again.
 
     Attributes:
         committed: chunks whose held version was committed since the start.
         dropped: chunks whose held version was dropped since the start.
-        retries: I/O errors that nobody was told of.
+        retries: I/O errors that nobody was told of; also others' than the step's.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class OverlappedStep:
         store: BlockStore,
         host: HostArena,
         room: OverlapRoom,
+        retries: RetryLog | None = None,
     ) -> None:
         self.committed = self.dropped = 0
-        self.retries = RetryLog()
+        self.retries = retries or RetryLog()
         self._streamed = streamed
         self._parameters = parameters
         self._store = store

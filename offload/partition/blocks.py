@@ -28,9 +28,9 @@ from typing import Protocol
 
 import torch
 
-from offload.errors import BudgetError, DeadlineError, OffloadError
+from offload.errors import BudgetError, DeadlineError, OffloadError, listed
 from offload.partition.late import LateTransfers
-from offload.partition.layout import UPDATED_CLASSES, Bucket, Field, num_held
+from offload.partition.layout import UPDATED_CLASSES, Bucket, Field, num_held, segments
 from offload.partition.staging import ZEROED_LANE, Lend, Staged, StagingLease
 from offload.tiers.device import DeviceLease, DeviceTier
 from offload.tiers.host import HostArena, HostLease
@@ -78,17 +78,12 @@ class Block:
         """For messages: state class and bucket."""
         return f"{self.state_class} of bucket {self.bucket.index}"
 
-    @property
-    def record_sizes(self) -> list[tuple[str, int]]:
-        """Name and bytes of the record of each chunk, for a home on nvme."""
-        sizes = self.layout.chunk_nbytes
-        return [(f"{self.name}, chunk {chunk}", nbytes) for chunk, nbytes in enumerate(sizes)]
-
 
 class BlockStore:
     """Every block of an engine, the staging leases, and the writes that have not settled yet.
 
-    Thread-safe: gradients come home from the threads of backward while pages come in.
+    Thread-safe: gradients come home from the threads of backward while pages come in. `names` are
+    those of the parameters, for errors.
 
     Attributes:
         late: the memory of transfers that nobody waits for any more.
@@ -101,7 +96,9 @@ class BlockStore:
         device: DeviceTier,
         nvme: NvmeStore | None,
         deadline_seconds: float,
+        names: Sequence[str] = (),
     ) -> None:
+        self._names = names
         self.host = host
         self.device = device
         self.nvme = nvme
@@ -153,7 +150,7 @@ class BlockStore:
         if not blocks:
             return
         assert self.nvme is not None, "a plan with state on nvme comes with a store"
-        sizes = [size for block in blocks for size in block.record_sizes]
+        sizes = [size for block in blocks for size in self.record_sizes(block)]
         updated = [b for b in blocks if b.bucket.trainable and b.state_class in UPDATED_CLASSES]
         held = num_held(
             (nbytes for block in updated for nbytes in block.layout.chunk_nbytes), held_share
@@ -161,6 +158,19 @@ class BlockStore:
         records = iter(self.nvme.reserve(sizes, spare=spare, held=held))
         for block in blocks:
             block.records = [next(records) for _ in block.layout.chunk_nbytes]
+
+    def record_sizes(self, block: Block) -> list[tuple[str, int]]:
+        """Name and bytes of the record of each chunk of a block, for a home on nvme."""
+        sizes = []
+        for chunk, nbytes in zip(block.bucket.chunks, block.layout.chunk_nbytes, strict=True):
+            inside = [
+                self._names[segment.param]
+                for segment in segments(block.bucket, chunk)
+                if segment.param < len(self._names)
+            ]
+            of = f" ({listed(inside)})" if inside else ""
+            sizes.append((f"{block.name}, chunk {chunk.index}{of}", nbytes))
+        return sizes
 
     def move_to_nvme(self, block: Block, records: Sequence[Record]) -> None:
         """The home of a block is these records from here on; its host lease has been released."""

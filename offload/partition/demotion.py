@@ -45,10 +45,10 @@ class Demotion:
             StorageError: see `NvmeStore.reserve`.
         """
         new = [block for block in blocks if block not in self._records]
-        sizes = [size for block in new for size in block.record_sizes]
+        sizes = [size for block in new for size in self._store.record_sizes(block)]
         records = iter(self._nvme.reserve(sizes, spare=self._spare))
         for block in new:
-            self._records[block] = [next(records) for _ in block.record_sizes]
+            self._records[block] = [next(records) for _ in block.layout.chunk_nbytes]
 
     def write(self, blocks: Sequence[Block]) -> None:
         """Write every chunk of the blocks to its record, and wait.

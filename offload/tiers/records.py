@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import errno as errno_codes
 import hashlib
+import os
 
 import torch
 
 from offload.errors import ChecksumError, StorageError
+from offload.tiers.disks import disk_of
 from offload.tiers.extents import Extent, round_up_to_page
 from offload.tiers.transfer import Transfer
 
@@ -98,6 +100,7 @@ def named_error(
     remedy = "look at the disk (dmesg, smartctl)"
     if error.errno == errno_codes.ENOSPC:  # the space was allocated before
         remedy = "free space in the thin volume or snapshot below the file system"
+    tries = f", after {error.num_tries} tries" if error.num_tries > 1 else ""
     named = StorageError(
         operation=operation,
         path=path,
@@ -105,8 +108,11 @@ def named_error(
         nbytes=record.nbytes,
         errno=error.errno,
         what=record.name,
+        on=_disk_and_file(path, extent),
+        detail=f"{os.strerror(error.errno or errno_codes.EIO)}{tries}",
         remedy=f"{remedy}; the record keeps its last committed version",
     )
+    named.num_tries = error.num_tries
     named.__cause__ = error
     return named
 
@@ -121,7 +127,15 @@ def checksum_error(
         offset=extent.offset,
         nbytes=record.nbytes,
         what=record.name,
+        on=_disk_and_file(path, extent),
         detail=f"CRC32C is {found:#010x}, of what was written {expected:#010x}: "
         "a flipped bit, or a misdirected or lost write",
         remedy="do not trust this disk (smartctl, memory test); resume from a checkpoint",
     )
+
+
+def _disk_and_file(path: str, extent: Extent) -> str:
+    """Where an extent is: the disk, and which of the run's backing files, which have no names."""
+    disk = disk_of(path)
+    where = f"{disk}, " if disk is not None else ""
+    return f"{where}backing file number {extent.file} of this run"

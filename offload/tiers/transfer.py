@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from offload.errors import DeadlineError, OffloadError, StorageError
 from offload.native.core import BULK_URGENCY, URGENCY_CLASS_SHIFT
+from offload.tiers.disks import disk_of
 
 if TYPE_CHECKING:
     from offload.native.files import IoFile
@@ -227,12 +228,14 @@ class TicketTransfer(Transfer):
                 self._buffers = ()
 
     def _late(self, error: DeadlineError, timeout: float) -> DeadlineError:
+        disk = disk_of(error.path) if self.lane.startswith("nvme") else None
         return DeadlineError(
             operation=self.lane,
             path=error.path,
             offset=error.offset,
             nbytes=self.nbytes,
             what=self._what,
+            on=None if disk is None else str(disk),
             detail=f"not done after {timeout:g} s; it is still in flight and owns its buffer",
             remedy="wait again, or look whether the device hangs (dmesg, iostat)",
         )

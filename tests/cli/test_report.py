@@ -90,7 +90,7 @@ def test_the_command_prints_the_summary(tmp_path: Path) -> None:
 def test_the_command_prints_errors_that_nobody_was_told_of(tmp_path: Path) -> None:
     run = write_run(tmp_path, *(step(number, loss=3.0) for number in range(1, 6)))
     result = CliRunner().invoke(main, ["report", str(run)])
-    assert "beside the computation: 12, the last one: read of a chunk failed" in result.output
+    assert "something was made again: 12, the last one: read of a chunk failed" in result.output
     assert result.output.count("memory ran short") == 1
 
 

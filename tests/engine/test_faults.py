@@ -121,7 +121,7 @@ def run_through(engine: Any, *, accumulation: int = 1) -> tuple[Any, list[str]]:
     return run, errors
 
 
-@pytest.mark.filterwarnings("ignore:what failed beside the computation:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:an I/O error, after which:RuntimeWarning")
 @pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("kind", ["read", "write"])
@@ -208,7 +208,7 @@ def continue_engine_until_error(engine: Any) -> list[float]:
 
 
 @pytest.mark.usefixtures("by_itself")
-@pytest.mark.filterwarnings("ignore:what failed beside the computation:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:an I/O error, after which:RuntimeWarning")
 def test_an_error_again_and_again(faulty: Faulty, tmp_path: Path) -> None:
     """Many writes in a row fail; each call of step gets further, and nothing is applied twice."""
     calm = train_engine(small_model(), nvme_settings(tmp_path), small_loss, steps=2)

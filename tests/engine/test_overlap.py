@@ -412,7 +412,7 @@ def test_a_checkpoint_has_what_is_pending(tmp_path: Path) -> None:
     assert_identical(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:what failed beside the computation:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:an I/O error, after which:RuntimeWarning")
 def test_damaged_state_is_found_by_whoever_needs_it(tmp_path: Path) -> None:
     """Nothing is lost but the step: a checkpoint brings the run back."""
     with make_engine(small_model(), overlapped_settings(tmp_path)) as engine:

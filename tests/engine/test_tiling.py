@@ -551,7 +551,7 @@ class FailingIo(IoEngine):
         return super().start_read(*arguments, **options)
 
 
-@pytest.mark.filterwarnings("ignore:what failed beside the computation:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:an I/O error, after which:RuntimeWarning")
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_a_read_that_fails_inside_a_tile_loop_leaves_nothing(
     prefetch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
