@@ -7,7 +7,8 @@ counted. Then it runs once for each attempt and each kind of fault, with that at
     files     the calls of Python code on folders: checkpoints, and opening the NVMe tier
     strace    the same seen from the kernel's side, an example of each system call
 
-Wanted: an interrupted, refused (EAGAIN) or short transfer is healed. Any other error is an
+Wanted: an interrupted, refused (EAGAIN) or short transfer is healed, and with `io.retries` an EIO
+that has passed when the request is made again. Any other error is an
 `OffloadError` that names operation, file, offset, bytes, errno and record; the caller repeats the
 call and ends with the bits of the undisturbed run. After a failed save the checkpoint before still
 loads. No descriptor, thread or lease is left, and no fsync is repeated on the same data.
@@ -48,13 +49,15 @@ _TRANSIENT = (errno.EINTR, errno.EAGAIN)
 # kind -> the action of [Note: fault specification] in offload/native/fault_spec.py
 ENGINE_FAULTS = {
     "EIO": f"errno={errno.EIO}",
+    "EIO, made again": f"errno={errno.EIO}",
     "ENOSPC": f"errno={errno.ENOSPC}",
     "EINTR": f"errno={errno.EINTR}",
     "EAGAIN": f"errno={errno.EAGAIN}",
     "half": "short=4096",
     "one byte": "short=1",
 }
-HEALED = ("EINTR", "EAGAIN", "half", "one byte")
+HEALED = ("EIO, made again", "EINTR", "EAGAIN", "half", "one byte")
+RETRIES = {"EIO, made again": 3}  # io.retries; the others are seen the first time
 FILE_FAULTS = (
     Fault("EIO", errno.EIO),
     Fault("ENOSPC", errno.ENOSPC),
@@ -141,12 +144,13 @@ class Sweep:
         """One I/O attempt of the engine after the other is disturbed."""
         row = Row(f"engine, {backend}: {kind}")
         began, outcomes = time.perf_counter(), Counter[str]()
-        calm, counts = self._through_engine(backend, None)
+        retries = RETRIES.get(kind, 0)
+        calm, counts = self._through_engine(backend, None, retries)
         _require_calm(calm)
         for operation, count in counts.items():
             for nth in self._spread(count):
                 fault = f"op={operation},nth={nth},{ENGINE_FAULTS[kind]}"
-                life, _ = self._through_engine(backend, fault)
+                life, _ = self._through_engine(backend, fault, retries)
                 problems = _engine_problems(life, calm, kind)
                 _count(row, outcomes, life, problems, f"{operation} {nth}")
                 if self.until_seen and problems:
@@ -171,7 +175,9 @@ class Sweep:
         row.seconds = time.perf_counter() - began
         return row
 
-    def _through_engine(self, backend: str, fault: str | None) -> tuple[_life.Life, dict[str, int]]:
+    def _through_engine(
+        self, backend: str, fault: str | None, retries: int
+    ) -> tuple[_life.Life, dict[str, int]]:
         """A life with its state on NVMe, and the attempts that it made."""
         engines: list[CountingIo] = []
 
@@ -182,7 +188,7 @@ class Sweep:
             return engines[-1]
 
         with mock.patch.object(build, "open_io", open_io):
-            life = self._live("nvme")
+            life = self._live("nvme", retries=retries)
         return life, engines[-1].counts
 
     def _through_files(
@@ -192,8 +198,11 @@ class Sweep:
             life = self._live(home, checking=layer.paused)
         return life, layer
 
-    def _live(self, home: str, checking: _life.Checking = contextlib.nullcontext) -> _life.Life:
-        config = _tiny.settings(self.folder / "nvme", home=home, io={"backend": "threads"})
+    def _live(
+        self, home: str, checking: _life.Checking = contextlib.nullcontext, retries: int = 0
+    ) -> _life.Life:
+        io = {"backend": "threads", "retries": retries}
+        config = _tiny.settings(self.folder / "nvme", home=home, io=io)
         return _life.live(
             lambda: _tiny.engine(config), self.folder / "checkpoints", checking=checking
         )
