@@ -109,6 +109,9 @@ class HostPressure:
 
     def _relieve(self, room_bytes: int) -> None:
         parts = self._parts
+        parts.store.late.collect()
+        if parts.store.late:
+            return  # a transfer that is late may have any part of the arena
         wanted_bytes = self._swing_bytes + 2 * MARGIN_BYTES
         left_bytes, budget_bytes = room_bytes, parts.host.budget_bytes
         moved: Counter[str] = Counter()

@@ -62,12 +62,11 @@ class OverlappedStep:
         store: the state.
         host: lends the room.
         room: what may be taken; without flow nothing is overlapped, and every method does nothing.
-        retries: is told of errors after which something is made again.
 
     Attributes:
         committed: chunks whose held version was committed since the start.
         dropped: chunks whose held version was dropped since the start.
-        retries: I/O errors that nobody was told of; also others' than the step's.
+        retries: I/O errors that nobody was told of, the step's and others'.
     """
 
     def __init__(
@@ -82,8 +81,7 @@ class OverlappedStep:
     ) -> None:
         self.committed = self.dropped = 0
         self.retries = retries or RetryLog()
-        self._streamed = streamed
-        self._parameters = parameters
+        self._streamed, self._parameters = streamed, parameters
         self._store = store
         self._host = host
         self._pid = os.getpid()

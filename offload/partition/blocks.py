@@ -28,9 +28,9 @@ from typing import Protocol
 
 import torch
 
-from offload.errors import BudgetError, DeadlineError, OffloadError, listed
+from offload.errors import BudgetError, DeadlineError, OffloadError
 from offload.partition.late import LateTransfers
-from offload.partition.layout import UPDATED_CLASSES, Bucket, Field, num_held, segments
+from offload.partition.layout import UPDATED_CLASSES, Bucket, Field, chunk_contents, num_held
 from offload.partition.staging import ZEROED_LANE, Lend, Staged, StagingLease
 from offload.tiers.device import DeviceLease, DeviceTier
 from offload.tiers.host import HostArena, HostLease
@@ -161,16 +161,9 @@ class BlockStore:
 
     def record_sizes(self, block: Block) -> list[tuple[str, int]]:
         """Name and bytes of the record of each chunk of a block, for a home on nvme."""
-        sizes = []
-        for chunk, nbytes in zip(block.bucket.chunks, block.layout.chunk_nbytes, strict=True):
-            inside = [
-                self._names[segment.param]
-                for segment in segments(block.bucket, chunk)
-                if segment.param < len(self._names)
-            ]
-            of = f" ({listed(inside)})" if inside else ""
-            sizes.append((f"{block.name}, chunk {chunk.index}{of}", nbytes))
-        return sizes
+        inside = chunk_contents(block.bucket, self._names)
+        named = [f"{block.name}, chunk {chunk}{of}" for chunk, of in enumerate(inside)]
+        return list(zip(named, block.layout.chunk_nbytes, strict=True))
 
     def move_to_nvme(self, block: Block, records: Sequence[Record]) -> None:
         """The home of a block is these records from here on; its host lease has been released."""

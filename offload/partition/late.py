@@ -25,6 +25,11 @@ class LateTransfers:
         self._lock = threading.Lock()
         self._kept: list[tuple[tuple[Transfer, ...], Callable[[], object]]] = []
 
+    def __bool__(self) -> bool:
+        """Whether there are any, as far as `collect` has looked."""
+        with self._lock:
+            return bool(self._kept)
+
     def release(self, held: Sequence[Staged], deadline_seconds: float = 0.0) -> None:
         """`release_all`; what is late is given back by a later `collect`."""
         for staged in release_all(held, deadline_seconds):

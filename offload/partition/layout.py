@@ -24,6 +24,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from offload.errors import listed
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -303,6 +305,15 @@ def segments(bucket: Bucket, chunk: Chunk) -> tuple[Segment, ...]:
                 Segment(slot.param, start - slot.offset, start - chunk.start, stop - start)
             )
     return tuple(found)
+
+
+def chunk_contents(bucket: Bucket, names: Sequence[str]) -> list[str]:
+    """For messages, of each chunk: some of the parameters in it, in brackets; "" without `names`.
+
+    `names` are by parameter index.
+    """
+    inside = ([names[s.param] for s in segments(bucket, c)] for c in bucket.chunks if names)
+    return [f" ({listed(each)})" for each in inside] or [""] * len(bucket.chunks)
 
 
 def state_fields(
