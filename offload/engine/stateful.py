@@ -16,6 +16,7 @@ from offload.engine.optimizer import OffloadOptimizer
 from offload.engine.paging.pages import PagedParameter, paged_by_owner
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
 from offload.errors import OffloadError
+from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.loss_scale import LossScale
 from offload.optim.rules import scale_field
 from offload.partition.parameters import ParameterState
@@ -252,6 +253,10 @@ class StatefulEngine(ABC):
     def scalar_state(self) -> dict[str, Any]:
         """What an arbitrary optimizer keeps that is no tensor; plain values."""
         return scalar_state(self._parts.updater, self._parts.parameters)
+
+    def keeps_scalars(self) -> bool:
+        """Whether the optimizer keeps values beside its tensors: ours do not, torch's do."""
+        return isinstance(self._parts.updater, OptimizerUpdate)
 
     def load_scalar_state(self, state: Mapping[str, Any]) -> None:
         """Undo `scalar_state`."""

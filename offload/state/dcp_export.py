@@ -174,7 +174,7 @@ def _optimizer_items(exported: ExportedCheckpoint) -> Iterator[_Tensor | _Value]
     trained: dict[str, None] = {}
     for key, record in records.items():
         kind, name, field = key
-        if kind == "buffer" or field in _WEIGHT_FIELDS or key in scales:
+        if kind != "parameter" or field in _WEIGHT_FIELDS or key in scales:
             continue
         trained[name] = None
         path = (OPTIMIZER_KEY, "state", name, field)

@@ -29,6 +29,9 @@ class ImportTarget(StateSource, Protocol):
     def set_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace parts of a parameter's state; masters and weights follow each other."""
 
+    def keeps_scalars(self) -> bool:
+        """Whether the optimizer keeps values beside its tensors."""
+
 
 @dataclass(slots=True)
 class Fitting:
@@ -187,7 +190,8 @@ def _fit_state(
             elif strict:
                 problems.add(f"missing: {each} of", name)
         for each, value in fields.items():
-            if isinstance(value, ForeignTensor) and prod(value.shape) != 1:
+            is_tensor = isinstance(value, ForeignTensor) and prod(value.shape) != 1
+            if is_tensor or not engine.keeps_scalars():
                 excess.append(f"{each} of {name}")
             else:
                 fitting.scalars.setdefault(name, {})[each] = _scalar(value)

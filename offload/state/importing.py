@@ -23,7 +23,6 @@ from offload.state.dcp import METADATA_NAME, DcpDirectory, open_dcp
 from offload.state.deferred import building, refuse_inside
 from offload.state.delta import DELTA_NAME
 from offload.state.fitting import (
-    STEP,
     Fitting,
     ImportTarget,
     check_values,
@@ -199,12 +198,6 @@ def _set_counters(engine: ImportTarget, foreign: Foreign, fitting: Fitting) -> N
 def _summary(
     engine: ImportTarget, foreign: Foreign, fitting: Fitting, *, takes_state: bool
 ) -> Imported:
-    kept = engine.scalar_state()
-    unused = [
-        f"{each} of {name}"
-        for name, values in fitting.scalars.items()
-        for each in values.keys() - {STEP} - kept.get(name, {}).keys()
-    ]
     return Imported(
         form=foreign.form,
         num_parameters=len(fitting.weights),
@@ -212,6 +205,6 @@ def _summary(
         optimizer=takes_state,
         global_steps=engine.global_steps,
         new=tuple(fitting.new),
-        passed_over=(*fitting.passed_over, *sorted(unused)),
+        passed_over=tuple(fitting.passed_over),
         not_resumed=(*foreign.not_resumed, _SCHEDULE, _ALWAYS_NEW),
     )
