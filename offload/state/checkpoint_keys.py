@@ -68,7 +68,7 @@ class Problems:
             nearest = difflib.get_close_matches(name, list(candidates), 1)
         self.lines.append(f"{what} {name}" + (f" (nearest: {nearest[0]})" if nearest else ""))
 
-    def raise_if_any(self, where: object) -> None:
+    def raise_if_any(self, where: object, *, remedy: str | None = None) -> None:
         """Raise CheckpointError with all of them."""
         if self.lines:
             raise CheckpointError(
@@ -78,7 +78,8 @@ class Problems:
                         f"{len(self.lines)} problems:",
                         *self.lines,
                     ]
-                )
+                ),
+                remedy=remedy,
             )
 
 

@@ -20,6 +20,10 @@ from offload.state.source import StateSource, persistent_buffers
 
 STEP = "step"
 _WEIGHT_FIELDS = ("weight", "master", "remainder")
+_REMEDY = (
+    "strict=False begins moments that are missing at zero and passes over what is in excess; "
+    "optimizer=False takes weights only"
+)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -128,7 +132,7 @@ def fit(engine: ImportTarget, foreign: Foreign, *, takes_state: bool, strict: bo
         for name in excess:
             problems.add("in excess:", name, own)
     fitting.passed_over = excess
-    problems.raise_if_any(foreign.path)
+    problems.raise_if_any(foreign.path, remedy=_REMEDY if strict else None)
     return fitting
 
 

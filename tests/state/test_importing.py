@@ -191,7 +191,9 @@ def test_all_that_does_not_fit_is_listed_and_the_engine_unchanged(tmp_path):
         before = everything(engine)
         with pytest.raises(CheckpointError) as caught:
             engine.import_checkpoint(folder)
-        lines = str(caught.value).split("\n  - ")
+        message, _, remedy = str(caught.value).partition("; remedy: ")
+        assert remedy.startswith("strict=False begins moments that are missing at zero")
+        lines = message.split("\n  - ")
         assert lines[0].endswith("does not fit Net, 10 problems:")
         assert sorted(line.split(" (nearest")[0] for line in lines[1:]) == [
             "in excess: max_exp_avg_sq of body.weight",
@@ -385,6 +387,17 @@ def test_a_hugging_face_folder(tmp_path, kind):
         save_file(tensors, path, metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=r"is float32 \[31\], expected bfloat16 \[32\]"):
             engine.import_checkpoint(tmp_path / "hf")
+
+
+def test_gradients_and_edits_of_the_old_state_go(tmp_path):
+    folder = unpacked("zero1_two_ranks", tmp_path)
+    with build() as engine:
+        engine.backward(make_universal.loss_of(engine, 0))
+        with torch.no_grad(), engine.gathered("norm.weight", writable=True):
+            engine.module.norm.weight.fill_(5.0)
+        engine.import_checkpoint(folder)
+        assert all("gradient" not in state for _, state in engine.named_state())
+        assert_goes_on(engine, folder / "expected.safetensors", 1e-6)
 
 
 def test_what_else_a_folder_may_be(tmp_path, small_engine):
