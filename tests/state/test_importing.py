@@ -403,6 +403,7 @@ def test_gradients_and_edits_of_the_old_state_go(tmp_path):
 def test_what_else_a_folder_may_be(tmp_path, small_engine):
     with build() as engine:
         engine.save_checkpoint(tmp_path / "own", "first")
+    with build() as engine:
         for path in (tmp_path / "own", tmp_path / "own" / "first"):
             with pytest.raises(CheckpointError, match=r"load it: engine\.load_checkpoint"):
                 engine.import_checkpoint(path)

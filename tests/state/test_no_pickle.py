@@ -126,7 +126,8 @@ def unpacked(name: str, folder: Path) -> Path:
 
 
 def kinds(tmp_path: Path, engine) -> dict[str, Kind]:
-    engine.save_checkpoint(tmp_path / "ckpt", "one")
+    with offload.initialize(Net(), CONFIG) as source:
+        source.save_checkpoint(tmp_path / "ckpt", "one")
     own = Kind(
         tmp_path / "ckpt",
         (
