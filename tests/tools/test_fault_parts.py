@@ -62,7 +62,9 @@ def test_peers_without_deepspeed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["errors", "flips", "hostile", "kill", "power", "signals"])
+@pytest.mark.parametrize(
+    "part", ["errors", "flips", "hostile", "kill", "power", "signals", "slopes"]
+)
 def test_broken_saves_are_seen(tmp_path: Path, part: str) -> None:
     assert len(rows(part, tmp_path, "--teeth")) > 1
 
@@ -79,6 +81,11 @@ def test_power_says_that_it_needs_root(tmp_path: Path, monkeypatch: pytest.Monke
 def test_io_attempts_that_fail(tmp_path: Path) -> None:
     found = rows("errors", tmp_path, "--trials=3", "--only", "engine", "--backends", "threads")
     assert sum(row["trials"] for row in found) >= 6 * 6
+
+
+def test_nothing_grows(tmp_path: Path) -> None:
+    found = rows("slopes", tmp_path, "--trials=80", "--homes", "nvme")
+    assert len(found) == 6
 
 
 def test_a_machine_that_refuses(tmp_path: Path) -> None:
