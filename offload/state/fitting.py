@@ -47,7 +47,7 @@ class Fitting:
         state: the optimizer's tensors; what lacks here begins at zero.
         scalars: what else the optimizer keeps of a parameter.
         steps: updates that each parameter has had.
-        new: parameters whose state begins at zero.
+        new: what of the optimizer's state begins at zero.
         passed_over: what has no place here.
     """
 
@@ -181,7 +181,7 @@ def _fit_state(
             excess += [f"{each} of {name}, which is frozen here" for each in fields]
             continue
         if not fields and not strict:
-            fitting.new.append(name)
+            fitting.new.append(f"optimizer state of {name}")
             continue
         _fit_step(fitting, problems, name, fields, foreign, wanted=wanted, strict=strict)
         kept = fitting.state.setdefault(name, {})
@@ -193,6 +193,8 @@ def _fit_state(
                 problems.add(f"is {_kind(tensor)}, expected {[*shape]}: {each} of", name)
             elif strict:
                 problems.add(f"missing: {each} of", name)
+            else:
+                fitting.new.append(f"{each} of {name}")
         for each, value in fields.items():
             is_tensor = isinstance(value, ForeignTensor) and prod(value.shape) != 1
             if is_tensor or not engine.keeps_scalars():
@@ -223,6 +225,8 @@ def _fit_step(
         fitting.scalars[name] = {STEP: {"tensor": float(steps), "dtype": "float32"}}
     elif wanted and strict:
         problems.add("missing: step of", name)
+    elif wanted:
+        fitting.new.append(f"step of {name}")
 
 
 def _scalar(value: Any) -> Any:

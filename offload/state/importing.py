@@ -50,7 +50,7 @@ class Imported:
         num_parameters, num_buffers: brought.
         optimizer: moments and step counts have been brought; else they begin at zero.
         global_steps: what the engine's counter is now.
-        new: parameters whose moments begin at zero, although others have been brought.
+        new: what of the optimizer's state begins at zero, although other state has been brought.
         passed_over: names in the checkpoint that the engine has no use for.
         not_resumed: what begins anew.
     """
@@ -68,12 +68,12 @@ class Imported:
         state = (
             f"optimizer state at step {self.global_steps}"
             if self.optimizer
-            else ("no optimizer state: moments and step counts begin at zero")
+            else "no optimizer state: moments and step counts begin at zero"
         )
         lines = [
             f"imported from {self.form}: {self.num_parameters} parameters, {self.num_buffers} "
             f"buffers, {state}",
-            *(f"begins at zero: optimizer state of {name}" for name in self.new),
+            *(f"begins at zero: {what}" for what in self.new),
             *(f"passed over: {name}" for name in self.passed_over),
             *(f"not resumed: {what}" for what in self.not_resumed),
         ]
@@ -115,6 +115,11 @@ def import_checkpoint(
             remedy="import before quantizing, or into a model that is not quantized",
         )
     with _opened(engine, Path(path)) as foreign:
+        if optimizer and not foreign.state:
+            raise CheckpointError(
+                f"{foreign.path} has no optimizer state for {type(engine.module).__name__}",
+                remedy="import without optimizer=True: moments then begin at zero",
+            )
         takes_state = bool(foreign.state) if optimizer is None else optimizer
         fitting = fit(engine, foreign, takes_state=takes_state, strict=strict)
         check_values(engine, fitting)
