@@ -516,10 +516,14 @@ class BlockStore:
     def _key(block: Block, chunk: int) -> tuple[int, str, int]:
         return block.bucket.index, block.state_class, chunk
 
-    def adopt_write(self, block: Block, chunk: int, transfer: Transfer, staged: Staged) -> None:
-        """Own a write to the chunk's home that has been started; as if by `start_store`."""
+    def adopt_write(
+        self, block: Block, chunk: int, transfer: Transfer | None, staged: Staged | None
+    ) -> None:
+        """Own a write to the chunk's home, as if by `start_store`; None: it has ended well."""
         with self._lock:
-            self._writing[self._key(block, chunk)] = (transfer, staged)
+            self._void.discard(self._key(block, chunk))
+            if transfer is not None and staged is not None:
+                self._writing[self._key(block, chunk)] = (transfer, staged)
 
     def settle(self, block: Block, chunk: int) -> None:
         """Wait for the write of a chunk, if one is in flight; nobody else is held up.

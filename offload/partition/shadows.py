@@ -166,8 +166,7 @@ class Shadows:
         assert not held.failed, "a version that could not be written"
         if self._has_extent(block):
             self._nvme.commit(block.records[chunk])
-            if held.transfer is not None and held.staged is not None:
-                self._store.adopt_write(block, chunk, held.transfer, held.staged)
+            self._store.adopt_write(block, chunk, held.transfer, held.staged)
             return
         assert held.staged is not None
         if self._store.in_place(block):

@@ -348,3 +348,17 @@ def test_a_failed_write_is_repeated_before_there_is_a_next_version(tmp_path: Pat
     assert setting.value(0) == 8
     page.release()
     setting.close()
+
+
+def test_what_is_committed_after_all_was_void_is_read(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "nvme")
+    setting.store.void()
+    loaded = setting.load(0)
+    assert loaded is not None
+    assert set(loaded[0].tensor.tolist()) == {0}
+    setting.hold(0, loaded, 7)
+    while setting.share.used_bytes:
+        setting.shadows.settle_ended()
+    setting.commit(0)
+    assert [setting.value(chunk) for chunk in range(NUM_CHUNKS)] == [7, 0, 0]
+    setting.close()
