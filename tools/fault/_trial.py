@@ -276,6 +276,10 @@ class _Training:
         """As `Engine._settings`: None when the step is skipped."""
         world = self.world
         world.gradients.flush()
+        if isinstance(world.device, SimulatedAccelerator):
+            for page in world.pages:  # the last ops before the step, which nobody waits for
+                if not page.is_paged and not world.pager.is_pending(page):
+                    world.device.use(page.held_lease.tensor)
         world.pager.end()
         world.pager.write_edits()
         norm = self.norm()

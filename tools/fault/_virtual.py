@@ -99,6 +99,7 @@ class Scheduler(VirtualClock):
         threads: those that have not ended, the main one first.
         failures: what threads have died of.
         num_turns: how often the turn was given to somebody.
+        is_stuck: why nobody can go on; empty while somebody can.
     """
 
     def __init__(self, seed: int) -> None:
@@ -106,12 +107,12 @@ class Scheduler(VirtualClock):
         self.is_over = False
         self.failures: list[BaseException] = []
         self.num_turns = 0
+        self.is_stuck = ""
         self._random = random.Random(seed)
         _scheduler.append(self)
         self.main = VirtualThread()
         self.running = self.main
         self.threads = [self.main]
-        self._is_stuck = ""
 
     def run_until(self, condition: Callable[[], bool], limit_seconds: float) -> bool:
         return self.block(condition, limit_seconds)
@@ -159,14 +160,14 @@ class Scheduler(VirtualClock):
             return
         if self.is_over and me is not self.main:
             raise _Over
-        if self._is_stuck and me is self.main:
-            raise DeadlockError(self._is_stuck)
+        if self.is_stuck and me is self.main:
+            raise DeadlockError(self.is_stuck)
 
     def _next(self) -> VirtualThread:
-        while not self._is_stuck:
+        while not self.is_stuck:
             ready = [each for each in self.threads if self._is_ready(each)]
             if self.num_turns > _MOST_TURNS:
-                self._is_stuck = f"{_MOST_TURNS} turns, and no end"
+                self.is_stuck = f"{_MOST_TURNS} turns, and no end"
             elif ready:
                 return ready[0] if len(ready) == 1 else self._random.choice(ready)
             else:
@@ -187,7 +188,7 @@ class Scheduler(VirtualClock):
             self.now_seconds = max(self.now_seconds, limit)
         else:
             names = ", ".join(thread.name for thread in self.threads)
-            self._is_stuck = f"nothing is under way, and these wait for ever: {names}"
+            self.is_stuck = f"nothing is under way, and these wait for ever: {names}"
 
 
 class VirtualLock:
@@ -295,8 +296,8 @@ class VirtualEvent:
         self._is_set = False
 
     def is_set(self) -> bool:
-        """As that of `threading.Event`."""
-        return self._is_set
+        """As that of `threading.Event`; in a deadlock nobody is to wait for it again."""
+        return self._is_set or bool(self._scheduler.is_stuck)
 
     def set(self) -> None:
         """As that of `threading.Event`."""

@@ -84,7 +84,7 @@ def draw_weather(drawn: random.Random) -> Weather:
         rates["write", FaultAction("errno", drawn.choice([_EIO, _ENOSPC]))] = rate * drawn.choice(
             [0, 1, 1]
         )
-        rates["copy", FaultAction("errno", _EIO)] = rate * drawn.choice([0, 0, 0.5])
+        rates["copy", FaultAction("errno", _EIO)] = rate * drawn.choice([0, 0.5, 1])
         rates["read", FaultAction("corrupt", 1)] = rate * drawn.choice([0, 0, 0.3])
     if drawn.random() < 0.15:  # later than the deadline
         rates["any", FaultAction("delay", 100_000)] = 0.02
