@@ -83,10 +83,7 @@ class BlockStore:
     """Every block of an engine, the staging leases, and the writes that have not settled yet.
 
     Thread-safe: gradients come home from the threads of backward while pages come in. `names` are
-    those of the parameters, for errors.
-
-    Attributes:
-        late: the memory of transfers that nobody waits for any more.
+    those of the parameters, for errors; `late` has the memory of transfers that nobody waits for.
     """
 
     def __init__(
@@ -516,14 +513,12 @@ class BlockStore:
     def _key(block: Block, chunk: int) -> tuple[int, str, int]:
         return block.bucket.index, block.state_class, chunk
 
-    def adopt_write(
-        self, block: Block, chunk: int, transfer: Transfer | None, staged: Staged | None
-    ) -> None:
+    def adopt_write(self, block: Block, chunk: int, write: tuple[Transfer, Staged] | None) -> None:
         """Own a write to the chunk's home, as if by `start_store`; None: it has ended well."""
         with self._lock:
             self._void.discard(self._key(block, chunk))
-            if transfer is not None and staged is not None:
-                self._writing[self._key(block, chunk)] = (transfer, staged)
+            if write is not None:
+                self._writing[self._key(block, chunk)] = write
 
     def settle(self, block: Block, chunk: int) -> None:
         """Wait for the write of a chunk, if one is in flight; nobody else is held up.

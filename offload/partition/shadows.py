@@ -166,7 +166,10 @@ class Shadows:
         assert not held.failed, "a version that could not be written"
         if self._has_extent(block):
             self._nvme.commit(block.records[chunk])
-            self._store.adopt_write(block, chunk, held.transfer, held.staged)
+            write = None
+            if held.transfer is not None and held.staged is not None:
+                write = held.transfer, held.staged
+            self._store.adopt_write(block, chunk, write)
             return
         assert held.staged is not None
         if self._store.in_place(block):

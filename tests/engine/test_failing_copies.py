@@ -53,7 +53,7 @@ def tried(call: Callable[[], T]) -> T:
 
 
 # Copies home of what was updated in backward, or pending, are among these.
-@pytest.mark.filterwarnings("ignore:what failed beside the computation")
+@pytest.mark.filterwarnings("ignore:.*is made again.*:RuntimeWarning")
 @pytest.mark.parametrize("nth", [34, 35, 37, 38, 65, 66, 67])
 def test_a_copy_that_fails_changes_no_bit(
     nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
