@@ -2,6 +2,9 @@
 
 Writes to the run's output folder: config.json, metrics.jsonl (lines of kind "start", "step",
 "eval" and "summary"), data/ (token files), checkpoints/, export/.
+
+A run that finds a checkpoint of its own goes on from there: after a crash the same command again is
+all that it takes.
 """
 
 from __future__ import annotations
@@ -44,21 +47,22 @@ def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> i
         Interrupted: a second signal came; the last save that was complete stays.
         OffloadError: whatever ended the run; checkpoints that were saved before stay.
     """
-    loaded = load_config(config)
-    section = _run_section(loaded)
+    given = load_config(config)
+    section = _run_section(given)
     name = Path(config).stem if isinstance(config, str | os.PathLike) else "run"
     output = section.output or Path("runs") / name
+    loaded = _with_directory(given, output / "checkpoints")
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
-    plain = loaded.model_dump(mode="json", exclude_unset=True)
+    plain = given.model_dump(mode="json", exclude_unset=True)
     (output / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
-    if not section.resume:
+    if not _has_checkpoint(loaded):
         (output / METRICS_NAME).unlink(missing_ok=True)
     transformers_logging.disable_progress_bar()
     with StopRequest() as stop:
         engine, tokenizer, split = _start(section, loaded, output)
         with engine, JsonlWriter(output / METRICS_NAME) as metrics:
-            training = _Training(engine, section, split, output, metrics)
+            training = _Training(engine, section, split, metrics)
             outcome = training.run(console, stop)
             if section.export and not stop:
                 engine.save_pretrained(output / "export")
@@ -99,7 +103,6 @@ class _Training:
     engine: OffloadEngine
     section: RunSection
     split: Split
-    output: Path
     metrics: JsonlWriter
 
     def run(self, console: Console, stop: StopRequest) -> Outcome:
@@ -118,15 +121,17 @@ class _Training:
             outcome.held_out_before = client_state.get("held_out_before")
             if outcome.held_out_before is None:
                 outcome.held_out_before = self._evaluate(held_out, progress)
+            engine.client_state = {"held_out_before": outcome.held_out_before}
             while engine.global_steps + engine.skipped_steps < num_steps and not stop:
                 self._step(train, outcome, progress)
                 number = engine.global_steps + engine.skipped_steps
                 if section.eval_every and number % section.eval_every == 0 and number < num_steps:
                     self._evaluate(held_out, progress)
-                if section.save_every and (number % section.save_every == 0 or stop):
-                    self._save(outcome)
             if not stop:
                 outcome.held_out_after = self._evaluate(held_out, progress)
+            elif engine.config.checkpoint.every_steps:
+                self._save()
+            engine.wait_for_checkpoint()
         self.metrics.write(outcome.to_dict())
         return outcome
 
@@ -180,17 +185,37 @@ class _Training:
         progress.note(f"held-out loss after {step} steps: {loss:.4f}")
         return loss
 
-    def _save(self, outcome: Outcome) -> None:
-        client_state = {"held_out_before": outcome.held_out_before}
-        self.engine.save_checkpoint(self.output / "checkpoints", client_state=client_state)
+    def _save(self) -> None:
+        """Save what the last step has left, unless that has been done."""
+        engine = self.engine
+        directory = engine.config.checkpoint.directory
+        assert directory is not None
+        if engine.global_steps % engine.config.checkpoint.every_steps:
+            engine.save_checkpoint(directory, client_state=engine.client_state)
 
     def _resume(self) -> dict[str, Any]:
         """Client state of the newest checkpoint; {} when starting anew."""
-        torch.manual_seed(self.engine.config.training.seed)
-        folder = self.output / "checkpoints"
-        if not self.section.resume or not any(folder.glob("*/manifest.json")):
+        engine = self.engine
+        torch.manual_seed(engine.config.training.seed)
+        directory = engine.config.checkpoint.directory
+        if directory is None or not _has_checkpoint(engine.config):
             return {}
-        return dict(self.engine.load_checkpoint(folder))
+        return dict(engine.load_checkpoint(directory))
+
+
+def _with_directory(config: OffloadConfig, directory: Path) -> OffloadConfig:
+    """The config with a place for checkpoints: the user's, or this one."""
+    if config.checkpoint.directory is not None:
+        return config
+    checkpoint = config.checkpoint.model_copy(update={"directory": directory})
+    return config.model_copy(update={"checkpoint": checkpoint})
+
+
+def _has_checkpoint(config: OffloadConfig) -> bool:
+    """Whether there is something to go on from, and it is wanted."""
+    directory = config.checkpoint.directory
+    is_wanted = config.run is not None and config.run.resume
+    return is_wanted and directory is not None and any(directory.glob("*/manifest.json"))
 
 
 def _show_export(

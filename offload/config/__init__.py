@@ -27,7 +27,9 @@ from offload.config.host_budget import (
 )
 from offload.config.problems import describe_problems
 from offload.config.sections import (
+    KEPT_BY_ITSELF,
     ActivationsSection,
+    CheckpointSection,
     DeviceTierSection,
     ExpectSection,
     GuardSection,
@@ -51,7 +53,9 @@ from offload.errors import ConfigError
 
 __all__ = [
     "HOST_SHARE",
+    "KEPT_BY_ITSELF",
     "ActivationsSection",
+    "CheckpointSection",
     "DeviceTierSection",
     "ExpectSection",
     "GuardSection",
@@ -106,6 +110,8 @@ class OffloadConfig(Section):
     """What runs beside the computation."""
     io: IoSection = IoSection()
     """How files are read and written."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """Checkpoints: where, how often, how many, and how they are written."""
     tiling: TilingSection = TilingSection()
     """Weights that come to the device in parts."""
     guard: GuardSection = GuardSection()

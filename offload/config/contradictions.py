@@ -34,6 +34,7 @@ def contradictions(config: Plain) -> list[str]:
     """Return one message for each contradiction in `config`, a mapping of sections."""
     rules: tuple[Callable[[Plain], list[str]], ...] = (
         _nvme_without_paths,
+        _checkpoints_without_directory,
         _repeated_paths,
         _settings_of_activations_that_stay,
         _settings_of_another_optimizer,
@@ -58,13 +59,23 @@ def _nvme_without_paths(config: Plain) -> list[str]:
         for state_class, tier in section_of(config, "placement").items()
         if tier == "nvme" and state_class in {"weights", "gradients", "optimizer", "activations"}
     ]
-    problems += [
-        f"tiers.nvme.{key} is set but tiers.nvme.paths is empty: name a directory there, or remove "
-        f"tiers.nvme.{key}"
-        for key in ("capacity", "mode")
-        if key in nvme
-    ]
+    if "capacity" in nvme:
+        problems.append(
+            "tiers.nvme.capacity is set but tiers.nvme.paths is empty: name a directory there, or "
+            "remove tiers.nvme.capacity"
+        )
     return problems
+
+
+def _checkpoints_without_directory(config: Plain) -> list[str]:
+    settings = section_of(config, "checkpoint")
+    every_steps = settings.get("every_steps")
+    if not every_steps or settings.get("directory") is not None or config.get("run") is not None:
+        return []
+    return [
+        f"checkpoint.every_steps = {every_steps} needs checkpoint.directory: say where to save, "
+        "or call engine.save_checkpoint"
+    ]
 
 
 def _repeated_paths(config: Plain) -> list[str]:

@@ -54,15 +54,6 @@ def _as_device_kind(value: object) -> object:
     return value
 
 
-def _as_nvme_mode(value: object) -> object:
-    if value == "atomic":
-        raise ValueError(
-            "'atomic' comes with instant checkpoints, which this version does not have: the only "
-            "value is 'roll_forward', in which an interrupted step is completed by the next step()"
-        )
-    return value
-
-
 SizeOrAuto = Annotated[
     int | Literal["auto"], PlainValidator(parse_size_or_auto), WithJsonSchema(_SIZE_SCHEMA)
 ]
@@ -120,9 +111,6 @@ class NvmeTierSection(Section):
     paths are relative to the current directory."""
     capacity: SizeOrAuto = "auto"
     """Most bytes to allocate over all paths. `auto`: what the plan needs."""
-    mode: Annotated[Literal["roll_forward"], BeforeValidator(_as_nvme_mode)] = "roll_forward"
-    """How new state replaces old. `roll_forward`: into a few spare extents; a step that an error
-    interrupts is completed by the next `step()`."""
 
 
 class TiersSection(Section):
@@ -310,6 +298,40 @@ class IoSection(Section):
     passing one (EIO, a timeout, a lost link), after 0.02, 0.1, 0.5, ... seconds."""
 
 
+# The newest, and one to fall back on if it is damaged.
+KEPT_BY_ITSELF = 2
+
+
+class CheckpointSection(Section):
+    """Checkpoints: where, how often, how many, and how they are written. See docs/saving.md."""
+
+    directory: Directory | None = None
+    """Where checkpoints are saved every `every_steps`. For `offload train` the default is
+    `checkpoints` in `run.output`."""
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between two checkpoints that the engine saves by itself; 0 = none."""
+    keep_last: CountOrAuto = "auto"
+    """Of the checkpoints in a directory that have no tag of yours, the newest to keep; older ones
+    are removed when a new one is durable. `auto`: of those that the engine saves by itself 2, of
+    those that you save all."""
+    asynchronous: bool = True
+    """`save_checkpoint` returns when the state is safe from what comes later; it becomes durable
+    beside the training that goes on, see `wait_for_checkpoint`. `false`: when it is durable."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a checkpoint does that becomes due while the one before is still being written: wait for
+    it, or not be taken."""
+    portable: bool = False
+    """Copy state on nvme into the checkpoint, also where the checkpoint could refer to the extents
+    that it is in. Then the checkpoint has its own disk space, and the tier needs none for it."""
+
+    @property
+    def pinned_versions(self) -> int:
+        """Checkpoints that may refer to extents of the nvme tier, of those that are planned."""
+        if not self.every_steps or self.portable:
+            return 0
+        return KEPT_BY_ITSELF if self.keep_last == "auto" else self.keep_last
+
+
 class GuardSection(Section):
     """How touches of absent parameters are caught."""
 
@@ -376,10 +398,9 @@ class RunSection(Section):
     """Steps between evaluations on held-out data; 0 = before the first step and after the last."""
     eval_batches: Annotated[int, Field(ge=1)] = 4
     """Batches of one evaluation."""
-    save_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between checkpoints; 0 = never."""
-    resume: bool = False
-    """Continue from the newest checkpoint in `output`, if there is one."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in `checkpoint.directory`, if there is one that this
+    model, optimizer and precision can be loaded from. `false`: start anew, beside what is there."""
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines on a console that is no terminal; the metrics file has every step."""
     gradient_checkpointing: bool = False

@@ -226,7 +226,6 @@ def _open_nvme(
         section.paths,
         io,
         capacity_bytes=None if section.capacity == "auto" else section.capacity,
-        mode=section.mode,
         deadline_seconds=config.io.deadline_seconds,
         checksum=config.io.checksum,
     )

@@ -102,7 +102,6 @@ class Engine(AccumulatingEngine):
         self._pending: StepSettings | None = None
         self._step_is_due = False  # the boundary has been counted, its step has not been taken
         self._in_backward = False
-        self._gradients_are_spent = False  # a step has used them, nobody has forgotten them
         self._paged_of_index = parts.paged_of
         self._meter = StepMeter(parts)
         self._trainable = [s for s in parts.parameters if s.trainable]
@@ -449,6 +448,7 @@ class Engine(AccumulatingEngine):
 
     def _check_may_step(self) -> None:
         self._check_open()
+        self._settle_snapshot()
         if self._num_gathered:
             raise EngineStateError(
                 "step() inside gathered(), whose parameters must stay as they are",

@@ -172,6 +172,16 @@ class GradientHome:
             state.gradient_sums = sums  # complete when the last copy of it has landed
         self._tell_of_arrivals()
 
+    def restore(self, state: ParameterState, sums: npt.NDArray[np.float64]) -> None:
+        """A gradient that has been written home counts as arrived; `sums` as it had then."""
+        with self._lock:
+            self._written.update(
+                key
+                for key, parts in self._segments.items()
+                if any(segment.param == state.index for segment in parts)
+            )
+            state.gradient_sums = sums
+
     def land(self) -> None:
         """Wait until what has arrived is in its home chunk, and nobody reads device memory.
 

@@ -143,7 +143,7 @@ def describe_machine(config: OffloadConfig, nvme_bytes: int | None) -> Machine:
         host_bytes=available_arena_bytes(config),
         nvme_bytes=nvme_bytes,
         host_addressable=device_is_host_memory(config),
-        nvme_mode=config.tiers.nvme.mode,
+        pinned_versions=config.checkpoint.pinned_versions,
         staging=Staging(update=_UPDATE_DEPTH if config.overlap.optimizer else 1),
     )
 

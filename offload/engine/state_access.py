@@ -105,7 +105,7 @@ class StateAccess:
 
     def _read_elements(self, state: ParameterState, name: str) -> torch.Tensor:
         """All values of a field, 1-D, in the order of the parameter's memory."""
-        block = self._store.block(state.bucket, _class_of(name))
+        block = self._store.block(state.bucket, class_of(name))
         dtype = TORCH_DTYPES[_field(block, 0, name).dtype]
         flat = torch.empty(0, dtype=dtype)
         for chunk in self._buckets[state.bucket].chunks:
@@ -125,6 +125,26 @@ class StateAccess:
         """The names of the moments that are kept with 8 bits a value."""
         names = [field.name for field in self._optimizer_fields(state)]
         return [name for name in names if scale_field(name) in names]
+
+    def is_converted(self, state: ParameterState, name: str) -> bool:
+        """Whether a field is not the bytes that stand in the blocks, but made from them."""
+        if state.edited and name in COMPLETIONS:
+            return True
+        return name in self.eight_bit_moments(state) and not _in_shape_order(state)
+
+    def gradient_dtype(self, state: ParameterState) -> torch.dtype:
+        """The dtype that a trainable parameter's gradient has at home."""
+        block = self._store.block(state.bucket, "gradients")
+        return TORCH_DTYPES[_field(block, 0, "gradient").dtype]
+
+    def write_gradient(self, state: ParameterState, tensor: torch.Tensor) -> None:
+        """Replace the gradient at home, in the parameter's shape; its dtype is converted."""
+        shape = tuple(state.shape)
+        if state.parameter.dtype.is_complex:
+            shape = (*shape, 2)
+        self._check_shape(state, "gradient", tensor, shape)
+        flat = self._memory_order(state, tensor.to(self.gradient_dtype(state)).cpu())
+        self._write_elements(state, "gradient", flat)
 
     def read_moment(self, state: ParameterState, name: str) -> torch.Tensor:
         """The fp32 values of a moment that is kept with 8 bits a value."""
@@ -270,7 +290,7 @@ class StateAccess:
     def _write_elements(self, state: ParameterState, name: str, flat: torch.Tensor) -> None:
         """Replace all values of a field; 1-D, in the order of the parameter's memory."""
         bucket = self._buckets[state.bucket]
-        block = self._store.block(state.bucket, _class_of(name))
+        block = self._store.block(state.bucket, class_of(name))
         for chunk in bucket.chunks:
             for segment in segments(bucket, chunk):
                 if segment.param != state.index:
@@ -285,7 +305,7 @@ class StateAccess:
 
     def _own_tensor(self, state: ParameterState, name: str) -> torch.Tensor | None:
         """A field of an arbitrary optimizer; None if `name` has the weight's elements."""
-        if _class_of(name) != "optimizer" or name in COMPLETIONS:
+        if class_of(name) != "optimizer" or name in COMPLETIONS:
             return None
         block = self._store.block(state.bucket, "optimizer")
         if not isinstance(block.layout, TensorLayout):
@@ -296,7 +316,7 @@ class StateAccess:
         return tensor
 
     def _write_own_tensor(self, state: ParameterState, name: str, tensor: torch.Tensor) -> bool:
-        if _class_of(name) != "optimizer" or name in COMPLETIONS:
+        if class_of(name) != "optimizer" or name in COMPLETIONS:
             return False
         block = self._store.block(state.bucket, "optimizer")
         if not isinstance(block.layout, TensorLayout):
@@ -355,7 +375,8 @@ def _in_shape_order(state: ParameterState) -> bool:
     return torch.empty(state.shape, device="meta").stride() == tuple(state.stride)
 
 
-def _class_of(name: str) -> str:
+def class_of(name: str) -> str:
+    """The state class that a field belongs to."""
     return {"weight": "weights", "gradient": "gradients"}.get(name, "optimizer")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from offload.engine.build import Parts
 from offload.engine.departed import GradientSlots
 from offload.engine.optimizer import OffloadOptimizer
 from offload.engine.paging.pages import PagedParameter, paged_by_owner
+from offload.engine.replacing import Replacement
+from offload.engine.snapshot import Snapshot
 from offload.engine.state_access import StateAccess, load_scalar_state, scalar_state
+from offload.engine.state_map import StateMap
 from offload.errors import OffloadError
 from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.loss_scale import LossScale
 from offload.optim.rules import scale_field
 from offload.partition.parameters import ParameterState
+from offload.partition.snapshot import BlockKey, MappedTensor
 from offload.schedule.plan import Plan
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
@@ -38,6 +43,8 @@ class StatefulEngine(ABC):
     _paged_of_index: Mapping[int, PagedParameter]
     _is_void = False  # the state is neither the old one nor a new one
     _num_gathered = 0  # blocks of `gathered` that are open
+    _gradients_are_spent = False  # a step has used them, nobody has forgotten them
+    micro_steps: int
 
     @abstractmethod
     def _check_open(self) -> None:
@@ -129,6 +136,7 @@ class StatefulEngine(ABC):
             EngineStateError: the engine is closed, or a step is pending.
         """
         self._check_ready("set_state")
+        self._settle_snapshot()
         state = self._state.parameter(name)
         for key, tensor in tensors.items():
             if key == "gradient":
@@ -179,6 +187,7 @@ class StatefulEngine(ABC):
             DeadlineError: a write is still in flight; the state is void.
         """
         self._check_not_closed()
+        self._settle_snapshot()
         self._is_void = True
         self._abandon_step()
         self._parts.pager.forget_copies()
@@ -192,6 +201,38 @@ class StatefulEngine(ABC):
         except BaseException:
             self._is_void = True
             raise
+
+    def stored_tensors(self) -> list[MappedTensor]:
+        """Which bytes of which blocks the stored tensors are; see [Note: State map]."""
+        parts = self._parts
+        state_map = StateMap(parts.parameters, parts.plan.buckets, parts.store, self._state)
+        return [tensor for state in parts.parameters for tensor in state_map.stored(state)]
+
+    def start_replacing(self, key: BlockKey, *, wait: bool) -> Replacement | None:
+        """Memory for a block that is replaced as a whole, inside of `replacing_state`.
+
+        None: there is no staging at present, and `wait` is false.
+
+        Raises:
+            BudgetError: there is no staging.
+        """
+        store = self._parts.store
+        block = store.block(key.bucket, key.state_class)
+        stage = store.stage_or_raise if wait else partial(store.stage, wait=False)
+        staged = stage(block, key.chunk)
+        return None if staged is None else Replacement(store, block, key.chunk, staged)
+
+    def end_replacing(self) -> None:
+        """Every block has been replaced: wait for the writes, and forget what was made of others.
+
+        Raises:
+            StorageError: a block could not be written.
+        """
+        self._parts.store.drain()
+        for page in self._parts.pages:
+            self._parts.pager.drop_stale(page)
+        for state in self._parts.parameters:
+            state.edited = False
 
     def parameter_names(self) -> list[str]:
         """Canonical names in registration order; a tied parameter comes once."""
@@ -218,7 +259,46 @@ class StatefulEngine(ABC):
     def write_state(self, name: str, field: str, tensor: torch.Tensor) -> None:
         """Replace one stored field as it is; see `set_state` for one that keeps masters in step."""
         self._check_ready("write_state")
+        self._settle_snapshot()
         self._state.write(self._state.parameter(name), field, tensor)
+
+    def snapshot(self) -> Snapshot:
+        """The training state as it is now, while training goes on; see [Note: Snapshot].
+
+        With gradients, if some have arrived that no step has used.
+
+        Raises:
+            EngineStateError: the engine is closed, or a step is pending.
+            StorageError: an edit or a gradient could not be written home.
+        """
+        self._check_ready("a snapshot")
+        self._settle_snapshot()
+        parts = self._parts
+        parts.pager.write_edits()
+        if parts.pager.arrivals is not None:
+            parts.pager.arrivals.settle()
+        self._slots.adopt_all()
+        has_gradients = any(s.gradient_sums is not None for s in parts.parameters)
+        with_gradients = has_gradients and not self._gradients_are_spent
+        if with_gradients:
+            parts.gradients.flush()
+        return Snapshot(parts, self._state, with_gradients=with_gradients)
+
+    def _settle_snapshot(self) -> None:
+        """Homes are about to be overwritten: wait until no snapshot needs them as they are."""
+        self._parts.store.captured.wait()
+
+    def write_gradient(self, name: str, tensor: torch.Tensor, sums: torch.Tensor) -> None:
+        """Put back a gradient of a snapshot: in the parameter's shape, and its sums (fp64, 1-D).
+
+        Raises:
+            OffloadError: the parameter is not trained, or has another shape.
+        """
+        state = self._state.parameter(name)
+        if not state.trainable:
+            raise OffloadError(f"gradient of parameter {name}", expected="one that is trained")
+        self._state.write_gradient(state, tensor)
+        self._parts.gradients.restore(state, sums.numpy().copy())
 
     def parameter_steps(self) -> list[int]:
         """Updates that each parameter has had, in the order of `parameter_names`."""
@@ -226,7 +306,7 @@ class StatefulEngine(ABC):
         return [state.steps for state in self._parts.parameters]
 
     def set_parameter_steps(self, steps: Sequence[int]) -> None:
-        """Undo `parameter_steps`."""
+        """How many updates each parameter has had, in the order of `parameter_names`."""
         for state, count in zip(self._parts.parameters, steps, strict=True):
             state.steps = count
 

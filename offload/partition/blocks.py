@@ -24,41 +24,24 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from offload.errors import BudgetError, DeadlineError, OffloadError
 from offload.partition.late import LateTransfers
-from offload.partition.layout import UPDATED_CLASSES, Bucket, Field, chunk_contents, num_held
+from offload.partition.layout import (
+    UPDATED_CLASSES,
+    BlockLayout,
+    Bucket,
+    chunk_contents,
+    num_held,
+)
 from offload.partition.staging import ZEROED_LANE, Lend, Staged, StagingLease
 from offload.tiers.device import DeviceLease, DeviceTier
 from offload.tiers.host import HostArena, HostLease
 from offload.tiers.nvme import NvmeStore, Record
+from offload.tiers.pins import Pin
 from offload.tiers.transfer import CompletedTransfer, Transfer, Urgency
-
-
-class BlockLayout(Protocol):
-    """What a block needs of its layout: the bytes of its chunk blocks, one after the other."""
-
-    @property
-    def chunk_nbytes(self) -> Sequence[int]:
-        """Bytes of each chunk block, multiples of 4096."""
-        ...
-
-    @property
-    def chunk_offset_bytes(self) -> Sequence[int]:
-        """Where each chunk block starts in a home in memory."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole block."""
-        ...
-
-    def element_fields(self, chunk: int) -> Sequence[Field]:
-        """The fields of a chunk block that have values for the elements of the chunk."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +90,9 @@ class BlockStore:
         self._failed: dict[tuple[int, str, int], Staged] = {}
         self._void: set[tuple[int, str, int]] = set()  # on NVMe, and not to be read any more
         self._copies: dict[int, DeviceLease] = {}  # of weights, by bucket
+        # Set, unless a snapshot still needs homes as they are: see [Note: Snapshot].
+        self.captured = threading.Event()
+        self.captured.set()
         self._lock = threading.RLock()  # of the maps of writes and copies, and of `_void`
 
     def add(self, bucket: Bucket, state_class: str, layout: BlockLayout, home: str) -> None:
@@ -256,6 +242,13 @@ class BlockStore:
         """Whether memory that the CPU reaches has the chunk: its home, a page, or a write of it."""
         with self._lock:
             return self._nearest(block, chunk) is not None
+
+    def pin(self, block: Block, chunk: int) -> Pin | None:
+        """Pin the current version of a chunk whose home is nvme; None: it reads as zeros."""
+        assert self.nvme is not None
+        with self._lock:
+            is_void = self._key(block, chunk) in self._void
+            return None if is_void else self.nvme.pin(block.records[chunk])
 
     def start_copy(self, block: Block, chunk: int, staged: Staged) -> None:
         """Start to bring the home's chunk into a buffer of its own from where it is nearest.
@@ -422,6 +415,8 @@ class BlockStore:
 
     def stage_or_raise(self, block: Block, chunk: int) -> Staged:
         """`stage`, or BudgetError when the host budget has no room for the chunk."""
+        if block.state_class in UPDATED_CLASSES:
+            self.captured.wait()
         staged = self.stage(block, chunk)
         if staged is None:
             raise self.no_staging([block], chunk)
@@ -574,9 +569,10 @@ class BlockStore:
         lease = self.host.try_lease(nbytes, owner)
         while lease is None and wait:
             if not self.settle_one():
-                if not self._failed:
+                if self._failed:
+                    self.retry_failed()  # what could not be written holds staging
+                elif not self.host.wait_for_visitors():
                     return None
-                self.retry_failed()  # what could not be written holds staging
             lease = self.host.try_lease(nbytes, owner)
         return lease
 

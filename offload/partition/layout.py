@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from offload.errors import listed
 
@@ -236,6 +236,29 @@ def _bucket(
         for number, start in enumerate(range(0, numel, step))
     )
     return Bucket(index, first.dtype, first.itemsize, first.trainable, tuple(slots), numel, chunks)
+
+
+class BlockLayout(Protocol):
+    """What a block needs of its layout: the bytes of its chunk blocks, one after the other."""
+
+    @property
+    def chunk_nbytes(self) -> Sequence[int]:
+        """Bytes of each chunk block, multiples of 4096."""
+        ...
+
+    @property
+    def chunk_offset_bytes(self) -> Sequence[int]:
+        """Where each chunk block starts in a home in memory."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole block."""
+        ...
+
+    def element_fields(self, chunk: int) -> Sequence[Field]:
+        """The fields of a chunk block that have values for the elements of the chunk."""
+        ...
 
 
 class ClassLayout:

@@ -62,11 +62,19 @@ class TensorLayout:
         """The state tensors of a parameter."""
         return [spec for spec, _ in self._places[param]]
 
+    def places(self, param: int) -> dict[str, tuple[int, int]]:
+        """Where a parameter's state tensors are in the block, by key: offset and bytes."""
+        return {
+            spec.key: (offset, math.prod(spec.shape) * spec.dtype.itemsize)
+            for spec, offset in self._places[param]
+        }
+
     def tensors(self, param: int, block: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views of a parameter's state tensors in the bytes of the block (uint8, 1-D)."""
         found = {}
-        for spec, offset in self._places[param]:
-            nbytes = math.prod(spec.shape) * spec.dtype.itemsize
+        for spec, (offset, nbytes) in zip(
+            self.keys(param), self.places(param).values(), strict=True
+        ):
             flat = block[offset : offset + nbytes].view(spec.dtype)
             found[spec.key] = flat.view(spec.shape)
         return found

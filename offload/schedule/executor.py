@@ -1,4 +1,4 @@
-"""The threads that run chunk updates: the only Python threads beside the storage fallback.
+"""The threads beside those of the user: for chunk updates, and for what takes long.
 
 [Note: Compute pool]
 Update kernels release the GIL and are called on fixed chunks, so the results do not depend on which
@@ -227,6 +227,57 @@ class Pump:
         thread = self._thread
         if self._work.is_own and thread is not None and thread is not threading.current_thread():
             thread.join()
+
+
+class Background:
+    """Runs one call at a time in a thread of its own. For one user thread.
+
+    The interpreter does not end before the call has. In a forked child nothing runs.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pid = os.getpid()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way."""
+        thread = self._thread
+        return thread is not None and self._pid == os.getpid() and thread.is_alive()
+
+    def start(self, call: Callable[[], None]) -> None:
+        """Start a call; the one before has ended, and its error has been raised."""
+        assert not self.is_busy, "one call at a time"
+        self._thread = threading.Thread(target=self._run, args=(call,), name=self._name)
+        self._thread.start()
+
+    def raise_error(self) -> None:
+        """Raises, once, what a call that has ended has raised."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """`join`, and `raise_error`."""
+        self.join()
+        self.raise_error()
+
+    def join(self) -> None:
+        """Wait for the end of the call, in any thread."""
+        thread = self._thread
+        if thread is not None and self._pid == os.getpid():
+            thread.join()
+
+    def _run(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - `raise_error` raises it
+            self._error = error
 
 
 class _PumpWork:

@@ -11,15 +11,17 @@
             accelerator, to which those go back that have their home there.
     update  as many chunks as are read ahead, computed and written behind, each with the blocks of
             the classes that the cores cannot update where they live.
-  nvme      homes + spare extents: new state goes to another extent than the one it came from.
-            `roll_forward` has a few for each block size, `atomic` one for each block.
+  nvme      homes + spare extents, a few for each block size: new state goes to another extent than
+            the one it came from; and the updated state once more for each checkpoint that pins it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from offload.partition.layout import UPDATED_CLASSES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -42,7 +44,7 @@ class Staging:
         update: chunks in flight in the optimizer step (read ahead, compute, write behind).
         gradients: open gradient chunk buffers when their home is nvme.
         landing: weight chunk buffers that the ring holds in which gradients leave an accelerator.
-        spare_extents: spare nvme extents of each block size in `roll_forward`.
+        spare_extents: spare nvme extents of each block size.
     """
 
     weights: int = 4
@@ -61,7 +63,7 @@ class Machine:
         host_bytes: the same, staging included.
         nvme_bytes: room for extents; None when the tier is not used.
         host_addressable: the cores can update state on the device where it is.
-        nvme_mode: how new state replaces old on nvme.
+        pinned_versions: of updated state on nvme, those that checkpoints keep beside the current.
         staging: buffer counts.
         device_held_bytes: what others hold of the device beside `device_bytes`; messages count it.
     """
@@ -70,7 +72,7 @@ class Machine:
     host_bytes: int
     nvme_bytes: int | None = None
     host_addressable: bool = True
-    nvme_mode: Literal["roll_forward", "atomic"] = "roll_forward"
+    pinned_versions: int = 0
     staging: Staging = Staging()
     device_held_bytes: int = 0
 
@@ -171,7 +173,7 @@ def footprint(
     Args:
         blocks: the chunk block bytes of each bucket.
         tier_of: home tier by (bucket, state class), complete.
-        machine: the tiers; only its staging, mode and addressability are read.
+        machine: the tiers; only its staging, pins and addressability are read.
         gradient_bytes: gradients in flight on the device.
         tiled: the buckets that come to the device by tiles.
     """
@@ -234,6 +236,18 @@ def _spare_bytes(
         for state_class, sizes in classes.items():
             if tier_of[bucket, state_class] == "nvme":
                 counts.update(sizes)
-    if machine.nvme_mode == "atomic":
-        return sum(size * count for size, count in counts.items())
-    return sum(size * min(machine.staging.spare_extents, n) for size, n in counts.items())
+    spare = sum(size * min(machine.staging.spare_extents, n) for size, n in counts.items())
+    return spare + machine.pinned_versions * _updated_nvme_bytes(blocks, tier_of)
+
+
+def _updated_nvme_bytes(
+    blocks: Sequence[BlockBytes], tier_of: Mapping[tuple[int, str], str]
+) -> int:
+    """Bytes on nvme of what an optimizer step writes."""
+    return sum(
+        sum(classes[state_class])
+        for bucket, classes in enumerate(blocks)
+        if "gradients" in classes
+        for state_class in UPDATED_CLASSES
+        if state_class in classes and tier_of[bucket, state_class] == "nvme"
+    )

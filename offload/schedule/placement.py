@@ -280,8 +280,8 @@ def _remedy(tier: str, taken: Footprint, choice: PlacementChoice, machine: Machi
         return f"tiers.host.memory of at least {need} bytes{release}{smaller}"
     if machine.nvme_bytes is None:
         return f"tiers.nvme.paths with {need} bytes free{release}"
-    atomic = ", or tiers.nvme.mode = 'roll_forward'" if machine.nvme_mode == "atomic" else ""
-    return f"tiers.nvme.capacity and free space of at least {need} bytes{release}{atomic}"
+    fewer = ", or fewer checkpoints (checkpoint.keep_last)" if machine.pinned_versions else ""
+    return f"tiers.nvme.capacity and free space of at least {need} bytes{release}{fewer}"
 
 
 def _disk_remedy(

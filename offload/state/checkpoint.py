@@ -1,14 +1,14 @@
 """Checkpoints: durable, atomic, bit-exact, independent of placement.
 
-Tensors stand per parameter and field (see source.py, [Note: state]); everything else that a step
-depends on - counters, the optimizer's groups and scalars, scheduler, loss scale, random generators
-- is plain values in the manifest. Saving streams one tensor at a time; loading verifies every
-checksum before the first byte of the engine changes. Non-persistent buffers are not part of a
-checkpoint, as they are not part of a state dict.
+Tensors are pieces of blocks (see [Note: manifest body]); everything else that a step depends on -
+counters, the optimizer's groups and scalars, scheduler, loss scale, random generators - is plain
+values in the manifest. Loading verifies every checksum before a byte counts. Non-persistent buffers
+are not part of a checkpoint, as they are not part of a state dict.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,29 +17,24 @@ from typing import Any
 
 import torch
 
-from offload import __version__
-from offload.errors import CheckpointError, DiskFullError
-from offload.state import durable, export, folders, manifest, plain, random_state, stored
-from offload.state.manifest import FileRecord, Manifest, TensorRecord
+from offload.config import KEPT_BY_ITSELF
+from offload.errors import CheckpointError
+from offload.state import export, manifest, plain, random_state, stored
+from offload.state.block_loading import load_blocks, shared_blocks
+from offload.state.manifest import Manifest, TensorRecord
 from offload.state.moments import Described, Key, as_wanted, tensors_as_wanted
-from offload.state.safetensors_stream import (
-    DATA_ALIGNMENT_BYTES,
-    SafetensorsWriter,
-    tensor_nbytes,
-)
+from offload.state.saver import Retention, Saver
+from offload.state.saving import Request
 from offload.state.source import StateSource, persistent_buffers
+from offload.state.stored import StoredCheckpoint
 
-# Large enough that a file per shard costs nothing, small enough to copy and to check one at a time.
-SHARD_BYTES = 2 << 30
-# Header bytes to reserve for one tensor when the free space is checked: key, dtype, shape, offsets.
-_HEADER_BYTES_PER_TENSOR = 512
 # Sections of the config that decide the numbers; the others may differ between save and load.
 _NUMERIC_SECTIONS = ("precision", "training", "optimizer", "lr_scheduler")
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One tensor to save: where it comes from and what it is."""
+    """One tensor that a checkpoint of the engine has, and what it is."""
 
     kind: str
     name: str
@@ -47,58 +42,79 @@ class _Item:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    @property
-    def key(self) -> str:
-        return f"{self.field}|{self.name}"
-
-    @property
-    def nbytes(self) -> int:
-        return tensor_nbytes(self.dtype, self.shape)
-
 
 def save_checkpoint(
     engine: StateSource,
+    saver: Saver,
     directory: str | Path,
     tag: str | None = None,
     client_state: Mapping[str, Any] | None = None,
+    *,
+    portable: bool | None = None,
+    by_itself: bool = False,
 ) -> Path:
-    """Write everything that resuming needs to ``directory/tag`` and return that path.
+    """Save everything that resuming needs in ``directory/tag`` and return that path.
 
-    When it returns, the checkpoint survives power loss; if it raises or the process dies, what was
-    there before is intact. `tag` defaults to ``step-00000012``; an existing checkpoint of that tag
-    is replaced atomically. `client_state`: plain values (None, bool, int, float, str, lists,
-    tuples, dicts).
+    With `checkpoint.asynchronous`, the default, the state is safe from what comes later when this
+    returns, and durable when `Saver.wait` has returned. If it fails or the process dies, what was
+    there before is intact.
+
+    State on nvme is not copied if it is on the file system of `directory`: the checkpoint then
+    refers to the extents that it is in, and later steps write to others.
+
+    Args:
+        engine: whose state.
+        saver: the engine's.
+        directory: is made if it is missing.
+        tag: defaults to ``step-00000012``; an existing checkpoint of that tag is replaced.
+        client_state: plain values (None, bool, int, float, str, lists, tuples, dicts).
+        portable: copy everything; None: `checkpoint.portable`.
+        by_itself: the engine saves, and nobody has asked.
 
     Raises:
-        CheckpointError: a value is not plain, the tag is no name, or micro-steps are pending;
-            nothing was written.
-        DiskFullError: the file system has too little room; nothing was written.
+        CheckpointError: a value is not plain, or the tag is no name; nothing was written.
+        DiskFullError: a file system has too little room; nothing was written.
+        BudgetError: `tiers.nvme.capacity` has none for the extents of later steps.
         StorageError: a system call failed; nothing is left behind.
     """
-    root = Path(directory)
+    root = Path(directory).absolute()
+    config = engine.config.checkpoint
     name = manifest.check_tag(tag if tag is not None else f"step-{engine.global_steps:08d}")
-    _check_boundary(engine)
-    values = _collect_values(engine, client_state)
-    items = list(_items(engine))
-    durable.make_folder(root)
-    folders.sweep(root)
-    _check_room(root, items)
-    known, _ = folders.candidates(root, None)
-    with folders.pending_folder(root, name) as pending:
-        files, tensors = _write_tensors(engine, pending, items)
-        content = Manifest(
+    if saver.is_busy and config.when_busy == "skip":
+        return saver.path or root / name
+    saver.wait()
+    origin = "tag" if tag is not None else "engine" if by_itself else "call"
+    values = {**_collect_values(engine, client_state), "origin": origin}
+    portable = config.portable if portable is None else portable
+    retention = _retention(engine, by_itself=by_itself)
+    snapshot = engine.snapshot()
+    try:
+        buffers = persistent_buffers(engine.module)
+        copies = {
+            ("buffer", name, "buffer"): buffer.detach().cpu().clone() for name, buffer in buffers
+        }
+        if not portable:
+            device = next(p for p in (root, *root.parents) if p.exists()).stat().st_dev
+            snapshot.reserve_beside_pins(device, saver.num_linked(retention))
+        request = Request(
+            root=root,
             tag=name,
-            sequence=1 + max((parsed.sequence for _, parsed in known), default=0),
-            offload_version=__version__,
-            torch_version=str(torch.__version__),
-            files=tuple(files),
-            tensors=tuple(tensors),
+            sequence=saver.next_sequence(root),
             values=values,
+            copies={**snapshot.copies, **copies},
+            portable=portable,
         )
-        durable.write_file(pending / manifest.MANIFEST_NAME, manifest.encode(content))
-        final = folders.publish(pending, root, name)
-    folders.write_hint(root, name)
-    return final
+        return saver.save(snapshot, request, retention, asynchronous=config.asynchronous)
+    except BaseException:
+        snapshot.end_capture()
+        raise
+
+
+def _retention(engine: StateSource, *, by_itself: bool) -> Retention:
+    keep_last = engine.config.checkpoint.keep_last
+    if keep_last == "auto":
+        return Retention(("engine",), KEPT_BY_ITSELF) if by_itself else Retention()
+    return Retention(("engine", "call"), keep_last)
 
 
 def load_checkpoint(
@@ -110,35 +126,65 @@ def load_checkpoint(
     used, and each newer, damaged one is named in a warning. Placement, budgets and bucket sizes
     may differ from the saving run's, and moments may be fp32 in one and 8-bit in the other. A step
     that is pending and gradients are given up, and nothing of the engine's old state is read: it
-    may be damaged.
+    may be damaged. Gradients that no step had used when the checkpoint was saved come back.
+
+    All of a checkpoint is verified before the first byte of an engine that has been trained
+    changes. One that has not is filled as the bytes come, each block verified before it counts.
 
     Raises:
         CheckpointError: none found; the one asked for is damaged (file and tensor are named); or
-            it belongs to another model, optimizer or precision. The engine is unchanged.
-        StorageError: reading failed, and the engine is unchanged; or writing did, and its state is
-            void: it refuses every use but another load and `close`.
+            it belongs to another model, optimizer or precision. The engine is unchanged, but for a
+            damaged checkpoint and an engine without training: then its state is void.
+        StorageError: reading failed, as above; or writing did, and the engine's state is void: it
+            refuses every use but another load and `close`.
     """
     root = Path(directory)
     if tag is not None:
         manifest.check_tag(tag)
-    with stored.find(root, tag) as found:
+    is_trained = bool(engine.micro_steps or engine.global_steps or engine.skipped_steps)
+
+    def use(found: StoredCheckpoint) -> dict[str, Any]:
         wanted = {(i.kind, i.name, i.field): (str(i.dtype), i.shape) for i in _items(engine)}
         _check_matches(engine, wanted, found.content, found.folder)
+        if is_trained:
+            found.verify()
         _warn_of_other_numerics(engine, found.content)
         with engine.replacing_state():
-            for record, tensor in tensors_as_wanted(found, wanted):
-                _restore_tensor(engine, record, tensor)
-            return _restore_values(engine, found.content.values)
+            _restore_tensors(engine, found, wanted)
+            client_state = _restore_values(engine, found.content.values)
+            _restore_gradients(engine, found)
+            return client_state
+
+    return stored.first_whole(root, tag, use)
 
 
-def _check_boundary(engine: StateSource) -> None:
-    pending = engine.micro_steps % engine.config.training.gradient_accumulation_steps
-    if pending:
-        raise CheckpointError(
-            f"{pending} micro-steps have gradients that no step has used",
-            expected="a save between steps",
-            remedy="save after a call of step() that returned True",
-        )
+def _restore_tensors(
+    engine: StateSource, found: StoredCheckpoint, wanted: Mapping[Key, Described]
+) -> None:
+    shared = shared_blocks(engine.stored_tensors(), found.content)
+    if shared is None:
+        tensors = tensors_as_wanted(found, wanted)
+    else:
+        numbers, others = shared
+        load_blocks(engine, found, numbers)
+        engine.end_replacing()
+        tensors = ((record, found.read(record)) for record in others)
+    with contextlib.closing(tensors):
+        while True:
+            with found.reading():
+                following = next(tensors, None)
+            if following is None:
+                return
+            _restore_tensor(engine, *following)
+
+
+def _restore_gradients(engine: StateSource, found: StoredCheckpoint) -> None:
+    for record in found.content.tensors:
+        if record.kind == "gradient" and record.field == "gradient":
+            with found.reading():
+                gradient = found.read(record)
+                sums = found.read(found.content.find("gradient", record.name, "sums"))
+            engine.write_gradient(record.name, gradient, sums)
 
 
 def _items(engine: StateSource) -> Iterator[_Item]:
@@ -149,67 +195,6 @@ def _items(engine: StateSource) -> Iterator[_Item]:
         yield _Item("buffer", name, "buffer", buffer.dtype, tuple(buffer.shape))
 
 
-def _check_room(root: Path, items: list[_Item]) -> None:
-    tensor_bytes = sum(item.nbytes for item in items)
-    # Header and manifest entry of each tensor, and one aligned header per shard.
-    other_bytes = 2 * _HEADER_BYTES_PER_TENSOR * len(items)
-    other_bytes += DATA_ALIGNMENT_BYTES * (2 + tensor_bytes // SHARD_BYTES)
-    free = durable.free_bytes(root)
-    if tensor_bytes + other_bytes > free:
-        raise DiskFullError(
-            path=root,
-            needed_bytes=tensor_bytes + other_bytes,
-            free_bytes=free,
-            what="checkpoint",
-            remedy=f"free space on the file system of {root}, or save elsewhere",
-        )
-
-
-def _shards(items: list[_Item]) -> list[list[_Item]]:
-    """Cut the list where a shard would exceed `SHARD_BYTES`; a tensor is never cut."""
-    shards: list[list[_Item]] = [[]]
-    filled_bytes = 0
-    for item in items:
-        if shards[-1] and filled_bytes + item.nbytes > SHARD_BYTES:
-            shards.append([])
-            filled_bytes = 0
-        shards[-1].append(item)
-        filled_bytes += item.nbytes
-    return shards
-
-
-def _write_tensors(
-    engine: StateSource, folder: Path, items: list[_Item]
-) -> tuple[list[FileRecord], list[TensorRecord]]:
-    buffers = dict(persistent_buffers(engine.module))
-    files: list[FileRecord] = []
-    records: list[TensorRecord] = []
-    for index, shard in enumerate(_shards(items)):
-        declared = [(item.key, item.dtype, item.shape) for item in shard]
-        with SafetensorsWriter(folder / manifest.data_file_name(index), declared) as writer:
-            for item in shard:
-                if item.kind == "buffer":
-                    tensor = buffers[item.name].detach().cpu()
-                else:
-                    tensor = engine.read_state(item.name, item.field)
-                checksum = writer.write(item.key, tensor)
-                del tensor  # one tensor at a time, not two
-                records.append(
-                    TensorRecord(
-                        item.kind,
-                        item.name,
-                        item.field,
-                        index,
-                        str(item.dtype),
-                        item.shape,
-                        checksum,
-                    )
-                )
-            writer.finish()
-            files.append(FileRecord(writer.nbytes, writer.header_checksum))
-    return files, records
-
-
 def _check_matches(
     engine: StateSource, wanted: Mapping[Key, Described], content: Manifest, folder: Path
 ) -> None:
@@ -217,7 +202,11 @@ def _check_matches(
 
     Moments may be fp32 in one and 8-bit in the other.
     """
-    stored = {(r.kind, r.name, r.field): (r.dtype, r.shape) for r in content.tensors}
+    stored = {
+        (r.kind, r.name, r.field): (r.dtype, r.shape)
+        for r in content.tensors
+        if r.kind != "gradient"
+    }
     stored = as_wanted(stored, wanted)
     problems = [
         f"{field} of {name!r} is missing" for _, name, field in wanted.keys() - stored.keys()
@@ -283,9 +272,7 @@ def _collect_values(engine: StateSource, client_state: Mapping[str, Any] | None)
         "global_steps": engine.global_steps,
         "skipped_steps": engine.skipped_steps,
         "micro_steps": engine.micro_steps,
-        "parameter_steps": list(engine.parameter_steps()),
         "optimizer_groups": plain.encode(engine.optimizer_groups(), where="optimizer groups"),
-        "optimizer_scalars": plain.encode(engine.scalar_state(), where="optimizer scalars"),
         "update": engine.update_choice(),
         "lr_scheduler": scheduler and plain.encode(scheduler.state_dict(), where="lr_scheduler"),
         "loss_scale": scale and plain.encode(scale.state_dict(), where="loss scale"),

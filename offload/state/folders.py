@@ -4,8 +4,8 @@
 of it is synced, the folder gets its tag by rename and the parent is synced; only then is the save
 acknowledged. Where the tag exists already, the old checkpoint steps aside to `.old-*` first:
 killed between the two renames, there is still the old one, and loading finds it by the tag in its
-manifest. A later save removes what killed writers left: `.tmp-*` whose lock is free, and `.old-*`
-whose successor stands.
+manifest. A later save removes what killed writers left: `.tmp-*` whose lock is free, `.old-*` whose
+successor stands, and `.gone-*`, which were being removed.
 Source: RELIABILITY promises P1, P2, P8.
 """
 
@@ -24,6 +24,7 @@ from offload.state import durable, manifest
 
 PENDING_PREFIX = ".tmp-"
 REPLACED_PREFIX = ".old-"
+RETIRED_PREFIX = ".gone-"
 HINT_NAME = "LATEST"
 _SUFFIX_BYTES = 4  # of randomness behind a name, as hexadecimal digits
 
@@ -102,6 +103,20 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def retire(folder: Path) -> None:
+    """Remove a checkpoint: first, durably, its name, so that it is never there in part.
+
+    Raises:
+        StorageError: a rename or sync failed; the checkpoint is whole under one of its names.
+    """
+    suffix = secrets.token_hex(_SUFFIX_BYTES)
+    gone = folder.with_name(f"{RETIRED_PREFIX}{folder.name}-{suffix}")
+    with durable.storage_errors("rename", folder, what=folder.name):
+        folder.rename(gone)
+    durable.sync_folder(folder.parent)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def write_hint(root: Path, tag: str) -> None:
     """Name the newest checkpoint in ``LATEST``.
 
@@ -124,6 +139,8 @@ def sweep(root: Path) -> None:
                 if lock is not None:
                     shutil.rmtree(folder, ignore_errors=True)
                     os.close(lock)
+        elif folder.name.startswith(RETIRED_PREFIX):
+            shutil.rmtree(folder, ignore_errors=True)
         elif folder.name.startswith(REPLACED_PREFIX):
             tag = folder.name[len(REPLACED_PREFIX) : -1 - 2 * _SUFFIX_BYTES]
             with contextlib.suppress(CheckpointError):
@@ -150,7 +167,7 @@ def candidates(
     found: list[tuple[Path, manifest.Manifest]] = []
     damaged: list[str] = []
     for folder in subfolders(root):
-        if folder.name.startswith(PENDING_PREFIX):
+        if folder.name.startswith((PENDING_PREFIX, RETIRED_PREFIX)):
             continue
         aside = folder.name.startswith(REPLACED_PREFIX)
         if tag is not None and folder.name != tag and not aside:

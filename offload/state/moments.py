@@ -8,7 +8,7 @@ here, which is exact, or encoded where it is written, which rounds as a step doe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import torch
 
@@ -43,9 +43,9 @@ def as_wanted(
 
 def tensors_as_wanted(
     checkpoint: StoredCheckpoint, wanted: Mapping[Key, Described]
-) -> Iterator[tuple[TensorRecord, torch.Tensor]]:
-    """Every tensor of a checkpoint that matches; codes are decoded for who keeps fp32 moments."""
-    records = {(r.kind, r.name, r.field): r for r in checkpoint.records()}
+) -> Generator[tuple[TensorRecord, torch.Tensor], None, None]:
+    """Every tensor of a checkpoint that is wanted; codes are decoded for who keeps fp32 moments."""
+    records = {(r.kind, r.name, r.field): r for r in checkpoint.records() if r.kind != "gradient"}
     stored = {key: (r.dtype, r.shape) for key, r in records.items()}
     decoded = {key for key in wanted if is_encoded(key, stored) and wanted[key][0] == _FP32}
     scales = {scale_key(key) for key in decoded}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,31 +12,89 @@ from torch import nn
 
 from offload.config import OffloadConfig, load_config
 from offload.engine import planning
-from offload.engine.build import build
+from offload.engine.build import Parts, build
 from offload.engine.engine import Engine, SchedulerFactory
+from offload.engine.optimizer import Closure
 from offload.engine.planning import OptimizerFactory
+from offload.engine.zeroth_order import Reduce
 from offload.schedule.plan import Plan
 from offload.state import adapters, checkpoint, export
 from offload.state.deferred import placing, refuse_inside
 from offload.state.importing import Imported, import_checkpoint
+from offload.state.saver import Saver
 
 
 class OffloadEngine(Engine):
-    """A model whose training state lives on several tiers; made by `initialize`."""
+    """A model whose training state lives on several tiers; made by `initialize`.
+
+    Attributes:
+        client_state: plain values that go into the checkpoints that the engine saves by itself.
+    """
+
+    def __init__(self, parts: Parts, lr_scheduler: SchedulerFactory | None) -> None:
+        self._saver = Saver(parts.io, parts.config.io.deadline_seconds)
+        self.client_state: dict[str, Any] = {}
+        super().__init__(parts, lr_scheduler)
+
+    def step(self, closure: Closure | None = None, *, reduce: Reduce | None = None) -> bool:
+        """See `Engine.step`. Every `checkpoint.every_steps` a checkpoint is saved after it."""
+        taken = super().step(closure, reduce=reduce)
+        settings = self.config.checkpoint
+        is_due = settings.every_steps and self.global_steps % settings.every_steps == 0
+        if taken and is_due and settings.directory is not None:
+            checkpoint.save_checkpoint(
+                self,
+                self._saver,
+                settings.directory,
+                client_state=self.client_state,
+                by_itself=True,
+            )
+        return taken
 
     def save_checkpoint(
         self,
         directory: str | os.PathLike[str],
         tag: str | None = None,
         client_state: Mapping[str, Any] | None = None,
+        *,
+        portable: bool | None = None,
     ) -> Path:
-        """Save everything that resuming needs, durably; see `checkpoint.save_checkpoint`.
+        """Save everything that resuming needs; see `checkpoint.save_checkpoint`.
 
-        Parameters that were unfrozen get their place first, as in `load_checkpoint`.
+        Unless `checkpoint.asynchronous` is false it returns when training may go on; the checkpoint
+        is durable when `wait_for_checkpoint` has returned. The next save, a load and `close` wait
+        for it. Parameters that were unfrozen get their place first, as in `load_checkpoint`.
         """
         self._check_ready("save_checkpoint")
         self._admit_unfrozen()
-        return checkpoint.save_checkpoint(self, Path(directory), tag, client_state)
+        return checkpoint.save_checkpoint(
+            self, self._saver, Path(directory), tag, client_state, portable=portable
+        )
+
+    def wait_for_checkpoint(self) -> Path | None:
+        """Wait until the last checkpoint survives power loss; its path, None if there was none.
+
+        Raises:
+            BudgetError, CheckpointError, StorageError: it could not be saved, and nothing of it is
+                left. Raised once, here or by the next use of the engine; training may go on.
+        """
+        self._saver.wait()
+        return self._saver.path
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, then see `Engine.close`.
+
+        Raises:
+            StorageError: as `Engine.close`, or the checkpoint could not be saved; everything is
+                freed all the same.
+        """
+        with contextlib.ExitStack() as closing:
+            closing.callback(super().close)
+            self._saver.wait()
+
+    def _check_ready(self, what: str) -> None:
+        super()._check_ready(what)
+        self._saver.raise_error()
 
     def load_checkpoint(
         self, directory: str | os.PathLike[str], tag: str | None = None
@@ -46,6 +105,7 @@ class OffloadEngine(Engine):
         their place first, so that the checkpoint may have state for them.
         """
         self._check_not_closed()
+        self._saver.wait()
         if self._pending is None and not self._is_void:
             self._admit_unfrozen()
         return checkpoint.load_checkpoint(self, Path(directory), tag)

@@ -9,7 +9,7 @@ placement loads under any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -18,6 +18,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from offload.config import OffloadConfig
+from offload.errors import OffloadError
+from offload.partition.snapshot import BlockKey, MappedTensor, Version
+from offload.partition.staging import StagingLease
+from offload.tiers.pins import Pin
+from offload.tiers.transfer import Transfer
 
 
 class LossScaleState(Protocol):
@@ -63,13 +68,26 @@ class StateSource(Protocol):
     def write_state(self, name: str, field: str, tensor: torch.Tensor) -> None:
         """Replace one field."""
 
+    def write_gradient(self, name: str, tensor: torch.Tensor, sums: torch.Tensor) -> None:
+        """Put back a gradient that no step has used."""
+
+    def snapshot(self) -> SnapshotSource:
+        """The training state as it is now, while training goes on."""
+
+    def stored_tensors(self) -> Sequence[MappedTensor]:
+        """Which bytes of which blocks the stored tensors are; what is not in blocks is left out."""
+
+    def start_replacing(self, key: BlockKey, *, wait: bool) -> Replacement | None:
+        """Memory for a block that is replaced as a whole; None: there is none without waiting."""
+
+    def end_replacing(self) -> None:
+        """Every block has been replaced."""
+
     def replacing_state(self) -> AbstractContextManager[None]:
         """For a block that writes every field: the old state is void, and so is a pending step."""
 
-    def parameter_steps(self) -> list[int]:
-        """Updates that each parameter has had, in the order of `parameter_names`."""
-
-    def set_parameter_steps(self, steps: list[int]) -> None: ...
+    def set_parameter_steps(self, steps: list[int]) -> None:
+        """How many updates each parameter has had, in the order of `parameter_names`."""
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups without parameters: plain values."""
@@ -88,6 +106,73 @@ class StateSource(Protocol):
         """Where the optimizer updates: plain values."""
 
     def keep_update_choice(self, saved: dict[str, Any] | None) -> None: ...
+
+
+class Replacement(Protocol):
+    """Memory for what a block will say; to be filled, and then committed or cancelled."""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """uint8, 1-D."""
+
+    def commit(self) -> None:
+        """The block says this from here on."""
+
+    def cancel(self) -> None:
+        """Nothing counts."""
+
+
+class SnapshotSource(Protocol):
+    """Training state at one moment; see [Note: Snapshot]. `exposed` is captured first."""
+
+    @property
+    def tensors(self) -> Sequence[MappedTensor]: ...
+
+    @property
+    def copies(self) -> Mapping[tuple[str, str, str], torch.Tensor]: ...
+
+    @property
+    def exposed(self) -> Sequence[BlockKey]: ...
+
+    @property
+    def blocks(self) -> Sequence[BlockKey]: ...
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether pinned versions have them."""
+
+    def nbytes(self, key: BlockKey) -> int:
+        """Bytes of a block."""
+
+    def device_of(self, key: BlockKey) -> int | None:
+        """The number of the disk with a file that has the block, and can be linked."""
+
+    def reserve_beside_pins(self, device: int, num_versions: int) -> None:
+        """Allocate what is written while so many versions on that disk are pinned."""
+
+    def unpinning(self) -> AbstractContextManager[None]:
+        """For a block that ends soon and lets go of versions."""
+
+    def capture(self, key: BlockKey) -> Version | None:
+        """What a block says; memory of a home is good until `end_capture`. None: ask again."""
+
+    def late_values(self) -> Mapping[str, object]:
+        """Plain values that are known when every block has been captured."""
+
+    def check_unedited(self) -> None:
+        """Raise CheckpointError if somebody has changed what was to be captured."""
+
+    def end_capture(self) -> None:
+        """Memory of homes is not needed any more."""
+
+    def start_read(self, pin: Pin, tensor: torch.Tensor) -> Transfer:
+        """Read a pinned version into host memory: uint8, 1-D."""
+
+    def try_lease(self, nbytes: int) -> StagingLease | None:
+        """Host memory that is within the budget; None: there is none at present."""
+
+    def no_lease(self, nbytes: int) -> OffloadError:
+        """The error that says so."""
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

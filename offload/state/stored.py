@@ -1,96 +1,124 @@
-"""A checkpoint on disk, read: which one, and its tensors, each after its checksum has matched."""
+"""A checkpoint on disk, read: which one, and its tensors, each after its checksums have matched."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
 from offload.errors import CheckpointError
-from offload.state import folders, manifest
-from offload.state.manifest import FileRecord, Manifest, TensorRecord
-from offload.state.safetensors_stream import SafetensorsReader, checksum_of
+from offload.native import IoEngine
+from offload.state import folders
+from offload.state.data_file import DataFileReader
+from offload.state.manifest import Manifest, TensorRecord
+from offload.state.saver import wait_for_saves
 
-# Fields of one parameter stand in few files; a process may open 1024 by default.
-_MAX_OPEN_FILES = 16
+# Blocks of which several tensors are pieces are read once, if these are asked for in a row.
+_MAX_CACHED_BYTES = 64 << 20
 
 
 class StoredCheckpoint:
     """The tensors of one checkpoint folder. A context manager: it keeps some of its files open.
 
-    Attributes:
+    Args:
         folder: the checkpoint's own folder.
         content: its manifest.
+        io: reads; None: an I/O engine of its own.
+
+    Attributes:
+        folder, content: as given.
+        reader: of its blocks.
     """
 
-    def __init__(self, folder: Path, content: Manifest) -> None:
+    def __init__(self, folder: Path, content: Manifest, io: IoEngine | None = None) -> None:
         self.folder = folder
         self.content = content
-        self._listed: list[dict[str, TensorRecord]] = [{} for _ in content.files]  # by key
-        for record in content.tensors:
-            self._listed[record.file][record.key] = record
-        self._readers: OrderedDict[int, SafetensorsReader] = OrderedDict()  # last used last
+        self.reader = DataFileReader(folder, content, io)
+        self._cached: OrderedDict[int, torch.Tensor] = OrderedDict()  # oldest first
+        self._users = Counter(piece.block for record in content.tensors for piece in record.pieces)
 
     def records(self) -> list[TensorRecord]:
-        """What it holds, file by file."""
-        return [record for listed in self._listed for record in listed.values()]
+        """What it holds, block by block."""
+        return sorted(self.content.tensors, key=lambda record: record.pieces[:1])
 
     def verify(self) -> None:
-        """Read everything once, one tensor at a time.
+        """Read everything once, a few blocks at a time.
 
         Raises:
-            CheckpointError: a file or a tensor is damaged; it is named.
-            StorageError: a file cannot be read.
+            DamagedError: a file or a tensor is damaged, and named, or cannot be read.
         """
-        for index, listed in enumerate(self._listed):
-            self._reader(index)  # also of a file without tensors
-            for record in listed.values():
-                self.read(record)
+        with self.reading():
+            for _ in self.reader.read_all(self.blocks()):
+                pass
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block of which an error means that this checkpoint cannot be read.
+
+        Raises:
+            DamagedError: with that error.
+        """
+        try:
+            yield
+        except (CheckpointError, OSError) as error:
+            raise DamagedError(error) from error
+
+    def blocks(self) -> list[int]:
+        """The numbers of the blocks that tensors are made of, in the order of the files."""
+        return sorted(self._users, key=lambda index: self.content.blocks[index])
 
     def read(self, record: TensorRecord) -> torch.Tensor:
-        """One tensor, newly allocated, on the CPU.
+        """One tensor, newly allocated, on the CPU, row-major.
 
         Raises:
             CheckpointError: its file or the tensor itself is damaged.
             StorageError: the file cannot be read.
         """
-        reader = self._reader(record.file)
-        tensor = reader.read(record.key)
-        if checksum_of(tensor) != record.crc32c:
-            raise CheckpointError(
-                f"{reader.path}: damaged: {record.field} of {record.name!r} does not have "
-                f"the checksum {record.crc32c:08x} of the manifest"
-            )
-        return tensor
+        flat = torch.empty(record.nbytes, dtype=torch.uint8)
+        filled = 0
+        for piece, block in zip(record.pieces, self._blocks_of(record), strict=True):
+            part = flat[filled : filled + piece.nbytes]
+            part.copy_(block[piece.offset : piece.offset + piece.nbytes])
+            filled += piece.nbytes
+        tensor = flat.view(self.dtype(record))
+        if record.stride is None or not tensor.numel():
+            return tensor.view(record.shape)
+        return tensor.as_strided(record.shape, record.stride).contiguous()
 
-    def dtype(self, record: TensorRecord) -> torch.dtype:
-        """The dtype of a tensor, from the verified header of its file."""
-        return self._reader(record.file).entries[record.key].dtype
+    @staticmethod
+    def dtype(record: TensorRecord) -> torch.dtype:
+        """The dtype of a tensor."""
+        dtype: torch.dtype = getattr(torch, record.dtype.removeprefix("torch."))
+        return dtype
 
-    def _reader(self, index: int) -> SafetensorsReader:
-        reader = self._readers.get(index)
-        if reader is not None:
-            self._readers.move_to_end(index)
-            return reader
-        if len(self._readers) == _MAX_OPEN_FILES:
-            self._readers.popitem(last=False)[1].close()
-        reader = SafetensorsReader(self.folder / manifest.data_file_name(index))
-        try:
-            _check_header(reader, self.content.files[index], self._listed[index])
-        except CheckpointError:
-            reader.close()
-            raise
-        self._readers[index] = reader
-        return reader
+    def _blocks_of(self, record: TensorRecord) -> Iterator[torch.Tensor]:
+        """The block of each piece, in order; each is good until the next."""
+        wanted = [piece.block for piece in record.pieces]
+        known = {index: self._cached[index] for index in wanted if index in self._cached}
+        for index, memory in self.reader.read_all(wanted, known=known):
+            if index not in known and self._users[index] > 1:
+                self._keep(index, memory)
+            yield memory
+
+    def _keep(self, index: int, memory: torch.Tensor) -> None:
+        """Keep a copy of a block that other tensors will want, if it is not too large."""
+        if memory.numel() > _MAX_CACHED_BYTES:
+            return
+        held = sum(block.numel() for block in self._cached.values())
+        while self._cached and held + memory.numel() > _MAX_CACHED_BYTES:
+            held -= self._cached.popitem(last=False)[1].numel()
+        self._cached[index] = memory.clone()
 
     def close(self) -> None:
         """Close its files."""
-        while self._readers:
-            self._readers.popitem()[1].close()
+        self._cached.clear()
+        self.reader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -104,50 +132,67 @@ class StoredCheckpoint:
         self.close()
 
 
-def find(root: Path, tag: str | None) -> StoredCheckpoint:
-    """The newest checkpoint in `root` (of that tag) of which every byte verifies.
+class DamagedError(Exception):
+    """A checkpoint cannot be read, because of `error`; another one may be whole."""
 
-    Each newer, damaged one is named in a warning.
+    def __init__(self, error: CheckpointError | OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+_T = TypeVar("_T")
+
+
+def first_whole(
+    root: Path, tag: str | None, use: Callable[[StoredCheckpoint], _T], io: IoEngine | None = None
+) -> _T:
+    """What `use` makes of the newest checkpoint in `root` (of that tag) that it can read.
+
+    It raises DamagedError where it cannot; each newer, damaged one is named in a warning. What
+    this process is still writing there is waited for.
 
     Raises:
         CheckpointError: there is none; or the one of the tag is damaged.
         StorageError: the one of the tag cannot be read.
     """
+    wait_for_saves(root)
     found, damaged = folders.candidates(root, tag) if root.is_dir() else ([], [])
     for folder, content in found:
-        stored = StoredCheckpoint(folder, content)
-        try:
-            stored.verify()
-        except (CheckpointError, OSError) as error:
-            stored.close()
-            if tag is not None:
-                raise
-            damaged.append(str(error))
-            continue
-        for line in damaged:
-            warnings.warn(f"passed over a damaged checkpoint: {line}", RuntimeWarning, stacklevel=4)
-        return stored
+        with StoredCheckpoint(folder, content, io) as stored:
+            try:
+                used = use(stored)
+            except DamagedError as failure:
+                if tag is not None:
+                    raise failure.error from None
+                damaged.append(str(failure.error))
+                continue
+        _warn_of(damaged)
+        return used
+    raise _none_left(root, tag, damaged)
+
+
+def find(root: Path, tag: str | None) -> StoredCheckpoint:
+    """The newest checkpoint in `root` (of that tag) of which every byte verifies; still open.
+
+    Raises:
+        CheckpointError, StorageError: as `first_whole`.
+    """
+
+    def verified(stored: StoredCheckpoint) -> tuple[Path, Manifest]:
+        stored.verify()
+        return stored.folder, stored.content
+
+    return StoredCheckpoint(*first_whole(root, tag, verified))
+
+
+def _warn_of(damaged: list[str]) -> None:
+    for line in damaged:
+        warnings.warn(f"passed over a damaged checkpoint: {line}", RuntimeWarning, stacklevel=5)
+
+
+def _none_left(root: Path, tag: str | None, damaged: list[str]) -> CheckpointError:
     wanted = f"checkpoint {tag!r}" if tag is not None else "checkpoint"
-    raise CheckpointError(
+    return CheckpointError(
         "\n  ".join([f"no undamaged {wanted} in {root}", *damaged]),
         remedy="name a directory that save_checkpoint wrote to",
     )
-
-
-def _check_header(
-    reader: SafetensorsReader, expected: FileRecord, listed: dict[str, TensorRecord]
-) -> None:
-    if (reader.nbytes, reader.header_checksum) != (expected.nbytes, expected.header_crc32c):
-        raise CheckpointError(
-            f"{reader.path}: damaged: length or header differ from the manifest",
-            expected=f"{expected.nbytes} bytes, header CRC32C {expected.header_crc32c:08x}",
-        )
-    if set(reader.entries) != set(listed):
-        raise CheckpointError(f"{reader.path}: holds other tensors than the manifest lists")
-    for key, record in listed.items():
-        entry = reader.entries[key]
-        if (str(entry.dtype), entry.shape) != (record.dtype, record.shape):
-            raise CheckpointError(
-                f"{reader.path}: {record.field} of {record.name!r} is {entry.dtype} {entry.shape}",
-                expected=f"{record.dtype} {record.shape}",
-            )

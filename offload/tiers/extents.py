@@ -169,6 +169,11 @@ class ExtentPool:
             self._release(extent)
 
     @property
+    def num_retired(self) -> int:
+        """Extents that are free when their last reader has left."""
+        return len(self._retired)
+
+    @property
     def num_free(self) -> int:
         """Extents that `take` can return now."""
         return len(self._is_free)
@@ -211,22 +216,20 @@ class RoundRobin:
         record_extent_bytes: Iterable[int],
         *,
         spare: int,
-        atomic: bool,
         held: Mapping[int, int] = MappingProxyType({}),
     ) -> list[tuple[int, int]]:
         """Return (path, bytes) of the shadow extents that records of these extent sizes add.
 
-        atomic: one a record (twice the state). roll-forward: `spare` a class, the writes in
-        flight, but never more than one a record. Those dealt for earlier records of a class count.
-        `held` are those for held writes beside them, by extent bytes.
+        They are `spare` a class, the writes in flight, but never more than one a record. Those
+        dealt for earlier records of a class count. `held` are those for held writes beside them, by
+        extent bytes.
         """
         dealt = []
         new = Counter(record_extent_bytes)
         for extent_bytes in {**new, **held}:
             num_new = new[extent_bytes]
             self._num_records[extent_bytes] += num_new
-            num_records = self._num_records[extent_bytes]
-            wanted = num_records if atomic else min(spare, num_records)
+            wanted = min(spare, self._num_records[extent_bytes])
             missing = max(0, wanted - self._num_shadows[extent_bytes])
             self._num_shadows[extent_bytes] += missing
             missing += held.get(extent_bytes, 0)

@@ -17,6 +17,12 @@ from the middle of a segment. Such a range is *given up*, it is never leased aga
 that are left of the segment are prepared anew, each by itself: a registered buffer holds on to its
 pages.
 
+[Note: visitors]
+
+What runs beside training, a checkpoint that is copied, has no memory of its own: it *visits* what
+staging leaves free, for a short time. Who finds no room while there are visitors waits for them to
+leave (`wait_for_visitors`, `lease`), and nobody comes to visit while somebody waits.
+
 [Note: page-locking]
 
 CUDA copies asynchronously from and to page-locked memory only. Each segment is registered with it
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+_VISIT_SECONDS = 60.0  # the deadline of a transfer, by default
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, Linux 5.14
 
 
@@ -165,6 +172,8 @@ class HostArena:
         self.peak_bytes = 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._left = threading.Condition(self._lock)
+        self._num_visitors = self._num_waiting = 0
         self._owners = OwnerBytes()
         self._io: RegistersMemory | None = None
         self._locks_pages = False
@@ -264,10 +273,35 @@ class HostArena:
             BudgetError: no free range is that long; it says who holds what.
         """
         lease = self.try_lease(nbytes, owner)
+        while lease is None and self.wait_for_visitors():
+            lease = self.try_lease(nbytes, owner)
         if lease is None:
             with self._lock:
                 raise self._exceeded(nbytes, owner)
         return lease
+
+    def visit(self, nbytes: int, owner: str) -> HostLease | None:
+        """`try_lease` for a short time; see [Note: visitors]."""
+        with self._lock:
+            if self._num_waiting:
+                return None
+        lease = self.try_lease(nbytes, owner)
+        if lease is not None:
+            with self._lock:
+                lease.visits = True
+                self._num_visitors += 1
+        return lease
+
+    def wait_for_visitors(self) -> bool:
+        """Wait until a visitor leaves; False: there is none, or none leaves for long."""
+        with self._lock:
+            if not self._num_visitors:
+                return False
+            self._num_waiting += 1
+            try:
+                return self._left.wait(_VISIT_SECONDS)
+            finally:
+                self._num_waiting -= 1
 
     def try_lease(self, nbytes: int, owner: str) -> HostLease | None:
         """Lease `nbytes`, or return None where `lease` would raise."""
@@ -351,6 +385,9 @@ class HostArena:
             if lease.released:
                 raise AssertionError(f"host lease of {lease.owner} released twice")
             lease.released = True
+            if lease.visits:
+                self._num_visitors -= 1
+                self._left.notify_all()
             segment.free.put_back(start, size)
             self.used_bytes -= size
             self._owners.remove(lease.owner, size)
@@ -374,7 +411,17 @@ class HostLease:
     past it, up to the next page, is the lease's too: `padded` shows it.
     """
 
-    __slots__ = ("_arena", "_segment", "_start", "address", "nbytes", "owner", "released", "tensor")
+    __slots__ = (
+        "_arena",
+        "_segment",
+        "_start",
+        "address",
+        "nbytes",
+        "owner",
+        "released",
+        "tensor",
+        "visits",
+    )
 
     def __init__(
         self, arena: HostArena, segment: HostSegment, start: int, nbytes: int, owner: str
@@ -386,6 +433,7 @@ class HostLease:
         self.nbytes = nbytes
         self.owner = owner
         self.released = False
+        self.visits = False
         self.tensor = segment.memory.narrow(0, start, nbytes)
 
     @property

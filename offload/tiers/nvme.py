@@ -2,21 +2,20 @@
 
 A write goes to a shadow extent ([Note: extents]). Until it settles, and if it fails, reads return
 the last committed version; when it settles well the record's current extent flips to the one just
-written ([Note: records]).
+written ([Note: records]). A pinned version stays as it is beside the later ones ([Note: pins]).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from offload.errors import (
     BudgetError,
@@ -24,27 +23,19 @@ from offload.errors import (
     EngineStateError,
     StorageError,
 )
+from offload.tiers.backing_files import BackingFiles
 from offload.tiers.extents import Extent, ExtentPool, RoundRobin, round_up_to_page
+from offload.tiers.pins import Pin
 from offload.tiers.records import (
     Record,
     buffer_address,
     checksum_error,
-    checksum_seed,
     named_error,
 )
-from offload.tiers.run_folder import (
-    StorePath,
-    check_disk_room,
-    close_paths,
-    disk_bytes_free,
-    give_back_range,
-    warn_of_memory,
-)
+from offload.tiers.store_transfer import Operation, StoreTransfer
 from offload.tiers.transfer import (
     DEFAULT_DEADLINE_SECONDS,
     AsyncIo,
-    Ticket,
-    TicketTransfer,
     Transfer,
     Urgency,
     wait_all,
@@ -56,20 +47,14 @@ if TYPE_CHECKING:
 
     import torch
 
-    from offload.native.files import IoFile
-
-__all__ = ["Mode", "NvmeStore", "Record"]
-
-Mode = Literal["roll_forward", "atomic"]
-_SALT_BYTES = 8
+__all__ = ["NvmeStore", "Record"]
 
 
 class NvmeStore:
     """Records on one or several paths. Thread-safe, except that a record has one user at a time.
 
     `capacity_bytes` bounds what all backing files take; None = what is free when the store is made.
-    `mode`: how many shadow extents `reserve` allocates. The I/O engine is the caller's and is
-    closed after the store.
+    The I/O engine is the caller's and is closed after the store.
 
     Raises:
         StorageError: a path does not exist, or is not usable.
@@ -83,41 +68,36 @@ class NvmeStore:
         io: AsyncIo,
         *,
         capacity_bytes: int | None = None,
-        mode: Mode = "roll_forward",
         deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
         checksum: bool = True,
     ) -> None:
         if not paths:
             raise ValueError("an NVMe store needs at least one path")
         self._io = io
-        self._atomic = mode == "atomic"
         self._deadline_seconds = deadline_seconds
         self._checksum = checksum
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
-        self._paths: list[StorePath] = []
-        # Runs at exit too; in a forked child StorePath.close does nothing.
-        self._finalizer = weakref.finalize(self, close_paths, self._paths)
-        for path in paths:
-            self._paths.append(StorePath(path))
-        warn_of_memory(self._paths)
+        self._files = BackingFiles(paths, io)
+        # Runs at exit too; does nothing in a forked child.
+        self._finalizer = weakref.finalize(self, self._files.close)
         self._reserving = threading.Lock()  # one `reserve` at a time; taken before `_lock`
-        self._dealer = RoundRobin(len(self._paths))
-        self._files: list[IoFile] = []
-        self._salts: list[bytes] = []  # by file
+        self._dealer = RoundRobin(len(paths))
         self._pools: dict[int, ExtentPool] = {}  # by extent bytes
         self._in_flight: dict[int, dict[Transfer, None]] = {}  # by extent bytes, oldest first
         self._num_holdable: Counter[int] = Counter()  # by extent bytes: shadows left to take
+        self._num_beside_pins: Counter[int] = Counter()  # the same: extents for later versions
+        self._pins: Counter[Extent] = Counter()
+        self._unpinned = threading.Condition(self._lock)
+        self._num_unpinning = 0  # who will unpin something soon
         self.used_bytes = 0
         self.peak_bytes = 0
-        self.capacity_bytes = (
-            disk_bytes_free(self._paths) if capacity_bytes is None else capacity_bytes
-        )
+        self.capacity_bytes = self._files.bytes_free() if capacity_bytes is None else capacity_bytes
 
     def bytes_free(self) -> int:
         """Bytes that `reserve` could still allocate, within the capacity and on the disks."""
-        return max(0, min(self.capacity_bytes - self.used_bytes, disk_bytes_free(self._paths)))
+        return max(0, min(self.capacity_bytes - self.used_bytes, self._files.bytes_free()))
 
     def reserve(
         self,
@@ -128,11 +108,11 @@ class NvmeStore:
     ) -> list[Record]:
         """Allocate extents on the disks for records of (name, nbytes), and shadow extents.
 
-        Each class of one extent size gets `min(spare, its records)` shadow extents, in mode atomic
-        one a record; `spare` is the number of writes in flight, or 0 for records that are vacated
-        before they are written again: they need none, in either mode. `held` are shadow extents
-        for held writes beside those, by the bytes of the records. The records of a class are dealt
-        round-robin over the paths. After an error nothing is allocated.
+        Each class of one extent size gets `min(spare, its records)` shadow extents; `spare` is the
+        number of writes in flight, or 0 for records that are vacated before they are written again.
+        `held` are shadow extents for held writes beside those, by the bytes of the records. The
+        records of a class are dealt round-robin over the paths. After an error nothing is
+        allocated.
 
         Raises:
             BudgetError: more than the capacity.
@@ -146,23 +126,26 @@ class NvmeStore:
             extents = [(record.home, record.extent_bytes) for record in records]
             held = {round_up_to_page(nbytes): count for nbytes, count in held.items()}
             extents += dealer.deal_shadows(
-                (record.extent_bytes for record in records),
-                spare=spare,
-                atomic=self._atomic and spare > 0,
-                held=held,
+                (record.extent_bytes for record in records), spare=spare, held=held
             )
-            needed: Counter[int] = Counter()  # path -> bytes
-            for home, nbytes in extents:
-                needed[home] += nbytes
-            self._check_room(needed)
-            files = self._create_files(needed)
-            with self._lock:
-                self._add_extents(extents, files)
-                self._num_holdable.update(held)
-                self._dealer = dealer
-                self.used_bytes += needed.total()
-                self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            self._allocate(extents, dealer, held)
         return records
+
+    def _allocate(
+        self, extents: list[tuple[int, int]], dealer: RoundRobin, held: Mapping[int, int]
+    ) -> None:
+        """Take the extents, (path, bytes) each, from the disks; all or none."""
+        needed: Counter[int] = Counter()  # path -> bytes
+        for home, nbytes in extents:
+            needed[home] += nbytes
+        self._check_room(needed)
+        files = self._files.create(needed)
+        with self._lock:
+            self._add_extents(extents, files)
+            self._num_holdable.update(held)
+            self._dealer = dealer
+            self.used_bytes += needed.total()
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def reserve_held(self, held: Mapping[int, int]) -> None:
         """Allocate what is missing of these shadow extents for held writes; none is taken.
@@ -178,6 +161,31 @@ class NvmeStore:
         missing = {nbytes: count for nbytes, count in missing.items() if count > 0}
         if missing:
             self.reserve([], spare=0, held=missing)
+
+    def reserve_beside_pins(self, counts: Mapping[int, int]) -> None:
+        """Allocate what is missing of these extents for the versions after pinned ones.
+
+        `counts` are extents by the bytes of the records: one for each pin of a record that will be
+        written again. Without them such a write allocates its extent when it comes to it.
+
+        Raises:
+            BudgetError, DiskFullError, StorageError: as `reserve`.
+        """
+        wanted: Counter[int] = Counter()
+        for nbytes, count in counts.items():
+            wanted[round_up_to_page(nbytes)] += count
+        with self._reserving:
+            self._check_open()
+            dealer = self._dealer.copy()
+            extents = [
+                (dealer.deal(nbytes), nbytes)
+                for nbytes, count in wanted.items()
+                for _ in range(count - self._num_beside_pins[nbytes])
+            ]
+            if not extents:
+                return
+            self._allocate(extents, dealer, {})
+            self._num_beside_pins |= wanted
 
     def give_back_held(self) -> None:
         """Give the shadow extents for held writes back to the disks; none is taken.
@@ -196,7 +204,7 @@ class NvmeStore:
             given = set()
             for extent in taken:
                 with contextlib.suppress(OSError):
-                    give_back_range(self._files[extent.file].fd, extent.offset, extent.nbytes)
+                    self._files.give_back(extent)
                     given.add(extent)
             with self._lock:
                 for extent in taken:
@@ -305,9 +313,11 @@ class NvmeStore:
 
         `tensor` as in `start_read`; it must not change before the transfer has settled. If that
         fails the record keeps its version. This call waits for an earlier write of the record, and
-        while no extent of the class is free for the class's oldest transfer.
+        while no extent of the class is free for the class's oldest transfer; if pins have all of
+        them, for the end of `unpinning`, or it allocates one more.
 
         Raises:
+            BudgetError, DiskFullError: there is no room for one more extent.
             DeadlineError: it waited too long; nothing was started.
             EngineStateError: no shadow extent was reserved, or the store is closed.
             StorageError: the request cannot be started.
@@ -336,7 +346,67 @@ class NvmeStore:
                     return record.pending
                 if blocker is None:
                     blocker = next(iter(self._in_flight[record.extent_bytes]), None)
-            self._wait_for(blocker, record, limit)
+                pins_have_all = blocker is None and pool.num_retired > 0
+                if pins_have_all and self._num_unpinning and time.monotonic() < limit:
+                    self._unpinned.wait(limit - time.monotonic())
+                    continue
+            if pins_have_all:
+                # Half as many again as there are, so that there are few files.
+                count = self._num_beside_pins[record.extent_bytes] + (pool.num_retired + 1) // 2
+                self.reserve_beside_pins({record.extent_bytes: count})
+            else:
+                self._wait_for(blocker, record, limit)
+
+    def device_of(self, record: Record) -> int | None:
+        """`st_dev` of the disk that the record was dealt to; None: its files cannot get a name."""
+        path = self._files.paths[record.home]
+        return path.device if path.can_link else None
+
+    def pin(self, record: Record) -> Pin | None:
+        """Keep the current version as it is until `unpin`; None: there is none."""
+        with self._lock:
+            self._check_open()
+            extent = record.current
+            if extent is None:
+                return None
+            self._pools[extent.nbytes].begin_read(extent)
+            self._pins[extent] += 1
+            seed = self._files.seed(extent, record.generation)
+            file = self._files[extent.file]
+            return Pin(record, extent, record.generation, seed, record.checksum, file)
+
+    def unpin(self, pin: Pin) -> None:
+        """Undo `pin`, once; does nothing on a closed store."""
+        with self._lock:
+            if self._closed:
+                return
+            self._pins[pin.extent] -= 1
+            self._pools[pin.extent.nbytes].end_read(pin.extent)
+            self._unpinned.notify_all()
+
+    @contextlib.contextmanager
+    def unpinning(self) -> Iterator[None]:
+        """For a block that ends soon and unpins something: writes wait for that."""
+        with self._lock:
+            self._num_unpinning += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_unpinning -= 1
+                self._unpinned.notify_all()
+
+    def start_read_pinned(self, pin: Pin, tensor: torch.Tensor) -> Transfer:
+        """`start_read` of a pinned version; it has to stay pinned until the transfer settles."""
+        address = buffer_address(pin.record, tensor)
+        with self._lock:
+            self._check_open()
+            transfer = self._start(
+                pin.record, "read", pin.extent, pin.generation, tensor, address, Urgency.BULK
+            )
+            transfer.expected = pin.checksum
+            self._pools[pin.extent.nbytes].begin_read(pin.extent)
+        return transfer
 
     def vacate(self, record: Record) -> None:
         """Forget what a record holds: its extent is free for others of its class.
@@ -367,8 +437,7 @@ class NvmeStore:
         try:
             wait_all(in_flight)
         finally:
-            for file in self._files:
-                file.close()  # its descriptors outlive this while a request is in flight
+            self._files.trim(extent for extent, count in self._pins.items() if count)
             self._finalizer()
 
     def finish(
@@ -407,7 +476,7 @@ class NvmeStore:
     def _start(
         self,
         record: Record,
-        operation: Literal["read", "write"],
+        operation: Operation,
         extent: Extent,
         generation: int,
         tensor: torch.Tensor,
@@ -422,7 +491,7 @@ class NvmeStore:
         file = self._files[extent.file]
         seed = None
         if self._checksum:
-            seed = checksum_seed(self._salts[extent.file], extent.offset, generation)
+            seed = self._files.seed(extent, generation)
         start = self._io.start_read if operation == "read" else self._io.start_write
         try:
             ticket = start(
@@ -462,7 +531,7 @@ class NvmeStore:
     def _deal(self, name: str, nbytes: int, dealer: RoundRobin) -> Record:
         record = Record(name, nbytes)
         record.home = dealer.deal(record.extent_bytes)
-        record.path = self._paths[record.home].path
+        record.path = self._files.paths[record.home].path
         return record
 
     def _check_room(self, needed: Counter[int]) -> None:
@@ -476,33 +545,15 @@ class NvmeStore:
                 owner="the extents of records and their shadows",
                 remedy="raise tiers.nvme.capacity, or place less state on nvme",
             )
-        check_disk_room(self._paths, needed)
+        self._files.check_room(needed)
 
-    def _create_files(self, needed: Mapping[int, int]) -> dict[int, IoFile]:
-        """Allocate one backing file a path; all or none."""
-        files: dict[int, IoFile] = {}
-        try:
-            for home, nbytes in needed.items():
-                path = self._paths[home]
-                files[home] = self._io.from_fd(path.create(nbytes), path.path)
-        except BaseException:
-            for file in files.values():
-                file.close()
-            raise
-        return files
-
-    def _add_extents(self, extents: list[tuple[int, int]], files: Mapping[int, IoFile]) -> None:
-        """Lay the extents out in the files, one after the other."""
-        indices: dict[int, int] = {}  # path -> file
-        for home, file in files.items():
-            indices[home] = len(self._files)
-            self._files.append(file)
-            self._salts.append(secrets.token_bytes(_SALT_BYTES))
+    def _add_extents(self, extents: list[tuple[int, int]], files: Mapping[int, int]) -> None:
+        """Lay the extents out in the new files (path -> index), one after the other."""
         offsets: Counter[int] = Counter()  # by path
         for home, nbytes in extents:
             pool = self._pools.setdefault(nbytes, ExtentPool(nbytes))
             self._in_flight.setdefault(nbytes, {})
-            pool.add(Extent(indices[home], offsets[home], nbytes), home)
+            pool.add(Extent(files[home], offsets[home], nbytes), home)
             offsets[home] += nbytes
 
     def _check_open(self) -> None:
@@ -519,37 +570,3 @@ class NvmeStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-class StoreTransfer(TicketTransfer):
-    """A read or write of one record's extent."""
-
-    def __init__(
-        self,
-        ticket: Ticket,
-        store: NvmeStore,
-        record: Record,
-        operation: Literal["read", "write"],
-        extent: Extent,
-        tensor: torch.Tensor,
-        deadline_seconds: float,
-        urgency: int,
-    ) -> None:
-        super().__init__(
-            ticket,
-            f"nvme_{operation}",
-            record.nbytes,
-            what=record.name,
-            buffers=(tensor,),
-            deadline_seconds=deadline_seconds,
-            urgency=urgency,
-        )
-        self.record = record
-        self.operation = operation
-        self.extent = extent
-        self.expected = 0  # CRC32C of what is read
-        self.held = False  # a write that does not commit
-        self._store = store
-
-    def _settled(self, checksum: int, failure: StorageError | None) -> StorageError | None:
-        return self._store.finish(self, checksum, failure)

@@ -3,11 +3,14 @@
 [Note: backing files]
 
 A backing file has no name: O_TMPFILE, so its blocks are free when its last descriptor is closed,
-also by SIGKILL. Where the file system has no O_TMPFILE the file is made in a run folder
-`offload-<pid>-<random>` (0700) and unlinked at once; a kill in between, or a file system that
-cannot unlink open files, leaves the folder. The folder holds a file `lock` that its process keeps
-locked with flock: whoever can take the lock of a folder knows that its process is gone and sweeps
-it. That holds across containers and reused process numbers, so jobs share a path safely (P7).
+also by SIGKILL, unless a checkpoint has given it a name. It is locked with flock as long as its
+process lives: what is in it and in no checkpoint is that process's.
+
+Where the file system has no O_TMPFILE the file is made in a run folder `offload-<pid>-<random>`
+(0700) and unlinked at once; a kill in between, or a file system that cannot unlink open files,
+leaves the folder. The folder holds a file `lock` that its process keeps locked with flock: whoever
+can take the lock of a folder knows that its process is gone and sweeps it. That holds across
+containers and reused process numbers, so jobs share a path safely (P7).
 
 A creator and a sweeper can meet between mkdir, open and flock. The creator therefore looks again,
 with the lock in hand, whether the lock file is still there, and starts over with a new name if not.
@@ -70,6 +73,11 @@ class StorePath:
         """Whether files here are in memory (tmpfs) and count against it."""
         return self.file_system in _MEMORY_FILE_SYSTEMS
 
+    @property
+    def can_link(self) -> bool:
+        """Whether files here can be given a name (`pins.link`), as far as is known."""
+        return self._run_folder is None
+
     def bytes_free(self) -> int:
         """Bytes that a user without privileges may still allocate here.
 
@@ -99,6 +107,7 @@ class StorePath:
             # Allocated, not truncated to size, which would promise blocks that are not there
             # (P12). Where the file system cannot do it, glibc writes to every block.
             os.posix_fallocate(fd, 0, nbytes)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)  # a failed fallocate keeps the blocks it got, as long as the file lives
             if error.errno in _NO_ROOM:
@@ -122,7 +131,8 @@ class StorePath:
 
     def _create(self) -> int:
         if self._run_folder is None:
-            flags = os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+            # Without O_EXCL, which would forbid to link it.
+            flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
             try:
                 return os.open(".", flags, 0o600, dir_fd=self._fd)
             except OSError as error:
@@ -145,6 +155,22 @@ def give_back_range(fd: int, offset: int, nbytes: int) -> None:
     if library.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(nbytes)):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
+
+
+def keep_ranges(fd: int, ranges: Iterable[tuple[int, int]]) -> None:
+    """Give all but these (offset, bytes) of a file that has a name back to the disk.
+
+    Where the file system cannot do that, they stay.
+    """
+    status = os.fstat(fd)
+    if not status.st_nlink:
+        return
+    start = 0
+    with contextlib.suppress(OSError):
+        for offset, nbytes in sorted([*ranges, (status.st_size, 0)]):
+            if offset > start:
+                give_back_range(fd, start, offset - start)
+            start = max(start, offset + nbytes)
 
 
 def disk_bytes_free(paths: Sequence[StorePath]) -> int:

@@ -66,6 +66,9 @@ def tiny_config(tmp_path: Path, text: Path, **run: object) -> dict:
     }
 
 
+SAVE = {"every_steps": 3}
+
+
 def metrics(tmp_path: Path) -> dict[str, list[dict]]:
     kinds: dict[str, list[dict]] = {}
     for entry in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
@@ -117,7 +120,11 @@ def test_forward_only_training_and_its_resumption(tmp_path, text, capsys):
         "optimizer": {"name": "mezo", "lr": 1e-4, "perturbation": 1e-3},
         "placement": {"weights": "nvme"},
     }
-    whole = {**tiny_config(tmp_path, text, save_every=3, export=True, generate_tokens=2), **mezo}
+    whole = {
+        **tiny_config(tmp_path, text, export=True, generate_tokens=2),
+        **mezo,
+        "checkpoint": SAVE,
+    }
     status = train.run(whole)
     assert status == 0
     assert "held-out loss:" in capsys.readouterr().out
@@ -131,7 +138,7 @@ def test_forward_only_training_and_its_resumption(tmp_path, text, capsys):
     assert sum(expected["start"][0]["placed_bytes"]["nvme"].values()) == weights
     for path in (tmp_path / "run" / "checkpoints" / "step-00000006").iterdir():
         path.unlink()
-    status = train.run({**tiny_config(tmp_path, text, resume=True), **mezo})
+    status = train.run({**tiny_config(tmp_path, text), **mezo})
     assert status == 0
     found = metrics(tmp_path)
     for one, other in zip(found["step"][6:], expected["step"][3:], strict=True):
@@ -141,7 +148,7 @@ def test_forward_only_training_and_its_resumption(tmp_path, text, capsys):
 
 
 def test_resuming_takes_the_same_steps(tmp_path, text):
-    whole = tiny_config(tmp_path, text, save_every=3)
+    whole = tiny_config(tmp_path, text) | {"checkpoint": SAVE}
     status = train.run(whole)
     assert status == 0
     expected = metrics(tmp_path)
@@ -149,7 +156,7 @@ def test_resuming_takes_the_same_steps(tmp_path, text):
     assert sorted(p.name for p in saved.glob("step-*")) == ["step-00000003", "step-00000006"]
     for path in (saved / "step-00000006").iterdir():
         path.unlink()
-    resumed = tiny_config(tmp_path, text, resume=True)
+    resumed = tiny_config(tmp_path, text)
     status = train.run(resumed)
     assert status == 0
     found = metrics(tmp_path)
@@ -172,7 +179,8 @@ def test_an_expectation_that_does_not_hold_fails_the_run(tmp_path, text, capsys)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_ends(tmp_path, text, number):
-    config = tiny_config(tmp_path, text, steps=100_000, save_every=100_000)
+    config = tiny_config(tmp_path, text, steps=100_000)
+    config["checkpoint"] = {"every_steps": 100_000}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     code = "import sys; from offload.cli.train import run; sys.exit(run(sys.argv[1]))"

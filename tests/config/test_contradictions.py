@@ -12,7 +12,7 @@ from offload.errors import ConfigError
 CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
     ({"placement": {"weights": "nvme"}}, "placement.weights = 'nvme' needs tiers.nvme.paths"),
     ({"tiers": {"nvme": {"capacity": "1GiB"}}}, "tiers.nvme.capacity is set but"),
-    ({"tiers": {"nvme": {"mode": "roll_forward"}}}, "tiers.nvme.mode is set but"),
+    ({"checkpoint": {"every_steps": 5}}, "checkpoint.every_steps = 5 needs checkpoint.directory"),
     ({"tiers": {"nvme": {"paths": ["a", "a/"]}}}, "names 'a' more than once"),
     ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum is not a setting of adamw, but of sgd"),
     ({"optimizer": {"name": "sgd", "betas": [0.9, 0.9]}}, "optimizer.betas is not a setting"),
@@ -56,7 +56,9 @@ CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
 ]
 
 LEGAL: list[dict[str, Any]] = [
-    {"placement": {"weights": "nvme"}, "tiers": {"nvme": {"paths": ["a"], "mode": "roll_forward"}}},
+    {"checkpoint": {"every_steps": 5, "directory": "a"}},
+    {"checkpoint": {"every_steps": 5}, "run": {"steps": 7}},
+    {"placement": {"weights": "nvme"}, "tiers": {"nvme": {"paths": ["a"]}}},
     {"optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True}},
     {
         "optimizer": {"name": "mezo", "perturbation": 1e-2, "weight_decay": 0.1},

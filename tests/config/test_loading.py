@@ -108,7 +108,7 @@ def test_all_problems_at_once() -> None:
         {
             "trainig": {},
             "lr": 1,
-            "tiers": {"device": {"kind": "gpu"}, "host": {"memory": "20G"}, "nvme": {"mod": "x"}},
+            "tiers": {"device": {"kind": "gpu"}, "host": {"memory": "20G"}, "nvme": {"path": "x"}},
             "placement": {"weights": "nvm", "optimizer": "nvme"},
             "optimizer": {"groups": [{"match": ["a"], "weight_decy": 0}]},
             "training": {"gradient_accumulation_steps": 0, "seed": "1"},
@@ -118,7 +118,7 @@ def test_all_problems_at_once() -> None:
     expected = [
         "tiers.device.kind must be auto, cpu, cuda or cuda:N, not 'gpu'",
         "tiers.host.memory has the unknown unit 'G': did you mean 20GiB or 20GB?",
-        "unknown key tiers.nvme.mod: did you mean tiers.nvme.mode?",
+        "unknown key tiers.nvme.path: did you mean tiers.nvme.paths?",
         "did you mean 'nvme'?",
         "unknown key optimizer.groups.0.weight_decy: did you mean optimizer.groups.0.weight_decay?",
         "training.gradient_accumulation_steps = 0: should be greater than or equal to 1",

@@ -16,7 +16,7 @@ from offload.config import OffloadConfig
 from offload.engine import build, planning, promotion
 from offload.errors import BudgetError, DoesNotFitError, OffloadError
 from offload.native import IoEngine
-from offload.tiers import nvme
+from offload.tiers import backing_files
 from tests.engine.accelerator import use_accelerator
 from tests.oracle import Run, assert_identical, make_engine, settings, small_loss, small_model
 
@@ -239,7 +239,7 @@ def test_extents_stay_where_a_file_system_gives_nothing_back(
         expected = train(engine)
         need = engine.plan.need_bytes["nvme"]
     config["tiers"]["nvme"]["capacity"] = need
-    monkeypatch.setattr(nvme, "give_back_range", refuse)
+    monkeypatch.setattr(backing_files, "give_back_range", refuse)
     with make_engine(partly_frozen(), config) as engine:
         first = train(engine, steps=3)
         plan, used = engine.plan, engine._parts.nvme.used_bytes

@@ -44,7 +44,7 @@ machines = st.builds(
     host_bytes=pages,
     nvme_bytes=st.none() | pages,
     host_addressable=st.booleans(),
-    nvme_mode=st.sampled_from(["roll_forward", "atomic"]),
+    pinned_versions=st.integers(0, 2),
     staging=st.builds(
         Staging,
         weights=st.integers(1, 4),
@@ -147,9 +147,16 @@ def test_staging_and_spares_are_what_the_flows_hold(
     )
     taken = placement.footprint
     assert taken.staging_bytes == max(passes, max(update) * flows.update)
-    atomic = machine.nvme_mode == "atomic"
-    spare = {size: n if atomic else min(n, flows.spare_extents) for size, n in extents.items()}
-    assert taken.spare_bytes == sum(size * n for size, n in spare.items())
+    spare = {size: min(n, flows.spare_extents) for size, n in extents.items()}
+    pinned_bytes = sum(
+        sum(classes[name])
+        for bucket, classes in enumerate(blocks)
+        for name in ("weights", "optimizer")
+        if "optimizer" in classes and placement.tier_of[bucket, name] == "nvme"
+    )
+    assert taken.spare_bytes == (
+        sum(size * n for size, n in spare.items()) + machine.pinned_versions * pinned_bytes
+    )
 
 
 def test_what_fits_stays_on_the_device() -> None:
@@ -232,14 +239,14 @@ def test_a_disk_that_is_not_there_is_a_shortfall() -> None:
     assert "placement.optimizer to auto" in caught.value.table
 
 
-def test_atomic_mode_doubles_the_disk() -> None:
+def test_checkpoints_that_pin_take_the_updated_state_once_more() -> None:
     blocks = [bucket(1, 1, 4)] * 9
     tier_of = {(b, name): "nvme" for b in range(9) for name in STATE_CLASSES}
     machine = Machine(device_bytes=0, host_bytes=0, nvme_bytes=0)
-    roll_forward = footprint(blocks, tier_of, machine, gradient_bytes=0)
-    assert roll_forward.need_bytes("nvme") == (54 + 4 * 4 + 4 * 1) * PAGE
-    atomic = footprint(blocks, tier_of, replace(machine, nvme_mode="atomic"), gradient_bytes=0)
-    assert atomic.need_bytes("nvme") == 108 * PAGE
+    without = footprint(blocks, tier_of, machine, gradient_bytes=0)
+    assert without.need_bytes("nvme") == (54 + 4 * 4 + 4 * 1) * PAGE
+    pinned = footprint(blocks, tier_of, replace(machine, pinned_versions=2), gradient_bytes=0)
+    assert pinned.need_bytes("nvme") == without.need_bytes("nvme") + 2 * 9 * (1 + 4) * PAGE
 
 
 @given(count=st.integers(1, 300), part=st.integers(1, 300))

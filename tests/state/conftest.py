@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from offload.config import load_config
+from offload.partition.snapshot import BlockKey, MappedTensor, Piece, Version
 
 
 class InMemoryEngine:
@@ -88,6 +89,18 @@ class InMemoryEngine:
         state = self._optimizer.state
         return [int(state[p]["step"]) if p in state else 0 for p in self._parameters.values()]
 
+    def snapshot(self) -> InMemorySnapshot:
+        return InMemorySnapshot(self)
+
+    def stored_tensors(self) -> list[MappedTensor]:
+        return []  # every tensor goes by itself
+
+    def end_replacing(self) -> None:
+        pass
+
+    def write_gradient(self, name: str, tensor: torch.Tensor, sums: torch.Tensor) -> None:
+        raise AssertionError("it saves none")
+
     def set_parameter_steps(self, steps: list[int]) -> None:
         for parameter, step in zip(self._parameters.values(), steps, strict=True):
             if parameter.requires_grad:
@@ -119,6 +132,57 @@ class InMemoryEngine:
 
     def keep_update_choice(self, saved: dict[str, Any] | None) -> None:
         assert saved in (None, {"share": 0.0, "on_device": []})
+
+
+class InMemorySnapshot:
+    """A copy of everything: one block a tensor."""
+
+    has_checksums = True
+    exposed: tuple[BlockKey, ...] = ()
+
+    def __init__(self, engine: InMemoryEngine) -> None:
+        self.copies: dict[tuple[str, str, str], torch.Tensor] = {}
+        self.tensors: list[MappedTensor] = []
+        self._blocks: dict[BlockKey, torch.Tensor] = {}
+        self._late = {"parameter_steps": engine.parameter_steps(), "optimizer_scalars": {}}
+        for index, name in enumerate(engine.parameter_names()):
+            for field, (dtype, shape) in engine.state_fields(name).items():
+                key = BlockKey(index, field, 0)
+                data = engine.read_state(name, field).contiguous().reshape(-1).view(torch.uint8)
+                self._blocks[key] = torch.zeros(-(-data.numel() // 4096) * 4096, dtype=torch.uint8)
+                self._blocks[key][: data.numel()] = data
+                pieces = (Piece(key, 0, data.numel()),)
+                self.tensors.append(
+                    MappedTensor("parameter", name, field, dtype, shape, None, pieces)
+                )
+
+    @property
+    def blocks(self) -> list[BlockKey]:
+        return list(self._blocks)
+
+    def nbytes(self, key: BlockKey) -> int:
+        return self._blocks[key].numel()
+
+    def device_of(self, key: BlockKey) -> None:
+        return None
+
+    def reserve_beside_pins(self, device: int, num_versions: int) -> None:
+        pass
+
+    def unpinning(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def capture(self, key: BlockKey) -> Version:
+        return Version(self.nbytes(key), None, self._blocks[key], lambda: None)
+
+    def late_values(self) -> dict[str, Any]:
+        return self._late
+
+    def check_unedited(self) -> None:
+        pass
+
+    def end_capture(self) -> None:
+        pass
 
 
 class SmallNet(nn.Module):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from offload.state.checkpoint import load_checkpoint, save_checkpoint
+from offload.state.checkpoint import load_checkpoint
+from tests.state.saving import save_checkpoint
 
 KILLS = 20
 

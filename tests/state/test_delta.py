@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 import offload
 from offload.cli.main import main
 from offload.errors import CheckpointError
-from offload.state.checkpoint import save_checkpoint
 from offload.state.delta import export_delta
 from offload.state.export import export_checkpoint, save_pretrained
 from offload.state.safetensors_stream import SafetensorsReader
 from offload.state.stored import StoredCheckpoint
+from tests.state.saving import save_checkpoint
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61,

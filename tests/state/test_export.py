@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from offload.errors import CheckpointError, DiskFullError
 from offload.state import durable, manifest
-from offload.state.checkpoint import save_checkpoint
 from offload.state.export import export_checkpoint, save_pretrained
 from offload.state.stored import StoredCheckpoint
+from tests.state.saving import save_checkpoint
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 FEED = {"intermediate_size": 48, "max_position_embeddings": 64}
@@ -186,10 +186,10 @@ def test_one_tensor_of_a_checkpoint_is_in_memory_at_a_time(tmp_path, in_memory_e
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path, small_engine):
     path = save_checkpoint(small_engine(), tmp_path / "ckpt")
-    data = bytearray((path / "state-00000.safetensors").read_bytes())
+    data = bytearray((path / "data-00000.bin").read_bytes())
     data[-1] ^= 1
-    (path / "state-00000.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match="does not have the checksum"):
+    (path / "data-00000.bin").write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged: CRC32C"):
         export_checkpoint(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -38,7 +38,12 @@ def make_model() -> nn.Module:
 
 
 def make_engine(
-    tmp_path, placement: str, precision: str, model: nn.Module | None = None, **options
+    tmp_path,
+    placement: str,
+    precision: str,
+    model: nn.Module | None = None,
+    more: dict | None = None,
+    **options,
 ) -> OffloadEngine:
     config = {name: dict(section) for name, section in PLACEMENTS[placement].items()}
     config["tiers"]["device"] = {"kind": "cpu"} | config["tiers"]["device"]
@@ -51,7 +56,7 @@ def make_engine(
         "lr_scheduler": {"name": "linear", "total_steps": 20},
         "training": {"max_grad_norm": 1.0},
         "io": {"backend": "threads"},
-    }
+    } | (more or {})
     return initialize(model or make_model(), config, **options)
 
 
@@ -209,21 +214,49 @@ def test_another_precision_is_refused(tmp_path):
         assert_equal_state(full_state(engine), before)
 
 
-def test_saving_between_micro_steps_is_refused(tmp_path):
-    config = {
-        "tiers": {"device": {"kind": "cpu", "memory": "1MiB"}, "host": {"memory": "1MiB"}},
-        "training": {"gradient_accumulation_steps": 2},
-        "precision": {"compute": "fp32"},
-    }
-    with initialize(nn.Linear(2, 2), config) as engine:
-        engine.backward(engine(torch.ones(1, 2)).sum())
-        engine.step()
-        with pytest.raises(CheckpointError, match="1 micro-steps"):
-            engine.save_checkpoint(tmp_path)
-        engine.backward(engine(torch.ones(1, 2)).sum())
-        taken = engine.step()
-        assert taken
-        engine.save_checkpoint(tmp_path)
+@pytest.mark.parametrize(("saved", "loaded"), [("nvme", "host"), ("device", "nvme")])
+@pytest.mark.parametrize("point", ["between micro-steps", "before the step"])
+def test_resume_in_the_middle_of_an_accumulation(tmp_path, saved, loaded, point):
+    """Gradients that no step has used come back to the bit."""
+
+    def micro_step(engine: OffloadEngine, *, then_step: bool = True) -> None:
+        tokens = torch.randint(0, VOCABULARY, (2, LENGTH))
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        if then_step:
+            engine.step()
+
+    def make(placement: str) -> OffloadEngine:
+        return make_engine(
+            tmp_path,
+            placement,
+            "bf16",
+            more={"training": {"gradient_accumulation_steps": 3, "max_grad_norm": 1.0}},
+        )
+
+    is_last = point == "before the step"
+    with make(saved) as engine:
+        torch.manual_seed(1)
+        for _ in range(3):
+            micro_step(engine)
+        for _ in range(1 + is_last):
+            micro_step(engine)
+        if is_last:
+            micro_step(engine, then_step=False)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        if is_last:
+            engine.step()
+        while engine.global_steps < 3:
+            micro_step(engine)
+        expected, norm = full_state(engine), engine.grad_norm
+    with make(loaded) as engine:
+        micro_step(engine)
+        engine.load_checkpoint(tmp_path / "ckpt")
+        if is_last:
+            engine.step()
+        while engine.global_steps < 3:
+            micro_step(engine)
+        assert engine.grad_norm == norm
+        assert_equal_state(full_state(engine), expected)
 
 
 def damage(engine: OffloadEngine, state_class: str, bucket: int = 0) -> None:
@@ -316,15 +349,15 @@ def test_a_load_that_is_interrupted_leaves_the_state_void(tmp_path, monkeypatch)
         steps(engine, 2)
         engine.save_checkpoint(tmp_path / "ckpt")
         at_save = full_state(engine)
-        written = []
+        replaced = []
 
-        def write_state(name, field, tensor):
-            if len(written) == 3:
+        def start_replacing(key, *, wait):
+            if len(replaced) == 3:
                 raise StorageError(operation="write", path="disk")
-            written.append(name)
-            OffloadEngine.write_state(engine, name, field, tensor)
+            replaced.append(key)
+            return OffloadEngine.start_replacing(engine, key, wait=wait)
 
-        monkeypatch.setattr(engine, "write_state", write_state)
+        monkeypatch.setattr(engine, "start_replacing", start_replacing)
         with pytest.raises(StorageError, match="disk"):
             engine.load_checkpoint(tmp_path / "ckpt")
         monkeypatch.undo()

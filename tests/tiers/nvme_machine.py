@@ -21,9 +21,10 @@ from offload.errors import (
 )
 from offload.native.fault_spec import FaultSpec
 from offload.tiers.extents import Extent, round_up_to_page
-from offload.tiers.nvme import NvmeStore, StoreTransfer
+from offload.tiers.nvme import NvmeStore
 from offload.tiers.records import Record
 from offload.tiers.simulated import LaneModel, SimulatedIo
+from offload.tiers.store_transfer import StoreTransfer
 from offload.tiers.transfer import Urgency
 
 SIZES = (4096, 4096, 4096, 6000, 6000)
@@ -92,7 +93,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.may_be_anywhere = False  # a write went to another place than it should
 
     @initialize(
-        mode=st.sampled_from(["roll_forward", "atomic"]),
         spare=st.integers(0, 3),
         num_held=st.integers(0, 3),
         num_paths=st.integers(1, 3),
@@ -102,7 +102,6 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def make_store(
         self,
-        mode: str,
         spare: int,
         num_held: int,
         num_paths: int,
@@ -112,7 +111,7 @@ class StoreMachine(RuleBasedStateMachine):
     ) -> None:
         self.io = SimulatedIo(seed=seed, lanes=LANES)
         paths = [self.folder.name] * num_paths
-        self.store = NvmeStore(paths, self.io, mode=mode)  # type: ignore[arg-type]
+        self.store = NvmeStore(paths, self.io)
         sizes = [(f"record {index}", nbytes) for index, nbytes in enumerate(SIZES)]
         held = dict.fromkeys(SIZES, num_held)
         self.records = self.store.reserve(sizes, spare=spare, held=held)

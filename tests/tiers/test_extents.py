@@ -131,30 +131,24 @@ def test_an_extent_is_not_returned_twice() -> None:
     st.integers(1, 4),
     st.lists(st.sampled_from([4096, 8192, 12288]), max_size=40),
     st.integers(0, 5),
-    st.booleans(),
 )
-def test_extents_are_dealt_evenly_and_counted(
-    num_paths: int, sizes: list[int], spare: int, atomic: bool
-) -> None:
+def test_extents_are_dealt_evenly_and_counted(num_paths: int, sizes: list[int], spare: int) -> None:
     dealer = RoundRobin(num_paths)
     homes = [(dealer.deal(size), size) for size in sizes]
-    shadows = dealer.deal_shadows(sizes, spare=spare, atomic=atomic)
+    shadows = dealer.deal_shadows(sizes, spare=spare)
     for size, count in Counter(sizes).items():
         num_shadows = sum(1 for _, each in shadows if each == size)
-        assert num_shadows == (count if atomic else min(spare, count))
+        assert num_shadows == min(spare, count)
         on_path = Counter(home for home, each in homes + shadows if each == size)
         counts = [on_path[path] for path in range(num_paths)]
         assert max(counts) - min(counts) <= 1
 
 
-@pytest.mark.parametrize("atomic", [False, True])
-def test_later_records_share_the_shadows_of_earlier_ones(atomic: bool) -> None:
+def test_later_records_share_the_shadows_of_earlier_ones() -> None:
     dealer = RoundRobin(1)
-    dealt = [
-        len(dealer.deal_shadows([4096] * count, spare=4, atomic=atomic)) for count in (3, 2, 5)
-    ]
-    assert dealt == ([3, 2, 5] if atomic else [3, 1, 0])
-    assert dealer.deal_shadows([8192], spare=4, atomic=atomic) == [(0, 8192)]
+    dealt = [len(dealer.deal_shadows([4096] * count, spare=4)) for count in (3, 2, 5)]
+    assert dealt == [3, 1, 0]
+    assert dealer.deal_shadows([8192], spare=4) == [(0, 8192)]
 
 
 def test_alternating_sizes_use_all_paths() -> None:

@@ -35,13 +35,10 @@ def read(store: NvmeStore, record: Record) -> int:
     return int(buffer[0])
 
 
-@pytest.mark.parametrize("mode", ["roll_forward", "atomic"])
 @pytest.mark.parametrize("nbytes", [1, PAGE, 3 * PAGE, 3 * PAGE + 17, 5 << 20])
-def test_reads_return_what_was_written(
-    io: IoEngine, tmp_path: Path, mode: str, nbytes: int
-) -> None:
+def test_reads_return_what_was_written(io: IoEngine, tmp_path: Path, nbytes: int) -> None:
     torch.manual_seed(0)
-    with NvmeStore([tmp_path], io, mode=mode) as store:  # type: ignore[arg-type]
+    with NvmeStore([tmp_path], io) as store:
         records = store.reserve([(f"bucket {i}", nbytes) for i in range(3)], spare=1)
         for generation in range(1, 4):
             data = [torch.randint(0, 256, (nbytes,), dtype=torch.uint8) for _ in records]
@@ -69,16 +66,12 @@ def test_a_write_never_goes_over_the_current_extent(io: IoEngine, tmp_path: Path
         assert places[0] == places[2] != places[1] == places[3]
 
 
-@pytest.mark.parametrize(("mode", "spare", "extents"), [
-    ("roll_forward", 1, 3 + 1 + 1 + 1),
-    ("roll_forward", 9, 3 + 3 + 1 + 1),
-    ("atomic", 1, 6 + 2),
-])  # fmt: skip
+@pytest.mark.parametrize(("spare", "extents"), [(1, 3 + 1 + 1 + 1), (9, 3 + 3 + 1 + 1)])
 def test_reserve_counts_shadow_extents(
-    io: IoEngine, tmp_path: Path, mode: str, spare: int, extents: int
+    io: IoEngine, tmp_path: Path, spare: int, extents: int
 ) -> None:
     sizes = [("a", PAGE), ("b", PAGE), ("c", PAGE - 9), ("d", 2 * PAGE)]
-    with NvmeStore([tmp_path], io, mode=mode) as store:  # type: ignore[arg-type]
+    with NvmeStore([tmp_path], io) as store:
         store.reserve(sizes, spare=spare)
         assert store.used_bytes == store.peak_bytes
         num_large = 2
@@ -366,8 +359,8 @@ def test_a_failed_write_that_was_waited_for_is_its_owners_error(tmp_path: Path) 
 
 def test_a_second_write_of_a_record_waits_for_the_first(tmp_path: Path) -> None:
     io = SimulatedIo()
-    with NvmeStore([tmp_path], io, mode="atomic") as store:
-        record, _ = store.reserve([("one", PAGE), ("two", PAGE)], spare=1)
+    with NvmeStore([tmp_path], io) as store:
+        record, _ = store.reserve([("one", PAGE), ("two", PAGE)], spare=2)
         store.start_write(record, filled(1))
         store.start_write(record, filled(2)).wait()
         assert (record.generation, read(store, record)) == (2, 2)

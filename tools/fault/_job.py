@@ -209,6 +209,7 @@ def live(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
         take_step(engine)
         report({"kind": "saving", "step": number})
         engine.save_checkpoint(job.checkpoints, job.scenario.tag, {"position": number})
+        engine.wait_for_checkpoint()
         saved = {"kind": "saved", "step": number}
         report(saved)
         if first:

@@ -71,9 +71,12 @@ def step(engine: Any) -> float:
     return value.item()
 
 
-def save(engine: Any, folder: Path, tag: str | None = None) -> None:
+def save(
+    engine: Any, folder: Path, tag: str | None = None, *, portable: bool | None = None
+) -> None:
     """Save a checkpoint; it is durable when this returns."""
-    engine.save_checkpoint(folder, tag)
+    engine.save_checkpoint(folder, tag, portable=portable)
+    engine.wait_for_checkpoint()
 
 
 def fingerprint(engine: Any) -> str:

@@ -121,7 +121,6 @@ class Shape:
     homes: Mapping[tuple[int, str], str]
     layouts: tuple[dict[str, ClassLayout], ...]
     staging: Staging
-    mode: Any
     room: OverlapRoom
     accumulation: int
     max_norm: float
@@ -195,7 +194,6 @@ def draw_shape(seed: int) -> Shape:
         homes=homes,
         layouts=tuple(layouts),
         staging=staging,
-        mode=drawn.choice(["roll_forward", "roll_forward", "atomic"]),
         room=room,
         accumulation=drawn.choice([1, 1, 2, 3]),
         max_norm=drawn.choice([0.0, 0.0, 1e-3, 30.0]),
@@ -220,7 +218,6 @@ class World:
         self.nvme = NvmeStore(
             [path] * (1 + shape.seed % 2),
             self.io,
-            mode=shape.mode,
             deadline_seconds=DEADLINE_SECONDS,
         )
         self.parameters = _parameters(shape)
@@ -229,7 +226,6 @@ class World:
             host_bytes=0,
             nvme_bytes=0,
             host_addressable=not shape.has_accelerator,
-            nvme_mode=shape.mode,
             staging=shape.staging,
         )
         blocks = [{n: of.chunk_nbytes for n, of in each.items()} for each in shape.layouts]

@@ -185,7 +185,7 @@ class _Flips:
         root = self.folder / "before"
         with _tiny.engine(self.config) as engine:
             _tiny.step(engine)
-            _tiny.save(engine, root)
+            _tiny.save(engine, root, portable=True)
             _tiny.step(engine)
             bits = _tiny.fingerprint(engine)
         yield self._row("training", partial(self._step, root, bits), _ENGINE_SHARE)
@@ -274,7 +274,7 @@ class _Checkpoints:
         with _tiny.engine(config) as engine:
             for _ in range(2):
                 _tiny.step(engine)
-                _tiny.save(engine, made)
+                _tiny.save(engine, made, portable=True)
         shutil.copytree(made, root)  # no links to a backing file
         shutil.rmtree(made)
         self.bits = {tag: self.bits_of(tag) for tag in (_OLDER, _NEWER)}
@@ -357,11 +357,10 @@ class _Runs:
                 "batch": 2,
                 "sequence_length": 16,
                 "steps": steps,
-                "save_every": 2,
                 "eval_batches": 1,
-                "resume": True,
                 "output": str(self.output),
             },
+            checkpoint={"every_steps": 2},
         )
         with contextlib.redirect_stdout(open(os.devnull, "w")):
             train.run(config)
@@ -375,7 +374,7 @@ class _Runs:
 
 def _backing_file(engine: Any, draw: random.Random) -> tuple[int, bytes]:
     """A descriptor of one of the files of the NVMe tier, and what it holds."""
-    file = draw.choice(engine._parts.nvme._files)
+    file = draw.choice(engine._parts.nvme._files._files)
     nbytes = os.fstat(file.fd).st_size
     return file.fd, os.pread(file.fd, nbytes, 0)
 

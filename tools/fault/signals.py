@@ -36,9 +36,9 @@ from fault.result import Row
 from offload.cli import interrupt, train
 from offload.cli import main as command_line
 from offload.cli.interrupt import EXIT_SIGNAL
-from offload.cli.summary import Outcome
 from offload.errors import OffloadError
-from offload.state import stored
+from offload.state import checkpoint, session, stored
+from offload.state.saver import Saver
 from offload.telemetry import read_jsonl
 
 TRIALS = 150
@@ -227,9 +227,8 @@ class _Runs:
                 "batch": 4,
                 "sequence_length": 32,
                 "output": str(self.folder / name),
-                "save_every": 1,
-                "resume": True,
             },
+            "checkpoint": {"every_steps": 1, "keep_last": _STEPS},
         }
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(content))
@@ -243,13 +242,14 @@ def _no_handler() -> None:
 
 def _save_left_out() -> None:
     """Every second step is not saved."""
-    honest = train._Training._save
+    honest = checkpoint.save_checkpoint
 
-    def save(self: train._Training, outcome: Outcome) -> None:
-        if self.engine.global_steps % 2:
-            honest(self, outcome)
+    def save(engine: session.OffloadEngine, saver: Saver, root: Path, **options: Any) -> Path:
+        if engine.global_steps % 2:
+            return honest(engine, saver, root, **options)
+        return root
 
-    train._Training._save = save  # type: ignore[method-assign]
+    checkpoint.save_checkpoint = save  # type: ignore[assignment]
 
 
 def _fork(

@@ -1,0 +1,398 @@
+"""One checkpoint on its way to the disk; see [Note: Saving] in state.saver."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from offload import __version__
+from offload.errors import DiskFullError
+from offload.native import IoEngine, IoFile, Ticket
+from offload.partition.layout import SLOT_ALIGNMENT_BYTES, round_up
+from offload.partition.snapshot import BlockKey, MappedTensor, Version
+from offload.partition.staging import StagingLease
+from offload.state import durable, folders, manifest, plain
+from offload.state.data_file import DEPTH, DataFileWriter
+from offload.state.manifest import ZEROS, BlockRecord, Manifest, PieceRecord, TensorRecord
+from offload.state.safetensors_stream import bytes_of
+from offload.state.source import SnapshotSource
+from offload.tiers import pins
+from offload.tiers.extents import round_up_to_page
+from offload.tiers.pins import Pin
+from offload.tiers.transfer import Transfer
+
+# Bytes of the manifest to reserve for one tensor or block when the free space is checked.
+_MANIFEST_BYTES_PER_ENTRY = 256
+_POLL_SECONDS = 0.002
+_NOT_WRITTEN = BlockRecord(ZEROS, 0, 0, 0, 0)
+CopyKey = tuple[str, str, str]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be saved beside the snapshot.
+
+    Attributes:
+        root, tag: where.
+        sequence: greater than that of any checkpoint in `root`.
+        values: plain values of the moment; the snapshot's `late_values` are added.
+        copies: small tensors by kind, name and field: on the CPU, nobody changes them.
+        portable: nothing is linked.
+    """
+
+    root: Path
+    tag: str
+    sequence: int
+    values: Mapping[str, Any]
+    copies: Mapping[CopyKey, torch.Tensor]
+    portable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """A checkpoint that refers to extents, and the files that have them; `release` unpins all."""
+
+    folder: Path
+    files: Sequence[IoFile]
+    release: Callable[[], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """An extent that is copied to the block number `index`; its memory while it is."""
+
+    index: int
+    pin: Pin
+    unpin: Callable[[], None]
+    lease: StagingLease | None = None
+    transfer: Transfer | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.pin.record.nbytes
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        assert self.lease is not None, "there is memory for it"
+        return self.lease.tensor[: self.nbytes]
+
+    def end(self, deadline_seconds: float) -> None:
+        """Wait for the read, if there is one, and let go; of what hangs, never."""
+        if self.transfer is not None:
+            with contextlib.suppress(OSError):
+                self.transfer.wait(deadline_seconds)
+            if not self.transfer.done():
+                return
+        self.unpin()
+        if self.lease is not None:
+            self.lease.release()
+
+
+class CheckpointWriter:
+    """Writes one checkpoint: `begin` in the thread that trains, then `run` in any.
+
+    Both give everything up if they raise, and let the engine go on.
+    """
+
+    def __init__(
+        self,
+        io: IoEngine,
+        snapshot: SnapshotSource,
+        request: Request,
+        deadline_seconds: float,
+    ) -> None:
+        self._io = io
+        self._snapshot = snapshot
+        self._request = request
+        self._deadline_seconds = deadline_seconds
+        self._cleanup = contextlib.ExitStack()
+        self._unpinning = contextlib.ExitStack()  # of what is linked
+        self._records: list[BlockRecord] = []
+        self._index: dict[BlockKey, int] = {}
+        self._files: list[IoFile | None] = [None]  # the first is the checkpoint's own
+        self._linked: dict[tuple[int, int], int] = {}  # backing file -> its number here
+        self._to_copy: deque[_Copy] = deque()
+        self._reading: deque[_Copy] = deque()
+        # The memory is its write's until that has settled.
+        self._writing: deque[tuple[int, Ticket, Callable[[], None], torch.Tensor]] = deque()
+
+    def begin(self) -> None:
+        """Allocate room, and write what is exposed; see [Note: Snapshot].
+
+        Raises:
+            DiskFullError: there is too little room.
+            BudgetError, StorageError: something could not be read or written.
+        """
+        request, snapshot = self._request, self._snapshot
+        with self._giving_up():
+            durable.make_folder(request.root)
+            folders.sweep(request.root)
+            self._device = request.root.stat().st_dev
+            own_bytes = self._own_bytes()
+            self._check_room(own_bytes)
+            pending = folders.pending_folder(request.root, request.tag)
+            self._pending = self._cleanup.enter_context(pending)
+            path = self._pending / manifest.data_file_name(0)
+            self._own = DataFileWriter(self._io, path, own_bytes)
+            self._cleanup.callback(self._own.close)
+            self._cleanup.callback(self._abandon)
+            for key in snapshot.exposed:
+                self._capture(key)
+            self._settle(0)
+
+    def run(self) -> Linked | None:
+        """Write the rest and make it durable; what it refers to, if it does.
+
+        Raises:
+            CheckpointError: a weight was edited meanwhile.
+            BudgetError, StorageError: something could not be read or written.
+        """
+        with self._giving_up():
+            for key in self._snapshot.blocks:
+                self._capture(key)
+            copies = self._write_copies()
+            self._settle(0)
+            late_values = self._snapshot.late_values()
+            self._snapshot.check_unedited()
+            self._snapshot.end_capture()
+            self._copy_pinned()
+            self._own.finish()
+            for file in filter(None, self._files):
+                self._io.fsync(file)
+            durable.sync_folder(self._pending)
+            final = self._publish(copies, late_values)
+            self._cleanup.close()
+        if not self._linked:
+            return None
+        return Linked(final, list(filter(None, self._files)), self._unpinning.close)
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            try:
+                self._cleanup.close()
+                self._unpinning.close()
+            finally:
+                self._snapshot.end_capture()
+            raise
+
+    def _own_bytes(self) -> int:
+        """Bytes of what will probably be copied."""
+        snapshot = self._snapshot
+        blocks = [*snapshot.exposed, *snapshot.blocks]
+        if not self._request.portable:
+            blocks = [key for key in blocks if snapshot.device_of(key) != self._device]
+        copied = sum(round_up_to_page(snapshot.nbytes(key)) for key in blocks)
+        return copied + round_up_to_page(
+            sum(
+                round_up(copy.numel() * copy.element_size(), SLOT_ALIGNMENT_BYTES)
+                for copy in self._request.copies.values()
+            )
+        )
+
+    def _check_room(self, own_bytes: int) -> None:
+        snapshot = self._snapshot
+        num_entries = len(snapshot.tensors) + len(snapshot.blocks) + len(self._request.copies)
+        needed = own_bytes + _MANIFEST_BYTES_PER_ENTRY * num_entries
+        free = durable.free_bytes(self._request.root)
+        if needed > free:
+            raise DiskFullError(
+                path=self._request.root,
+                needed_bytes=needed,
+                free_bytes=free,
+                what="checkpoint",
+                remedy=f"free space on the file system of {self._request.root}, or save elsewhere",
+            )
+
+    # -- blocks ------------------------------------------------------------------------------------
+
+    def _capture(self, key: BlockKey) -> None:
+        ask = partial(self._snapshot.capture, key)
+        version = self._as_soon_as_possible(ask, self._snapshot.nbytes(key))
+        index = self._index[key] = len(self._records)
+        self._records.append(_NOT_WRITTEN._replace(nbytes=version.nbytes))
+        if version.pin is not None:
+            number = self._link(version)
+            if number is None:
+                self._to_copy.append(_Copy(index, version.pin, version.release))
+            else:
+                pin = version.pin
+                self._records[index] = BlockRecord(
+                    number, pin.extent.offset, version.nbytes, pin.seed, pin.checksum
+                )
+                self._unpinning.callback(version.release)
+        elif version.tensor is not None:
+            self._start_write(index, version.tensor, version.release)
+
+    def _link(self, version: Version) -> int | None:
+        """The number of the file that the pinned extent is in; None: it has to be copied."""
+        pin = version.pin
+        if pin is None or self._request.portable or not self._snapshot.has_checksums:
+            return None
+        identity = pins.file_identity(pin.file)
+        if identity not in self._linked:
+            if identity[0] != self._device:
+                return None
+            number = len(self._files)
+            try:
+                pins.link(pin.file, self._pending / manifest.data_file_name(number))
+            except OSError:
+                return None
+            self._linked[identity] = number
+            self._files.append(pin.file)
+        return self._linked[identity]
+
+    def _start_write(self, index: int, tensor: torch.Tensor, release: Callable[[], None]) -> None:
+        try:
+            offset, ticket = self._own.start_write(tensor)
+        except BaseException:
+            release()
+            raise
+        self._records[index] = BlockRecord(0, offset, tensor.numel(), 0, 0)
+        self._writing.append((index, ticket, release, tensor))
+        self._settle(DEPTH)
+
+    def _settle(self, num_left: int) -> None:
+        """Wait for the oldest writes until so many are left."""
+        while len(self._writing) > num_left:
+            index, ticket, release, _ = self._writing[0]
+            checksum = ticket.wait(self._deadline_seconds)
+            self._writing.popleft()
+            release()
+            self._records[index] = self._records[index]._replace(crc32c=checksum)
+
+    def _abandon(self) -> None:
+        """Let go of everything; what a transfer still reads or fills, when it has ended."""
+        for copy in (*self._reading, *self._to_copy):
+            copy.end(self._deadline_seconds)
+        while self._writing:
+            _, ticket, release, _ = self._writing.popleft()
+            with contextlib.suppress(OSError):
+                ticket.wait(self._deadline_seconds)
+            if ticket.done():
+                release()
+
+    def _write_copies(self) -> list[TensorRecord]:
+        """Write what is in no block as one block: tensor after tensor, whole pages."""
+        copies = self._request.copies
+        index, offset = len(self._records), 0
+        records = []
+        for (kind, name, field), copy in copies.items():
+            nbytes = copy.numel() * copy.element_size()
+            pieces = (PieceRecord(index, offset, nbytes),) if nbytes else ()
+            shape = tuple(copy.shape)
+            records.append(TensorRecord(kind, name, field, str(copy.dtype), shape, None, pieces))
+            offset += round_up(nbytes, SLOT_ALIGNMENT_BYTES)
+        if offset:
+            packed = torch.zeros(round_up_to_page(offset), dtype=torch.uint8)
+            for record, copy in zip(records, copies.values(), strict=True):
+                for piece in record.pieces:
+                    part = packed[piece.offset : piece.offset + piece.nbytes]
+                    part.copy_(bytes_of(copy.contiguous()))
+            self._records.append(_NOT_WRITTEN)
+            self._start_write(index, packed, lambda: None)
+        return records
+
+    # -- pinned extents that are copied ------------------------------------------------------------
+
+    def _copy_pinned(self) -> None:
+        """Copy extents: shared with their file where the file system can, else read and written."""
+        can_clone = self._snapshot.has_checksums
+        while self._to_copy:
+            copy = self._to_copy[0]
+            can_clone = can_clone and self._clone(copy)
+            if not can_clone:
+                ask = partial(self._snapshot.try_lease, copy.nbytes)
+                copy.lease = self._as_soon_as_possible(ask, copy.nbytes)
+                copy.transfer = self._snapshot.start_read(copy.pin, copy.tensor)
+                self._reading.append(copy)
+            self._to_copy.popleft()
+            if len(self._reading) > DEPTH:
+                self._write_oldest()
+        while self._reading:
+            self._write_oldest()
+        self._settle(0)
+
+    def _clone(self, copy: _Copy) -> bool:
+        """Share an extent, if the file system can."""
+        pin = copy.pin
+        offset = self._own.clone(pin.file, pin.extent.offset, copy.nbytes)
+        if offset is None:
+            return False
+        self._records[copy.index] = BlockRecord(0, offset, copy.nbytes, pin.seed, pin.checksum)
+        copy.unpin()
+        return True
+
+    def _write_oldest(self) -> None:
+        """Write the extent that has been read longest; nobody needs it where it was any more."""
+        copy = self._reading[0]
+        assert copy.transfer is not None
+        assert copy.lease is not None
+        copy.transfer.wait(self._deadline_seconds)
+        self._reading.popleft()
+        copy.unpin()
+        self._start_write(copy.index, copy.tensor, copy.lease.release)
+
+    def _as_soon_as_possible(self, ask: Callable[[], _T | None], nbytes: int) -> _T:
+        """What `ask` gives as soon as there is host memory, which training may have for a while."""
+        limit = time.monotonic() + self._deadline_seconds
+        while True:
+            answer = ask()
+            if answer is not None:
+                return answer
+            if self._writing:
+                self._settle(len(self._writing) - 1)
+            elif self._reading:
+                self._write_oldest()
+            elif time.monotonic() > limit:
+                raise self._snapshot.no_lease(nbytes)
+            else:
+                time.sleep(_POLL_SECONDS)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _publish(self, copies: list[TensorRecord], late_values: Mapping[str, object]) -> Path:
+        request = self._request
+        tensors = [self._tensor_record(tensor) for tensor in self._snapshot.tensors]
+        files = [self._own.nbytes]
+        files += [os.fstat(file.fd).st_size for file in filter(None, self._files)]
+        content = Manifest(
+            tag=request.tag,
+            sequence=request.sequence,
+            offload_version=__version__,
+            torch_version=str(torch.__version__),
+            files=tuple(files),
+            blocks=tuple(self._records),
+            tensors=(*tensors, *copies),
+            values={**request.values, **plain.encode(dict(late_values), where="optimizer")},
+        )
+        durable.write_file(self._pending / manifest.MANIFEST_NAME, manifest.encode(content))
+        final = folders.publish(self._pending, request.root, request.tag)
+        folders.write_hint(request.root, request.tag)
+        return final
+
+    def _tensor_record(self, tensor: MappedTensor) -> TensorRecord:
+        return TensorRecord(
+            tensor.kind,
+            tensor.name,
+            tensor.field,
+            str(tensor.dtype),
+            tensor.shape,
+            tensor.stride,
+            tuple(
+                PieceRecord(self._index[piece.block], piece.offset, piece.nbytes)
+                for piece in tensor.pieces
+            ),
+        )
