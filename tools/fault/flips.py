@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Iterator[Row]:
     """See `fault.result`."""
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "what failed beside the computation")
+    warnings.filterwarnings("ignore", "an I/O error, after which the operation is made again")
     with tempfile.TemporaryDirectory(dir=options.path, prefix="offload-faults-") as name:
         flips = _Flips(Path(name), random.Random(options.seed), options.trials or TRIALS)
         if options.teeth:
