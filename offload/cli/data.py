@@ -6,29 +6,38 @@ documents, the last share of the tokens). The tokens of one split stand back to 
 memory-mapped file, each document between a begin and an end token. A sequence is a window of that
 file; windows do not overlap. Epoch by epoch they come in an order drawn from (seed, epoch), so
 micro-batch number n is a function of n, and resuming needs no other position.
+
+[Note: token checks]
+Every run writes its token files anew, and keeps the CRC32C of each `CHECKED_BYTES` of them in
+memory. What a batch is read from is checked against it: a bit that the disk has changed meanwhile
+is an error, never another token.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from offload.errors import OffloadError
+from offload.errors import ChecksumError, OffloadError, StorageError
+from offload.native import crc32c
 
 HELD_OUT_EVERY = 20
+CHECKED_BYTES = 64 << 10  # microseconds to check; a page fault reads as much ahead
 STDLIB = "stdlib"
 _SUFFIXES = (".txt", ".jsonl", ".py", ".md")
 # Installed packages are no part of the library, and its tests are mostly tables.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 Tokens = np.ndarray[tuple[int], np.dtype[Any]]
+_Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Document = Callable[[], bytes]  # reads one document's text, UTF-8
 
 
@@ -97,11 +106,73 @@ class PretrainedTokenizer:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenChecks:
+    """The checksums of a token file, see [Note: token checks]; `first` is a split's first token."""
+
+    path: Path
+    tokens: Tokens
+    checksums: tuple[int, ...]
+    first: int = 0
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Tokens [start, stop) of the split, read and checked.
+
+        Not from the mapping: a page of it that cannot be read would end the process.
+
+        Raises:
+            ChecksumError: they, or others of the same pieces, are not what was written.
+            StorageError: the file cannot be read.
+        """
+        itemsize = self.tokens.itemsize
+        first, last = (self.first + start) * itemsize, (self.first + stop) * itemsize
+        low, high = first // CHECKED_BYTES, -(-last // CHECKED_BYTES)
+        begin = low * CHECKED_BYTES
+        nbytes = min(high * CHECKED_BYTES, self.tokens.nbytes) - begin
+        try:
+            with self.path.open("rb") as file:
+                data = np.frombuffer(os.pread(file.fileno(), nbytes, begin), np.uint8)
+        except OSError as error:
+            raise StorageError(
+                operation="read",
+                path=self.path,
+                offset=begin,
+                nbytes=nbytes,
+                errno=error.errno,
+                what="tokens",
+            ) from error
+        for piece in range(low, high):
+            at = (piece - low) * CHECKED_BYTES
+            self._check(piece, data[at : at + CHECKED_BYTES])
+        return data[first - begin : last - begin].view(self.tokens.dtype)
+
+    def _check(self, piece: int, data: _Bytes) -> None:
+        found = _checksum(data)
+        if found != self.checksums[piece]:
+            raise ChecksumError(
+                operation="read",
+                path=self.path,
+                offset=piece * CHECKED_BYTES,
+                nbytes=len(data),
+                what="tokens",
+                detail=f"CRC32C is {found:#010x}, of what was written "
+                f"{self.checksums[piece]:#010x}",
+                remedy="do not trust this disk (smartctl, memory test); start the run again: it "
+                "writes the file anew",
+            )
+
+
+def _checksum(data: _Bytes) -> int:
+    return crc32c(data.ctypes.data, data.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Split:
     """The tokens to train on and the held-out ones; 1-D, memory-mapped, read-only."""
 
     train: Tokens
     held_out: Tokens
+    train_checks: TokenChecks
+    held_out_checks: TokenChecks
 
 
 def documents(source: str) -> list[Document]:
@@ -161,33 +232,52 @@ def pack(found: Sequence[Document], tokenizer: Tokenizer, folder: Path) -> Split
     """Tokenize documents into files in `folder`, one document in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     if len(found) < HELD_OUT_EVERY:
-        tokens = _pack_file(found, tokenizer, folder / "all.tokens")
+        every = _pack_file(found, tokenizer, folder / "all.tokens")
+        tokens = every.tokens
         cut = len(tokens) - len(tokens) // HELD_OUT_EVERY
-        return Split(tokens[:cut], tokens[cut:])
+        return Split(tokens[:cut], tokens[cut:], every, replace(every, first=cut))
     held_out = found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     train = [d for i, d in enumerate(found, start=1) if i % HELD_OUT_EVERY]
-    return Split(
-        _pack_file(train, tokenizer, folder / "train.tokens"),
-        _pack_file(held_out, tokenizer, folder / "held_out.tokens"),
-    )
+    packed = _pack_file(train, tokenizer, folder / "train.tokens")
+    rest = _pack_file(held_out, tokenizer, folder / "held_out.tokens")
+    return Split(packed.tokens, rest.tokens, packed, rest)
 
 
-def _pack_file(found: Sequence[Document], tokenizer: Tokenizer, path: Path) -> Tokens:
+def _pack_file(found: Sequence[Document], tokenizer: Tokenizer, path: Path) -> TokenChecks:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    checksums = []
+    piece = np.empty(0, np.uint8)  # the file's last bytes, which have no checksum yet
     with path.open("wb") as file:
         for document in found:
-            file.write(tokenizer.encode_document(document()).astype(dtype).tobytes())
-    return np.memmap(path, dtype, mode="r")
+            tokens = tokenizer.encode_document(document()).astype(dtype)
+            file.write(tokens.tobytes())
+            piece = np.concatenate([piece, tokens.view(np.uint8)])
+            while len(piece) >= CHECKED_BYTES:
+                checksums.append(_checksum(piece[:CHECKED_BYTES]))
+                piece = piece[CHECKED_BYTES:]
+    if len(piece):
+        checksums.append(_checksum(piece))
+    return TokenChecks(path, np.memmap(path, dtype, mode="r"), tuple(checksums))
 
 
 class Windows:
     """The sequences of a split as batches of shape (batch, sequence_length), int64.
 
+    With `checks` it is read through them, and the methods raise what they do.
+
     Raises:
         OffloadError: the split is shorter than one batch.
     """
 
-    def __init__(self, tokens: Tokens, *, batch: int, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        batch: int,
+        sequence_length: int,
+        seed: int,
+        checks: TokenChecks | None = None,
+    ) -> None:
         self.num_windows = len(tokens) // sequence_length
         if self.num_windows < batch:
             raise OffloadError(
@@ -195,7 +285,7 @@ class Windows:
                 expected=f"at least one batch of {batch}",
                 remedy="use more text, or lower run.batch or run.sequence_length",
             )
-        self._tokens = tokens
+        self._read = checks.read if checks is not None else lambda low, high: tokens[low:high]
         self._batch = batch
         self._sequence_length = sequence_length
         self._seed = seed
@@ -220,5 +310,6 @@ class Windows:
 
     def _gather(self, windows: Tokens) -> torch.Tensor:
         length = self._sequence_length
-        rows = [self._tokens[i * length : (i + 1) * length] for i in windows]
+        read = self._read
+        rows = [read(int(i) * length, (int(i) + 1) * length) for i in windows]
         return torch.from_numpy(np.stack(rows).astype(np.int64))

@@ -112,8 +112,9 @@ class _Training:
         client_state = self._resume()
         num_steps = int(section.steps or 0)
         shape = {"batch": section.batch, "sequence_length": section.sequence_length}
-        train = Windows(self.split.train, **shape, seed=section.seed)
-        held_out = Windows(self.split.held_out, **shape, seed=section.seed)
+        split, seed = self.split, section.seed
+        train = Windows(split.train, **shape, seed=seed, checks=split.train_checks)
+        held_out = Windows(split.held_out, **shape, seed=seed, checks=split.held_out_checks)
         self.metrics.write(
             {"kind": "start", "step": engine.global_steps, "placed_bytes": outcome.placed_bytes}
         )

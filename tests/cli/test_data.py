@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.cli.data import STDLIB, ByteTokenizer, Windows, documents, pack
-from offload.errors import OffloadError
+from offload.cli.data import CHECKED_BYTES, STDLIB, ByteTokenizer, Windows, documents, pack
+from offload.errors import ChecksumError, OffloadError, StorageError
 
 
 @given(st.text())
@@ -72,3 +72,30 @@ def test_an_epoch_has_every_window_at_most_once_and_batches_depend_on_their_numb
     assert len(spread) == min(3, per_epoch)
     assert all(torch.equal(a, b) for a, b in zip(spread, windows.spread(3), strict=True))
     assert len(torch.cat(spread)[:, 0].unique()) == len(spread) * batch
+
+
+@pytest.mark.parametrize("count", [7, 45], ids=["one file", "two files"])
+def test_a_changed_token_is_an_error(tmp_path, count):
+    for i in range(count):
+        (tmp_path / f"{i:02d}.txt").write_bytes(bytes([i]) * 30_001)
+    split = pack(documents(str(tmp_path)), ByteTokenizer(), tmp_path / "packed")
+    shape = {"batch": 2, "sequence_length": 16, "seed": 0}
+    parts = ((split.train, split.train_checks), (split.held_out, split.held_out_checks))
+    for tokens, checks in parts:
+        checked = Windows(tokens, **shape, checks=checks)
+        plain = Windows(tokens, **shape)
+        for number in range(5):
+            assert torch.equal(checked.shuffled(number), plain.shuffled(number))
+        assert len(list(checked.spread(4))) == 4
+        data = checks.path.read_bytes()
+        last = len(tokens) // 16 * 16
+        for damaged in (data[:-20] + bytes([data[-20] ^ 4]) + data[-19:], data[:-20]):
+            checks.path.write_bytes(damaged)
+            with pytest.raises(ChecksumError, match=r"tokens in .*\.tokens") as caught:
+                checks.read(last - 16, len(tokens))
+            assert caught.value.offset % CHECKED_BYTES == 0
+            assert np.array_equal(split.train_checks.read(0, 16), split.train[:16]), "another piece"
+        checks.path.unlink()
+        with pytest.raises(StorageError, match="read of tokens"):
+            checks.read(0, 16)
+        checks.path.write_bytes(data)
