@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from offload.cli import data
 from offload.state import folders, manifest, stored
 from offload.tiers import nvme
 
@@ -59,6 +60,10 @@ def _only_the_newest_is_looked_at() -> AbstractContextManager[object]:
     return mock.patch.object(folders, "candidates", candidates)
 
 
+def _tokens_are_not_checked() -> AbstractContextManager[object]:
+    return mock.patch.object(data.TokenChecks, "_check")
+
+
 TEETH = (
     Tooth("the manifest's checksum is ignored", _manifests_are_not_checked, "checkpoint"),
     Tooth("the checksums of tensors are ignored", _tensors_are_not_checked, "checkpoint"),
@@ -66,4 +71,5 @@ TEETH = (
     Tooth("there is no way back to an older one", _only_the_newest_is_looked_at, "checkpoint"),
     Tooth("the checksums of extents are ignored", _extents_are_not_checked, "extents"),
     Tooth("the checksums of extents are ignored", _extents_are_not_checked, "training"),
+    Tooth("the checksums of tokens are ignored", _tokens_are_not_checked, "tokens"),
 )

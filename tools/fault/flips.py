@@ -9,7 +9,8 @@
                  and extents that nobody reads)
     training     the same, and the next step is taken: an error, or the bits of a run without
                  damage; then a checkpoint replaces all state, and training goes on
-    tokens       data/ of `offload train`, between two runs: made anew from the text by each run
+    tokens       data/ of `offload train`, under a run: what a batch is read from is checked; and
+                 between two runs: made anew from the text by each run
     metrics      metrics.jsonl: a log that training never reads. `offload report` shows it or says
                  what is wrong with it; a changed digit is not detected
 
@@ -33,11 +34,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fault import _damage, _flip_teeth, _tiny
 from fault.result import Row
-from offload.cli import train
+from offload.cli import data, train
 from offload.cli.report import read_outcome
 from offload.errors import CheckpointError, ChecksumError, OffloadError, StorageError
 from offload.state import stored
@@ -118,8 +120,8 @@ class _Flips:
                 except _UndetectedError as error:
                     row.undetected += 1
                     row.details.append(f"{kind} {number}: {error}")
-                except (_ProblemError, OffloadError) as error:
-                    row.problems.append(f"{kind} {number}: {error}")
+                except Exception as error:  # noqa: BLE001  of every kind but those that are wanted
+                    row.problems.append(f"{kind} {number}: {error!r}")
         row.remark = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
         row.seconds = time.perf_counter() - began
         return row
@@ -133,8 +135,8 @@ class _Flips:
         shutil.rmtree(good.root)
 
     def _file(self, good: _Checkpoints, path: Path, kind: str) -> str:
-        data = path.read_bytes()
-        copy, place = _damage.damaged(kind, data, self.draw)
+        intact = path.read_bytes()
+        copy, place = _damage.damaged(kind, intact, self.draw)
         path.write_bytes(copy)
         try:
             outcome = good.look(path.name, place)
@@ -142,12 +144,12 @@ class _Flips:
                 good.load(path.name)
             return outcome
         finally:
-            path.write_bytes(data)
+            path.write_bytes(intact)
 
     def _hint(self, good: _Checkpoints, kind: str) -> str:
         path = good.root / HINT_NAME
-        data = path.read_bytes()
-        path.write_bytes(_damage.damaged(kind, data, self.draw)[0])
+        intact = path.read_bytes()
+        path.write_bytes(_damage.damaged(kind, intact, self.draw)[0])
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -155,7 +157,7 @@ class _Flips:
             if bits != good.bits[_NEWER] or caught:
                 raise _UndetectedError(f"it leads to another checkpoint: {caught}")
         finally:
-            path.write_bytes(data)
+            path.write_bytes(intact)
         return "harmless: a hint"
 
     def _extents(self) -> Iterator[Row]:
@@ -167,15 +169,15 @@ class _Flips:
             yield self._row("extents", partial(self._extent, engine, bits))
 
     def _extent(self, engine: Any, bits: str, kind: str) -> str:
-        descriptor, data = _backing_file(engine, self.draw)
-        copy, place = _damage.damaged(kind, data, self.draw)
+        descriptor, intact = _backing_file(engine, self.draw)
+        copy, place = _damage.damaged(kind, intact, self.draw)
         _overwrite(descriptor, copy)
         try:
             found = _tiny.fingerprint(engine)
         except (ChecksumError, StorageError) as error:
             return _check_extent_error(error, kind, place)
         finally:
-            _overwrite(descriptor, data)
+            _overwrite(descriptor, intact)
         if found != bits:
             raise _UndetectedError(f"damage at {place} changes what is read")
         return "harmless: not read from there"
@@ -195,15 +197,15 @@ class _Flips:
         outcome = "harmless: not read from there"
         with contextlib.suppress(OffloadError), _tiny.engine(self.config) as engine:
             engine.load_checkpoint(root)
-            descriptor, data = _backing_file(engine, self.draw)
-            copy, place = _damage.damaged(kind, data, self.draw)
+            descriptor, intact = _backing_file(engine, self.draw)
+            copy, place = _damage.damaged(kind, intact, self.draw)
             _overwrite(descriptor, copy)
             try:
                 _tiny.step(engine)
                 found = _tiny.fingerprint(engine)
             except (ChecksumError, StorageError) as error:
                 outcome = _check_extent_error(error, kind, place)
-                os.ftruncate(descriptor, len(data))  # the disk is mended, not its bytes
+                os.ftruncate(descriptor, len(intact))  # the disk is mended, not its bytes
                 with contextlib.suppress(OffloadError):
                     engine._parts.store.drain()  # what failed beside it has been told
                 engine.load_checkpoint(root)
@@ -214,10 +216,36 @@ class _Flips:
         return outcome
 
     def _tokens(self) -> Iterator[Row]:
-        """Token files between two runs of `offload train`."""
+        """Token files under a run of `offload train`, and between two."""
+        folder = self.folder / "packed"
+        folder.mkdir()
+        (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 4000)
+        split = data.pack(data.documents(str(folder)), data.ByteTokenizer(), folder / "data")
+        yield self._row("tokens, under a run", partial(self._batch, split))
+        shutil.rmtree(folder)
         runs = _Runs(self.folder / "tokens")
-        yield self._row("tokens", partial(self._token_file, runs), _RUN_SHARE)
+        yield self._row("tokens, between runs", partial(self._token_file, runs), _RUN_SHARE)
         shutil.rmtree(runs.folder)
+
+    def _batch(self, split: data.Split, kind: str) -> str:
+        """Two batches have every token of the split, but for a few at its end."""
+        path = split.train_checks.path
+        good = path.read_bytes()
+        shape: dict[str, Any] = {"batch": 4, "sequence_length": len(split.train) // 8, "seed": 0}
+        true = data.Windows(np.frombuffer(good, split.train.dtype)[: len(split.train)], **shape)
+        path.write_bytes(_damage.damaged(kind, good, self.draw)[0])
+        try:
+            found = data.Windows(split.train, checks=split.train_checks, **shape)
+            for number in range(2):
+                if not torch.equal(found.shuffled(number), true.shuffled(number)):
+                    raise _UndetectedError("other tokens")
+        except ChecksumError as error:
+            if str(path) not in str(error):
+                raise _ProblemError(f"the error does not name the file: {error}") from error
+            return "refused"
+        finally:
+            path.write_bytes(good)
+        return "harmless: not read"
 
     def _token_file(self, runs: _Runs, kind: str) -> str:
         (path,) = (runs.output / "data").iterdir()
@@ -230,13 +258,13 @@ class _Flips:
         """The log of a run, as `offload report` reads it; and a run that is resumed."""
         runs = _Runs(self.folder / "metrics")
         path = runs.output / train.METRICS_NAME
-        data = path.read_bytes()
-        yield self._row("metrics", partial(self._log, path, data))
-        yield self._row("metrics, resumed", partial(self._resumed, runs, data), _RUN_SHARE)
+        intact = path.read_bytes()
+        yield self._row("metrics", partial(self._log, path, intact))
+        yield self._row("metrics, resumed", partial(self._resumed, runs, intact), _RUN_SHARE)
         shutil.rmtree(runs.folder)
 
-    def _log(self, path: Path, data: bytes, kind: str) -> str:
-        path.write_bytes(_damage.damaged(kind, data, self.draw)[0])
+    def _log(self, path: Path, intact: bytes, kind: str) -> str:
+        path.write_bytes(_damage.damaged(kind, intact, self.draw)[0])
         try:
             read_outcome(path.parent)
         except OffloadError as error:
@@ -246,12 +274,12 @@ class _Flips:
         except Exception as error:
             raise _ProblemError(f"the report raised {error!r}") from error
         finally:
-            path.write_bytes(data)
+            path.write_bytes(intact)
         return "shown: a log"
 
-    def _resumed(self, runs: _Runs, data: bytes, kind: str) -> str:
+    def _resumed(self, runs: _Runs, intact: bytes, kind: str) -> str:
         path = runs.output / train.METRICS_NAME
-        path.write_bytes(_damage.damaged(kind, data, self.draw)[0])
+        path.write_bytes(_damage.damaged(kind, intact, self.draw)[0])
         if runs.again() != runs.bits:
             raise _UndetectedError("the run that is resumed learns something else")
         return "harmless: training does not read it"
@@ -262,7 +290,7 @@ class _UndetectedError(Exception):
 
 
 class _ProblemError(Exception):
-    """Something else that must not be."""
+    """Something else that must not be; so is every other exception."""
 
 
 class _Checkpoints:
@@ -379,9 +407,9 @@ def _backing_file(engine: Any, draw: random.Random) -> tuple[int, bytes]:
     return file.fd, os.pread(file.fd, nbytes, 0)
 
 
-def _overwrite(descriptor: int, data: bytes) -> None:
-    os.ftruncate(descriptor, len(data))
-    os.pwrite(descriptor, data, 0)
+def _overwrite(descriptor: int, intact: bytes) -> None:
+    os.ftruncate(descriptor, len(intact))
+    os.pwrite(descriptor, intact, 0)
 
 
 def _check_extent_error(error: StorageError, kind: str, place: int) -> str:
