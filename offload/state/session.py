@@ -122,6 +122,7 @@ class OffloadEngine(Engine):
         Legal when `load_checkpoint` is; parameters that were unfrozen get their place first.
         """
         self._check_not_closed()
+        self._saver.wait()
         if self._pending is None and not self._is_void:
             self._admit_unfrozen()
         return import_checkpoint(self, Path(path), optimizer=optimizer, strict=strict)

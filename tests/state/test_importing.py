@@ -402,6 +402,22 @@ def test_gradients_and_edits_of_the_old_state_go(tmp_path):
         assert_goes_on(engine, folder / "expected.safetensors", 1e-6)
 
 
+@pytest.mark.parametrize("placement", ["device", "nvme"])
+def test_a_checkpoint_that_is_being_written_keeps_the_old_state(tmp_path, placement):
+    folder = unpacked("zero1_two_ranks", tmp_path)
+    places = dict.fromkeys(("weights", "gradients", "optimizer"), placement)
+    tiers = TIERS["tiers"] | {"nvme": {"paths": [str(tmp_path)], "capacity": "16MiB"}}
+    with build(placement=places, tiers=tiers) as engine:
+        step(engine, 0)
+        expected = everything(engine)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        engine.import_checkpoint(folder)
+        engine.load_checkpoint(tmp_path / "ckpt")
+        found = everything(engine)
+        for name in found:
+            assert torch.equal(found[name], expected[name]), name
+
+
 def test_what_else_a_folder_may_be(tmp_path, small_engine):
     with build() as engine:
         engine.save_checkpoint(tmp_path / "own", "first")
