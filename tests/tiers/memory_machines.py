@@ -21,7 +21,7 @@ from offload.tiers.simulated_streams import SimulatedAccelerator
 from offload.tiers.transfer import Transfer
 
 PAGES = st.integers(1, 5)
-SLAB_BYTES = 8 * 4096
+ARENA_BYTES = SLAB_BYTES = 8 * 4096
 
 
 def sign(tensor: torch.Tensor, mark: int) -> None:
@@ -42,10 +42,11 @@ class ArenaMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.marks = itertools.count(1)
-        self.arena = HostArena(8 * 4096)
+        self.arena = HostArena(ARENA_BYTES)
         self.leases: dict[HostLease, int] = {}
         self.segments: list[HostSegment] = []
         self.shares: dict[HostShare, dict[HostPiece, int]] = {}
+        self.apart: set[HostShare] = set()  # those for which the arena has grown
 
     @rule(pages=PAGES, odd=st.integers(0, 4000))
     def lease(self, pages: int, odd: int) -> None:
@@ -99,6 +100,8 @@ class ArenaMachine(RuleBasedStateMachine):
             assert not apart, "the arena grows by a share that is apart"
             return
         self.shares[share] = {}
+        if apart:
+            self.apart.add(share)
 
     @precondition(lambda self: self.shares)
     @rule(data=st.data(), nbytes=st.integers(1, 3 * 4096))
@@ -129,6 +132,7 @@ class ArenaMachine(RuleBasedStateMachine):
             assert self.shares[share], "all its pieces are back"
             return
         assert not self.shares.pop(share), "a piece was out"
+        self.apart.discard(share)
 
     @invariant()
     def everybody_has_his_own(self) -> None:
@@ -144,6 +148,8 @@ class ArenaMachine(RuleBasedStateMachine):
         used = sum(round_up_to_page(lease.nbytes) for lease in self.leases)
         used += sum(share.nbytes for share in self.shares)
         assert self.arena.used_bytes == used <= self.arena.budget_bytes
+        grown = sum(each.nbytes for each in (*self.segments, *self.apart))
+        assert self.arena.budget_bytes == ARENA_BYTES + grown
         assert sum(s.nbytes for s in self.arena._segments) == self.arena.budget_bytes
         free = sum(e - s for segment in self.arena._segments for s, e in segment.free.ranges())
         assert used + free == self.arena.budget_bytes, "bytes are nobody's"

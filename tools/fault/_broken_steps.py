@@ -35,12 +35,12 @@ def _patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _break(owner: Any, name: str, make: Callable[[Any], Any]) -> Break:
+def break_function(owner: Any, name: str, make: Callable[[Any], Any]) -> Break:
     """`make` gets the function as it is, and returns the broken one."""
     return lambda: _patched(owner, name, make(vars(owner)[name]))
 
 
-def _flip_at_once(start_write: Any) -> Any:
+def flip_at_once(start_write: Any) -> Any:
     def broken(store: NvmeStore, record: Any, tensor: Any, **kwargs: Any) -> Any:
         transfer = start_write(store, record, tensor, **kwargs)
         with store._lock:
@@ -50,7 +50,7 @@ def _flip_at_once(start_write: Any) -> Any:
     return broken
 
 
-def _forget_failed_write(finish: Any) -> Any:
+def forget_failed_write(finish: Any) -> Any:
     def broken(store: BlockStore, key: Any) -> None:
         try:
             finish(store, key)
@@ -116,7 +116,7 @@ def _always(_: Any) -> Any:
     return lambda *_: True
 
 
-def _never(_: Any) -> Any:
+def never(_: Any) -> Any:
     return lambda *_args, **_kwargs: None
 
 
@@ -149,36 +149,46 @@ def _drop_nothing(_: Any) -> Any:
 
 
 BREAKS: dict[str, Break] = {
-    "a version is current before its write has settled": _break(
-        NvmeStore, "start_write", _flip_at_once
+    "a version is current before its write has settled": break_function(
+        NvmeStore, "start_write", flip_at_once
     ),
-    "a failed write is dropped, not repeated": _break(BlockStore, "_finish", _forget_failed_write),
-    "an update is applied twice after a retry": _break(
+    "a failed write is dropped, not repeated": break_function(
+        BlockStore, "_finish", forget_failed_write
+    ),
+    "an update is applied twice after a retry": break_function(
         StreamedStep, "run", _forget_what_was_updated
     ),
-    "an update does not wait for its reads": _break(
+    "an update does not wait for its reads": break_function(
         LoadingChunk, "transfers", _nothing_to_wait_for
     ),
-    "a chunk is read while it is written": _break(BlockStore, "_settle", _never),
-    "a held version counts whatever the step applies": _break(
+    "a chunk is read while it is written": break_function(BlockStore, "_settle", never),
+    "a held version counts whatever the step applies": break_function(
         OverlappedStep, "_is_as_expected", _always
     ),
-    "a home on the device counts before it is written": _break(OverlappedStep, "_is_home", _always),
-    "a dropped version keeps its extent and its memory": _break(Shadows, "drop", _drop_nothing),
-    "memory of a late transfer is given to others": _break(
+    "a home on the device counts before it is written": break_function(
+        OverlappedStep, "_is_home", _always
+    ),
+    "a dropped version keeps its extent and its memory": break_function(
+        Shadows, "drop", _drop_nothing
+    ),
+    "memory of a late transfer is given to others": break_function(
         LateTransfers, "keep", _write_late_memory_again
     ),
-    "a gradient that was written home is not read again": _break(
+    "a gradient that was written home is not read again": break_function(
         GradientHome, "_stage", _read_one_gradient
     ),
-    "the pool does not say that its calls have ended": _break(
+    "the pool does not say that its calls have ended": break_function(
         _Batch, "_finish", _end_without_a_word
     ),
-    "the pump is not woken when it is closed": _break(_PumpWork, "stop", _stop_without_waking),
-    "a wait has no deadline": _break(TicketTransfer, "_settle", _wait_for_ever),
-    "checksums are not looked at": _break(NvmeStore, "__init__", _without_checksums),
-    "copies beside the computation do not wait for it": _break(Turns, "caller", _mark_too_early),
-    "what is computed does not wait for its copy": _break(
-        SimulatedAccelerator, "make_current_wait", _never
+    "the pump is not woken when it is closed": break_function(
+        _PumpWork, "stop", _stop_without_waking
+    ),
+    "a wait has no deadline": break_function(TicketTransfer, "_settle", _wait_for_ever),
+    "checksums are not looked at": break_function(NvmeStore, "__init__", _without_checksums),
+    "copies beside the computation do not wait for it": break_function(
+        Turns, "caller", _mark_too_early
+    ),
+    "what is computed does not wait for its copy": break_function(
+        SimulatedAccelerator, "make_current_wait", never
     ),
 }
