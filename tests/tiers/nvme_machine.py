@@ -22,6 +22,7 @@ from offload.errors import (
 from offload.native.fault_spec import FaultSpec
 from offload.tiers.extents import Extent, round_up_to_page
 from offload.tiers.nvme import NvmeStore
+from offload.tiers.pins import Pin
 from offload.tiers.records import Record
 from offload.tiers.simulated import LaneModel, SimulatedIo
 from offload.tiers.store_transfer import StoreTransfer
@@ -90,6 +91,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.holding: dict[Record, StoreTransfer] = {}
         self.held: dict[Record, Version | None] = {}  # None: its write has failed
         self.stale: set[Record] = set()  # held for a version that has been passed over
+        self.pins: dict[Pin, Version] = {}
         self.may_be_anywhere = False  # a write went to another place than it should
 
     @initialize(
@@ -128,6 +130,12 @@ class StoreMachine(RuleBasedStateMachine):
         with self.fault("write", lot) as fault:
             try:
                 transfer = self.store.start_write(record, data, urgency=urgency)
+            except BudgetError:
+                pool = self.store._pools[record.extent_bytes]
+                assert self.pins, "what has all extents?"
+                assert not pool.num_free
+                self.learn()
+                return
             except EngineStateError:
                 pool = self.store._pools[record.extent_bytes]
                 assert not self.spare, "a shadow extent was reserved, and there is none"
@@ -191,6 +199,48 @@ class StoreMachine(RuleBasedStateMachine):
         if record.pending is None:
             self.store.vacate(record)
             self.committed.pop(record, None)
+
+    # -- pins ------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.committed and len(self.pins) < 6)
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        record = data.draw(st.sampled_from(self.written()))
+        pin = self.store.pin(record)
+        assert pin is not None
+        assert pin.extent == record.current
+        self.pins[pin] = self.committed[record]
+
+    @rule(index=st.integers(0, 99))
+    def pin_what_was_never_written(self, index: int) -> None:
+        record = self.records[index % len(self.records)]
+        if record not in self.committed:
+            assert self.store.pin(record) is None
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data(), lot=st.integers(0, 99))
+    def read_pinned(self, data: st.DataObject, lot: int) -> None:
+        """Whatever was written since: what was pinned is what it was."""
+        pin = data.draw(st.sampled_from(list(self.pins)))
+        buffer = torch.empty(pin.record.nbytes, dtype=torch.uint8)
+        with self.fault("read", lot) as fault:
+            transfer = self.store.start_read_pinned(pin, buffer)
+        assert isinstance(transfer, StoreTransfer)
+        self.reads[transfer] = Read(pin.record, buffer, self.pins[pin], fault)
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        pin = data.draw(st.sampled_from(list(self.pins)))
+        reads = [t for t, read in self.reads.items() if read.expected is self.pins[pin]]
+        if not reads:  # a version stays pinned until its transfers have settled
+            self.store.unpin(pin)
+            del self.pins[pin]
+
+    @rule(nbytes=st.sampled_from(sorted(set(SIZES))), count=st.integers(1, 2))
+    def reserve_beside_pins(self, nbytes: int, count: int) -> None:
+        if len(self.pins) > 2:
+            self.expect_room(lambda: self.store.reserve_beside_pins({nbytes: count}))
 
     # -- held versions ---------------------------------------------------------------------------
 
@@ -383,14 +433,16 @@ class StoreMachine(RuleBasedStateMachine):
                 use(extent, "free")
             for extent in pool._retired:
                 use(extent, "retired")
-            for extent in self.other_uses(pool.nbytes):
-                use(extent, "something else")
             of_class = {extent for extent in uses if extent.nbytes == pool.nbytes}
             assert of_class == set(pool._home), "extents were lost"
 
-    def other_uses(self, nbytes: int) -> list[Extent]:
-        del nbytes
-        return []
+    @invariant()
+    def what_is_pinned_is_nobody_elses(self) -> None:
+        for pin in self.pins:
+            pool = self.store._pools[pin.extent.nbytes]
+            assert pin.extent not in pool._is_free, "a pinned extent can be written"
+            assert all(transfer.extent != pin.extent for transfer in self.writes)
+            assert all(record.shadow != pin.extent for record in self.records)
 
     @invariant()
     def capacity_is_kept(self) -> None:
@@ -410,6 +462,17 @@ class StoreMachine(RuleBasedStateMachine):
                 self.wait_read(read)
             for write in list(self.writes):
                 self.wait_write(write)
+            for pin, version in self.pins.items():
+                buffer = torch.empty(pin.record.nbytes, dtype=torch.uint8)
+                transfer = self.store.start_read_pinned(pin, buffer)
+                assert isinstance(transfer, StoreTransfer)
+                self.reads[transfer] = Read(pin.record, buffer, version, WELL)
+                self.wait_read(transfer)
+                self.store.unpin(pin)
+            assert not self.store._pins.total()
+            if not self.reads:
+                retired = [pool.num_retired for pool in self.store._pools.values()]
+                assert not any(retired), "what was pinned does not come back"
             for record in self.written():
                 buffer = torch.empty(record.nbytes, dtype=torch.uint8)
                 transfer = self.store.start_read(record, buffer)

@@ -60,6 +60,23 @@ def _forget_the_extent(_: Any) -> Any:
     return broken
 
 
+def _pin_nothing(pin: Any) -> Any:
+    def broken(store: NvmeStore, record: Any) -> Any:
+        made = pin(store, record)
+        if made is not None:
+            store._pools[made.extent.nbytes].end_read(made.extent)
+        return made
+
+    return broken
+
+
+def _unpin_nothing(_: Any) -> Any:
+    def broken(store: NvmeStore, pin: Any) -> None:
+        store._pins[pin.extent] -= 1
+
+    return broken
+
+
 def _cut_one_page_short(cut: Any) -> Any:
     def broken(ranges: FreeRanges, index: int, nbytes: int) -> int:
         start = int(cut(ranges, index, nbytes))
@@ -152,6 +169,11 @@ BREAKS: dict[str, tuple[str, Break]] = {
     "the extent of a dropped version is lost": (
         STORE,
         break_function(NvmeStore, "drop_shadow", _forget_the_extent),
+    ),
+    "a pinned extent is written again": (STORE, break_function(NvmeStore, "pin", _pin_nothing)),
+    "what is unpinned does not come back": (
+        STORE,
+        break_function(NvmeStore, "unpin", _unpin_nothing),
     ),
     "leases overlap by a page": (ARENA, break_function(FreeRanges, "_cut", _cut_one_page_short)),
     "memory of a segment is not given up": (ARENA, break_function(HostArena, "shrink", never)),
