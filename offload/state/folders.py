@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, StorageError
 from offload.state import durable, manifest
 
 PENDING_PREFIX = ".tmp-"
@@ -80,20 +80,27 @@ def publish(pending: Path, root: Path, tag: str) -> Path:
             or aside.
     """
     final = root / tag
-    replaced: Path | None = None
     if final.is_symlink() or (final.exists() and not (final / manifest.MANIFEST_NAME).exists()):
         raise CheckpointError(
             f"{final} exists and is no checkpoint", remedy="save under another tag, or move it away"
         )
     with durable.storage_errors("rename", pending, what=tag):
         if final.exists():
-            replaced = root / f"{REPLACED_PREFIX}{tag}-{secrets.token_hex(_SUFFIX_BYTES)}"
-            final.rename(replaced)
+            final.rename(root / f"{REPLACED_PREFIX}{tag}-{secrets.token_hex(_SUFFIX_BYTES)}")
         pending.rename(final)
     durable.sync_folder(root)
-    if replaced is not None:
-        _remove(replaced)
+    with contextlib.suppress(StorageError):  # the checkpoint stands; a later sweep does it
+        for folder in subfolders(root):
+            if _replaced_tag(folder) == tag:  # also one that a killed save had moved aside
+                _remove(folder)
     return final
+
+
+def _replaced_tag(folder: Path) -> str | None:
+    """The tag of a checkpoint that was moved aside for its successor."""
+    if not folder.name.startswith(REPLACED_PREFIX):
+        return None
+    return folder.name[len(REPLACED_PREFIX) : -1 - 2 * _SUFFIX_BYTES]
 
 
 def _remove(folder: Path) -> None:
@@ -141,8 +148,7 @@ def sweep(root: Path) -> None:
                     os.close(lock)
         elif folder.name.startswith(RETIRED_PREFIX):
             shutil.rmtree(folder, ignore_errors=True)
-        elif folder.name.startswith(REPLACED_PREFIX):
-            tag = folder.name[len(REPLACED_PREFIX) : -1 - 2 * _SUFFIX_BYTES]
+        elif (tag := _replaced_tag(folder)) is not None:
             with contextlib.suppress(CheckpointError):
                 manifest.read(root / tag)
                 _remove(folder)
