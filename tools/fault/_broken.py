@@ -8,9 +8,14 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from offload.native import IoEngine, IoFile
-from offload.state import durable, folders
+from offload.state import durable, folders, saver
+from offload.state.session import OffloadEngine
+from offload.tiers.nvme import NvmeStore
+from offload.tiers.pins import Pin
+from offload.tiers.records import Record
 
 
 def _sync_only(wanted: Callable[[int], bool]) -> None:
@@ -94,6 +99,46 @@ def written_in_place() -> None:
         return pending
 
     folders.publish = publish
+
+
+def acknowledged_too_early() -> None:
+    """Nobody waits until a checkpoint is durable."""
+
+    def wait_for_checkpoint(self: OffloadEngine) -> Path | None:
+        return self._saver.path
+
+    OffloadEngine.wait_for_checkpoint = wait_for_checkpoint  # type: ignore[method-assign]
+
+
+def pins_are_ignored() -> None:
+    """What a checkpoint refers to is written over by later steps."""
+    honest_pin = NvmeStore.pin
+
+    def pin(self: NvmeStore, record: Record) -> Pin | None:
+        pinned = honest_pin(self, record)
+        if pinned is not None:
+            self._pools[pinned.extent.nbytes].end_read(pinned.extent)
+        return pinned
+
+    def unpin(self: NvmeStore, pin: Pin) -> None:
+        with self._lock:
+            self._pins[pin.extent] -= 1
+
+    NvmeStore.pin = pin  # type: ignore[method-assign]
+    NvmeStore.unpin = unpin  # type: ignore[method-assign]
+
+
+def old_ones_go_first() -> None:
+    """Retention removes what it gives up before the new one is there."""
+    honest = saver.Saver.save
+
+    def save(self: saver.Saver, *arguments: Any, **options: Any) -> Path:
+        root = arguments[1].root
+        for folder in folders.subfolders(root) if root.exists() else []:
+            folders.retire(folder)
+        return honest(self, *arguments, **options)
+
+    saver.Saver.save = save  # type: ignore[method-assign]
 
 
 def nothing_is_swept() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fault._job import LAST_STEP, PLACEMENTS, PRECISIONS, Job, Life, Scenario, Uninterrupted
 from fault.result import Row
+from offload.state import durable
 
 Cut = Callable[[Life, random.Random], None]
 _MOMENTS = ("fork", "begun", "saving", "saving", "saving", "saved", "saved")
@@ -46,12 +47,13 @@ class Chain:
         return self.newest is not None and self.newest >= LAST_STEP - 2
 
     def job(self, draw: random.Random, **options: Any) -> Job:
-        """What the next life does; its placement is drawn."""
+        """What the next life does; its placement is drawn, unless it is given."""
         self.nvme.mkdir(parents=True, exist_ok=True)
+        placement = options.pop("placement", None) or draw.choice(PLACEMENTS)
         return Job(
             self.scenario,
             self.precision,
-            draw.choice(PLACEMENTS),
+            placement,
             self.nvme,
             self.checkpoints,
             self.newest is not None,
@@ -69,6 +71,9 @@ class Chain:
             kind = report["kind"]
             if kind == "loaded":
                 self._judge_loaded(report, row)
+            elif kind == "older" and report["damaged"] and not error_is_expected:
+                row.lost += 1
+                row.details.append(f"{self}: of older ones are damaged: {report['damaged']}")
             elif kind == "fresh" and self.newest is not None:
                 row.lost += 1
                 row.details.append(f"{self}: step {self.newest} was there, now there is nothing")
@@ -103,9 +108,10 @@ class Chain:
         self.newest = step
 
     def restart(self) -> None:
-        """Forget and remove everything."""
+        """Forget and remove everything, durably."""
         self.newest = None
         shutil.rmtree(self.folder, ignore_errors=True)
+        durable.sync_folder(self.folder.parent)  # a power cut would bring it back
 
     def __str__(self) -> str:
         return f"{self.scenario.name}, {self.precision}"
@@ -170,22 +176,29 @@ class Chains:
                 recover()
         self._tally(life)
         self.chain.judge(life, self.row, error_is_expected=recover is not None)
-        if recover is not None and [report["kind"] for report in life.reports] == ["error"]:
-            self.undisturbed(num_steps=0)  # whether it cannot load, or just had no disk
+        kinds = {report["kind"] for report in life.reports}
+        is_damaged = any(report.get("damaged") for report in life.reports)
+        if recover is not None and (is_damaged or not kinds & {"loaded", "fresh"}):
+            self.undisturbed(num_steps=0)  # whether it cannot be read, or there just was no disk
         return life
 
     def _tally(self, life: Life) -> None:
         """Count in the row's remark at which moment a life ended."""
         kinds = [report["kind"] for report in life.reports if report["kind"] != "error"]
         last = kinds[-1] if kinds else "none"
-        moment = {"none": "loading", "saving": "a save", "end": "nothing"}.get(last, "a step")
+        moment = {"none": "loading", "older": "loading", "saving": "a save", "end": "nothing"}.get(
+            last, "a step"
+        )
         self._moments[moment] += 1
         self._moments["acknowledged"] += sum(r["kind"] == "saved" for r in life.reports)
         counts = ", ".join(f"{self._moments[m]} in {m}" for m in ("loading", "a step", "a save"))
         self.row.remark = f"{counts}; {self._moments['acknowledged']} saves were acknowledged"
 
-    def wait_a_while(self, life: Life) -> None:
-        """Until a random moment of loading, steps and saves."""
+    def wait_a_while(self, life: Life, *, after_saves: int = 0) -> None:
+        """Until a random moment of loading, steps and saves, or of what follows so many saves."""
+        if after_saves:
+            life.wait_for("saved", count=after_saves)
+            return
         kind = self.draw.choice(_MOMENTS)
         periods = self.draw.uniform(0, _MOST_DELAY_PERIODS)
         if kind == "begun":

@@ -7,6 +7,8 @@ acknowledged. The next life continues from what it finds; so a chain of lives ta
 run, and at every step it must have exactly the bits that a run without interruption has there. That
 run keeps all its state in memory and saves nothing: placement never changes the numbers.
 
+What else is there has to be whole: some older checkpoints are verified, too.
+
 What is compared: every field of every parameter, buffers, the random generators, the counters, the
 learning-rate scheduler, the loss scale, and the position in the data.
 """
@@ -21,8 +23,8 @@ import random
 import select
 import signal
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import torch
 from torch import nn
 
 import offload
+from offload.state import folders, stored
 from offload.state.session import OffloadEngine
 
 LAST_STEP = 40
@@ -38,6 +41,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 PLACEMENTS = (("nvme", "nvme"), ("host", "nvme"), ("nvme", "nvme"), ("nvme", "host"))
 _DEADLINE_SECONDS = 60.0
 _VOCABULARY = 64
+_NUM_VERIFIED = 6  # of the checkpoints that are there; the newest is loaded besides
 
 
 class Net(nn.Module):
@@ -64,13 +68,27 @@ class Net(nn.Module):
 class Scenario:
     """How a chain of lives saves.
 
-    `tag`: None is a new checkpoint at every step, else that one is replaced. `checkpoint` is the
-    section of that name in the config.
+    Attributes:
+        tag: None is a new checkpoint at every step, else that one is replaced.
+        portable: nothing refers to the extents of the process.
+        beside: a checkpoint is waited for when the next step is through, not at once.
+        most: the engine saves by itself, and keeps so many.
     """
 
     name: str
     tag: str | None = None
-    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    portable: bool = False
+    beside: bool = False
+    most: int = 0
+
+
+SCENARIOS = (
+    Scenario("a tag a step"),
+    Scenario("one tag, replaced", tag="best"),
+    Scenario("beside the next step", beside=True),
+    Scenario("by itself, the last 2 kept", most=2),
+    Scenario("portable", portable=True),
+)
 
 
 @dataclass(frozen=True)
@@ -111,13 +129,13 @@ def open_engine(precision: str, placement: tuple[str, str], **sections: Any) -> 
         return offload.initialize(Net(), config)
 
 
-def take_step(engine: OffloadEngine) -> None:
-    """One step on the batch that is due."""
+def take_step(engine: OffloadEngine) -> bool:
+    """One step on the batch that is due; whether it was taken, not skipped."""
     number = engine.global_steps + engine.skipped_steps
     tokens = (torch.arange(24) * (number + 1) + number) % _VOCABULARY
     logits = engine(tokens).float()
     engine.backward(nn.functional.cross_entropy(logits, tokens.roll(1)))
-    engine.step()
+    return engine.step()
 
 
 def digest(engine: OffloadEngine) -> str:
@@ -182,9 +200,15 @@ def live(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
     if job.prepare is not None:
         job.prepare()
     sections: dict[str, Any] = {"tiers": {"nvme": {"paths": [str(job.nvme)]}}}
-    if job.scenario.checkpoint:
-        sections["checkpoint"] = dict(job.scenario.checkpoint)
+    if job.scenario.most:
+        sections["checkpoint"] = {
+            "directory": str(job.checkpoints),
+            "every_steps": 1,
+            "keep_last": job.scenario.most,
+        }
     engine = open_engine(job.precision, job.placement, **sections)
+    if has_checkpoint(job.checkpoints):
+        report({"kind": "older", "damaged": _damaged(job.checkpoints)})
     if job.must_load or has_checkpoint(job.checkpoints):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -201,23 +225,74 @@ def live(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
         report({"kind": "fresh"})
     if job.gate is not None:
         os.read(job.gate, 1)
-    first = True
+    _train(engine, job, report)
+    engine.close()
+    report({"kind": "end"})
+
+
+def _train(engine: OffloadEngine, job: Job, report: Callable[[dict[str, Any]], None]) -> None:
+    """Steps and saves; a save is acknowledged when the engine has waited for it."""
+    scenario = job.scenario
+    unacknowledged: list[int] = []
+    was_swept = False
+
+    def acknowledge() -> None:
+        nonlocal was_swept
+        engine.wait_for_checkpoint()
+        for number in unacknowledged:
+            report({"kind": "saved", "step": number})
+        if unacknowledged and not was_swept:
+            report({"kind": "swept", "left": _litter(job)})
+            was_swept = True
+        unacknowledged.clear()
+
     for _ in range(job.num_steps):
         number = engine.global_steps + engine.skipped_steps + 1
         if number > LAST_STEP:
             break
-        take_step(engine)
-        report({"kind": "saving", "step": number})
-        engine.save_checkpoint(job.checkpoints, job.scenario.tag, {"position": number})
-        engine.wait_for_checkpoint()
-        saved = {"kind": "saved", "step": number}
-        report(saved)
-        if first:
-            names = [path.name for path in job.checkpoints.iterdir() if path.name[0] == "."]
-            report({"kind": "swept", "left": names})
-            first = False
-    engine.close()
-    report({"kind": "end"})
+        if scenario.most:
+            report({"kind": "saving", "step": number})
+            engine.client_state = {"position": number}
+        was_taken = take_step(engine)
+        if scenario.beside:
+            acknowledge()
+        if scenario.most:
+            unacknowledged += [number] * was_taken
+        else:
+            report({"kind": "saving", "step": number})
+            engine.save_checkpoint(
+                job.checkpoints,
+                scenario.tag,
+                {"position": number},
+                portable=scenario.portable,
+            )
+            unacknowledged.append(number)
+        if not scenario.beside:
+            acknowledge()
+    acknowledge()
+
+
+def _litter(job: Job) -> list[str]:
+    """What should not be there when a save is through."""
+    names = sorted(path.name for path in job.checkpoints.iterdir() if path.is_dir())
+    left = [name for name in names if name.startswith(".")]
+    if job.scenario.most:
+        left += names[len(left) : -job.scenario.most]
+    return left
+
+
+def _damaged(folder: Path) -> list[str]:
+    """Of the newest checkpoints those that are not, byte for byte, what was written."""
+    found, damaged = folders.candidates(folder, None)
+    for path, _ in found[:_NUM_VERIFIED]:
+        if path.name.startswith("."):
+            continue  # it has a successor, or it is the newest
+        try:
+            with stored.find(folder, path.name):
+                pass
+        except offload.OffloadError as error:
+            damaged.append(str(error)[:400])
+    return damaged
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -225,7 +300,7 @@ def has_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and any(
         (path / "manifest.json").exists()
         for path in folder.iterdir()
-        if not path.name.startswith(".tmp-")
+        if not path.name.startswith((".tmp-", ".gone-"))
     )
 
 

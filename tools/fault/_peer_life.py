@@ -208,13 +208,17 @@ def warm_up(peer: str) -> None:
     plain.step(1)
     plain._state(1)
     if peer.startswith("deepspeed"):
+        # DeepSpeed asks ninja at every load whether to compile again, and a fresh Python for the
+        # model of the CPU, which takes a second each.
+        import cpuinfo  # type: ignore[import-not-found,unused-ignore]
         from deepspeed.ops.op_builder import (  # type: ignore[import-not-found,unused-ignore]
             AsyncIOBuilder,
             CPUAdamBuilder,
             ShareMemCommBuilder,
         )
 
-        # DeepSpeed asks ninja at every load whether to compile again, which takes a second each.
+        found = cpuinfo.get_cpu_info()
+        cpuinfo.get_cpu_info = lambda: found
         for builder in (AsyncIOBuilder, CPUAdamBuilder, ShareMemCommBuilder):
             module = builder().load()
             builder.load = lambda _self, verbose=True, module=module: module  # noqa: ARG005

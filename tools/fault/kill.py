@@ -13,6 +13,7 @@ save depends on, until there is none left. The next process resumes, and
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import random
 import sys
@@ -22,27 +23,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fault import _broken, _strace
+from fault import _broken, _job, _strace
 from fault._chain import Chains
-from fault._job import Life, Scenario, Uninterrupted
+from fault._job import PLACEMENTS, Life, Uninterrupted
 from fault.result import Row
 
 TRIALS = 1000
-SCENARIOS = (
-    Scenario("killed, a tag a step"),
-    Scenario("killed, one tag, replaced", tag="best"),
-)
+SCENARIOS = tuple(dataclasses.replace(s, name=f"killed, {s.name}") for s in _job.SCENARIOS)
 BREAKS = {
     _broken.written_in_place: SCENARIOS[1],
     _broken.nothing_is_swept: SCENARIOS[0],
+    _broken.acknowledged_too_early: SCENARIOS[0],
+    _broken.pins_are_ignored: SCENARIOS[2],
+    _broken.old_ones_go_first: SCENARIOS[3],
 }
-TEETH_TRIALS = 100
-# What steps and saves ask of the kernel.
+TEETH_TRIALS = 60
+SAVES_BEFORE_REUSE = 8  # an extent that is free waits for its turn to be written again
+# What changes the file system; what only reads, asks or writes bytes, for one scenario only.
 CALLS = (
-    *("fallocate", "fdatasync", "fsync", "ftruncate", "ioctl", "linkat", "mkdir", "mkdirat"),
-    *("openat", "pwrite64", "rename", "renameat", "renameat2", "rmdir", "unlink", "unlinkat"),
-    *("write", "io_uring_enter", "io_submit", "copy_file_range"),
+    *("copy_file_range", "fallocate", "fdatasync", "fsync", "ftruncate", "ioctl", "linkat"),
+    *("mkdir", "mkdirat", "rename", "renameat", "renameat2", "rmdir", "unlink", "unlinkat"),
 )
+OTHER_CALLS = ("io_submit", "io_uring_enter", "openat", "pwrite64", "write")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,15 +82,17 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
                 )
         for number, scenario in enumerate(SCENARIOS):
             if options.only != "moments":
-                yield before_each_call(Chains(scenario, runs, folder / f"calls-{number}", draw))
+                calls = (*CALLS, *OTHER_CALLS) if number == 0 else CALLS
+                chains = Chains(scenario, runs, folder / f"calls-{number}", draw)
+                yield before_each_call(chains, calls)
 
 
-def at_random_moments(chains: Chains, trials: int, **options: Any) -> Row:
-    """Kill `trials` lives."""
+def at_random_moments(chains: Chains, trials: int, *, after_saves: int = 0, **options: Any) -> Row:
+    """Kill `trials` lives, after so many saves."""
     began = time.perf_counter()
 
     def cut(life: Life, _draw: random.Random) -> None:
-        chains.wait_a_while(life)
+        chains.wait_a_while(life, after_saves=after_saves)
 
     for _ in range(trials):
         chains.disturbed(cut, **options)
@@ -111,14 +115,15 @@ def broken_builds(
     for prepare, scenario in BREAKS.items():
         chains = Chains(scenario, runs, folder / prepare.__name__, draw)
         chains.row.broken = prepare.__name__.replace("_", " ")
-        yield at_random_moments(chains, trials, prepare=prepare)
+        after_saves = SAVES_BEFORE_REUSE if prepare is _broken.pins_are_ignored else 0
+        yield at_random_moments(chains, trials, prepare=prepare, after_saves=after_saves)
     if exact:
         chains = Chains(SCENARIOS[1], runs, folder / "exact", draw)
         chains.row.broken = "old one goes first"
         yield before_each_call(chains, ["rename"], prepare=_broken.old_one_goes_first)
 
 
-def before_each_call(chains: Chains, calls: Sequence[str] = CALLS, **options: Any) -> Row:
+def before_each_call(chains: Chains, calls: Sequence[str], **options: Any) -> Row:
     """Kill before the first, second, ... call of each of `calls`, until there is none."""
     began = time.perf_counter()
     chains.row.name += ", before each system call"
@@ -127,6 +132,8 @@ def before_each_call(chains: Chains, calls: Sequence[str] = CALLS, **options: An
         number = 1
         while _is_killed_before(chains, call, number, **options):
             number += 1
+            if call in CALLS and not options:
+                chains.undisturbed(num_steps=1)  # the very next save sweeps
         chains.row.trials -= 1  # the last one was not killed
         if number > 1:
             counts[call] = number - 1
@@ -146,7 +153,7 @@ def _is_killed_before(chains: Chains, call: str, number: int, **options: Any) ->
                 life.wait_for("end")
 
     try:
-        life = chains.disturbed(cut, num_steps=2, gate=gate, **options)
+        life = chains.disturbed(cut, num_steps=2, gate=gate, placement=PLACEMENTS[0], **options)
     finally:
         os.close(gate)
         os.close(opened)

@@ -11,6 +11,7 @@ byte of it is given back.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import tempfile
 import time
@@ -18,26 +19,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fault import _broken
+from fault import _broken, _job
 from fault._chain import Chains
-from fault._job import Life, Scenario, Uninterrupted
-from fault._loop import JOURNAL_FLUSHED, JOURNAL_LOST, LoopDisk
+from fault._job import Life, Uninterrupted
+from fault._loop import JOURNAL_FLUSHED, JOURNAL_LOST, STRICT, LoopDisk
 from fault.result import Row
 
 TRIALS = 200
-SCENARIOS = (
-    Scenario("cut, a tag a step"),
-    Scenario("cut, one tag, replaced", tag="best"),
-)
+SCENARIOS = tuple(dataclasses.replace(s, name=f"cut, {s.name}") for s in _job.SCENARIOS)
 BREAKS = {
     _broken.nothing_is_synced: SCENARIOS[0],
     _broken.data_is_not_synced: SCENARIOS[0],
     _broken.manifest_is_not_synced: SCENARIOS[0],
     _broken.folders_are_not_synced: SCENARIOS[0],
+    _broken.acknowledged_too_early: SCENARIOS[0],
 }
 TEETH_TRIALS = 40
 _DISK_BYTES = 192 << 20
-_DATA_MODES = ("data=ordered", "data=writeback")
+_MOUNT_OPTIONS = (f"{STRICT},data=ordered", f"{STRICT},data=writeback")
 _SLACK_BYTES = 1 << 20  # folders do not shrink
 _LINGER_SECONDS = 0.02  # of a process without a disk: it must not acknowledge anything
 
@@ -69,6 +68,8 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 def cut_power(disk: LoopDisk, chains: Chains, trials: int, **options: Any) -> Row:
     """Cut the power under `trials` lives."""
     began = time.perf_counter()
+    disk.unmount()
+    disk.mount(_MOUNT_OPTIONS[0])
     before_bytes = disk.used_bytes()
 
     def cut(life: Life, draw: random.Random) -> None:
@@ -79,7 +80,7 @@ def cut_power(disk: LoopDisk, chains: Chains, trials: int, **options: Any) -> Ro
 
     def recover() -> None:
         disk.unmount()
-        disk.mount(chains.draw.choice(_DATA_MODES))
+        disk.mount(chains.draw.choice(_MOUNT_OPTIONS))
 
     for _ in range(trials):
         chains.disturbed(cut, recover=recover, **options)
@@ -87,7 +88,7 @@ def cut_power(disk: LoopDisk, chains: Chains, trials: int, **options: Any) -> Ro
     chains.chain.restart()
     disk.unmount()
     wrong = disk.check()
-    disk.mount(_DATA_MODES[0])
+    disk.mount(_MOUNT_OPTIONS[0])
     if wrong:
         chains.row.problems.append(f"e2fsck: {wrong}")
     leaked_bytes = disk.used_bytes() - before_bytes

@@ -9,7 +9,8 @@ way; a second signal ends it at once. Always
 - the newest checkpoint verifies: after one signal that of the last step that was taken, after two
   of that or the one before (lost);
 - the steps it takes have the losses of a run without interruption (mixed);
-- it leaves no pending folder and no backing file (problems).
+- it leaves no backing file and, after one signal, no pending folder; after two the next save
+  removes what that one has left (problems).
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ from offload.cli import interrupt, train
 from offload.cli import main as command_line
 from offload.cli.interrupt import EXIT_SIGNAL
 from offload.errors import OffloadError
-from offload.state import checkpoint, session, stored
+from offload.state import checkpoint, stored
 from offload.state.saver import Saver
+from offload.state.source import StateSource
 from offload.telemetry import read_jsonl
 
 TRIALS = 150
 _STEPS = 12
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LATEST_SHARE = 0.8  # of the seconds of a whole run, for the first signal
 _SECOND_SHARE = 0.4  # of the trials have a second signal
 _SECOND_SECONDS = 0.08  # ... so much later, at most
 _UNSAVED_STEPS = 1  # a second signal interrupts a save
@@ -112,7 +115,8 @@ class _Runs:
             sent = self.draw.choices(_SIGNALS, k=2 if twice else 1)
             known = len(self._metrics(name))
             pid = _fork(self._config(name), self.folder / "log", fresh=fresh, breaks=breaks)
-            time.sleep(self.draw.uniform(0, self.seconds + (_FRESH_SECONDS if fresh else 0)))
+            longest = self.seconds + (_FRESH_SECONDS if fresh else 0)
+            time.sleep(self.draw.uniform(0, _LATEST_SHARE * longest))
             os.kill(pid, sent[0])
             if twice:
                 time.sleep(self.draw.uniform(0, _SECOND_SECONDS))
@@ -121,7 +125,7 @@ class _Runs:
             row.trials += 1
             entries = self._metrics(name)[known:]
             kinds = [entry["kind"] for entry in entries]
-            is_over = "summary" in kinds and self._last_step(name) == _STEPS
+            is_over = self._is_through(name, kinds)
             moment = "in its steps" if "step" in kinds else "before its first step"
             counts["when it was through" if is_over else moment] += 1
             self._judge(row, name, status, sent, kinds)
@@ -144,13 +148,13 @@ class _Runs:
         fine = {EXIT_SIGNAL + number for number in sent}
         if "start" not in kinds or "summary" in kinds:
             fine |= {-number for number in sent}  # there was nothing to finish any more, or yet
-        if "summary" in kinds and self._last_step(name) == _STEPS:
+        if self._is_through(name, kinds):
             fine.add(0)
         if status not in fine:
             row.problems.append(f"{said}: {self._log()}")
         left = [path.name for path in (self.folder / "nvme").iterdir()]
         checkpoints = self.folder / name / "checkpoints"
-        if checkpoints.is_dir():
+        if checkpoints.is_dir() and len(sent) == 1:
             left += [path.name for path in checkpoints.iterdir() if path.name[0] == "."]
         if left:
             row.problems.append(f"{said}: it leaves {left}")
@@ -189,7 +193,13 @@ class _Runs:
         return [e["loss"] for e in self._metrics(name)[known:] if e["kind"] == "step"]
 
     def _last_step(self, name: str) -> int:
+        """The last one that was taken, as far as the metrics tell."""
         return next((e["step"] for e in self._metrics(name)[::-1] if e["kind"] == "step"), 0)
+
+    def _is_through(self, name: str, kinds: list[str]) -> bool:
+        """Whether a life with lines of these `kinds` in its metrics came to the end of the run."""
+        newest = self._newest_checkpoint(self.folder / name / "checkpoints")
+        return "summary" in kinds and max(newest, self._last_step(name)) == _STEPS
 
     def _train_here(self, config: Path) -> None:
         with (self.folder / "log").open("w") as log, contextlib.redirect_stdout(log):
@@ -228,7 +238,7 @@ class _Runs:
                 "sequence_length": 32,
                 "output": str(self.folder / name),
             },
-            "checkpoint": {"every_steps": 1, "keep_last": _STEPS},
+            "checkpoint": {"every_steps": 1},
         }
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(content))
@@ -244,12 +254,14 @@ def _save_left_out() -> None:
     """Every second step is not saved."""
     honest = checkpoint.save_checkpoint
 
-    def save(engine: session.OffloadEngine, saver: Saver, root: Path, **options: Any) -> Path:
+    def save_checkpoint(
+        engine: StateSource, saver: Saver, directory: str | Path, **options: Any
+    ) -> Path:
         if engine.global_steps % 2:
-            return honest(engine, saver, root, **options)
-        return root
+            return honest(engine, saver, directory, **options)
+        return Path(directory)
 
-    checkpoint.save_checkpoint = save  # type: ignore[assignment]
+    checkpoint.save_checkpoint = save_checkpoint  # type: ignore[assignment]
 
 
 def _fork(
