@@ -68,7 +68,7 @@ def test_a_copy_that_fails_changes_no_bit(
             assert torch.equal(found_state[name][field], tensor), (name, field)
 
 
-def test_reading_state_gives_the_staging_of_pages_back(
+def test_steps_and_reading_state_give_the_staging_of_pages_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_accelerator(monkeypatch)
@@ -77,5 +77,5 @@ def test_reading_state_gives_the_staging_of_pages_back(
         before = engine._parts.host.used_bytes
         with torch.no_grad():
             loss_of(engine, make_ids())
-        engine._parts.pager.flush()
+        engine._parts.pager.write_edits()  # a step begins with it, and so does reading state
         assert engine._parts.host.used_bytes == before

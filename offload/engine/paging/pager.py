@@ -448,15 +448,13 @@ class Pager:
         """Make homes ready to be read: `write_edits`, which says what it raises, and the rest."""
         with self.lock:
             self.write_edits()
-            while self.finish_one():
-                pass  # who reads homes wants the staging of what is still being copied from it
             for pending in (self.arrivals, self.updates):
                 if pending is not None:
                     pending.settle()
             self._store.drain()
 
     def write_edits(self) -> None:
-        """Write every edit home and forget prefetches under way.
+        """Write every edit home and forget prefetches under way; pages have no staging then.
 
         Raises StorageError if a write failed; the device copies are kept.
         """
@@ -466,6 +464,8 @@ class Pager:
                     self._bind(page)
                 if page.residency is Residency.ON_DEVICE:
                     self.write_back(page)
+            while self.finish_one():
+                pass  # who reads homes wants the staging of what is still being copied from it
 
     def begin_tiles(self, page: WeightPage, user: str) -> None:
         """An op is about to read the home of a tiled page: make it as new as any copy.
