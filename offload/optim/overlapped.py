@@ -228,7 +228,8 @@ class OverlappedStep:
         if bucket in self._pending:
             with self._entered():
                 self._check_pump()
-                self._apply(bucket)
+                if bucket in self._pending:  # no other thread was faster
+                    self._apply(bucket)
 
     def settle(self) -> None:
         """State is about to be read or written: homes are what the last step says, nothing is held.
@@ -520,8 +521,7 @@ class OverlappedStep:
     def _raise_trouble(self, bucket: Bucket, chunk: int) -> None:
         """Load the chunk again, for its error; a second try may as well succeed."""
         for block in self._blocks(bucket):
-            staged = self._store.load(block, chunk)
-            staged.release()
+            self._store.load(block, chunk).release()
 
     def _apply_all(self) -> None:
         while self._pending:

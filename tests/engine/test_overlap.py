@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -519,3 +520,27 @@ def test_a_gradient_chunk_that_is_closed_and_opened_again_is_complete_when_it_is
     found, committed = run()
     assert committed > 0
     assert_identical(found, expected)
+
+
+def test_an_update_that_another_thread_makes_first_is_not_looked_for(tmp_path: Path) -> None:
+    with make_engine(small_model(), overlapped_settings(tmp_path)) as engine:
+        continue_engine(engine, small_loss, steps=1)
+        engine.backward(small_loss(engine, 1))
+        engine.step()
+        updates = engine._parts.updates
+        assert updates._pending, "nothing is left to the next forward"
+        bucket = next(iter(updates._pending))
+        caller = updates._turns.caller
+
+        @contextlib.contextmanager
+        def late(**kwargs: bool) -> Iterator[None]:
+            with caller(**kwargs):
+                updates._apply_all()
+            updates._turns.caller = caller
+            updates.give_back()  # which forgets what could be pending
+            with caller(**kwargs):
+                yield
+
+        updates._turns.caller = late
+        updates.apply(bucket)
+        assert not updates.is_pending(bucket)
