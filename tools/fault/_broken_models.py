@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fault._broken_steps import Break, break_function, flip_at_once, forget_failed_write, never
+from fault._broken_steps import (
+    Break,
+    break_function,
+    flip_at_once,
+    forget_failed_write,
+    never,
+    pin_nothing,
+)
 from offload.engine.paging.page_in import PageIn
 from offload.engine.paging.pager import Pager
 from offload.errors import StorageError
@@ -56,16 +63,6 @@ def _forget_the_extent(_: Any) -> Any:
     def broken(store: NvmeStore, record: Any) -> None:
         record.shadow = None
         store._num_holdable[record.extent_bytes] += 1
-
-    return broken
-
-
-def _pin_nothing(pin: Any) -> Any:
-    def broken(store: NvmeStore, record: Any) -> Any:
-        made = pin(store, record)
-        if made is not None:
-            store._pools[made.extent.nbytes].end_read(made.extent)
-        return made
 
     return broken
 
@@ -170,7 +167,7 @@ BREAKS: dict[str, tuple[str, Break]] = {
         STORE,
         break_function(NvmeStore, "drop_shadow", _forget_the_extent),
     ),
-    "a pinned extent is written again": (STORE, break_function(NvmeStore, "pin", _pin_nothing)),
+    "a pinned extent is written again": (STORE, break_function(NvmeStore, "pin", pin_nothing)),
     "what is unpinned does not come back": (
         STORE,
         break_function(NvmeStore, "unpin", _unpin_nothing),

@@ -141,6 +141,16 @@ def _mark_too_early(_: Any) -> Any:
     return broken
 
 
+def pin_nothing(pin: Any) -> Any:
+    def broken(store: NvmeStore, record: Any) -> Any:
+        made = pin(store, record)
+        if made is not None:
+            store._pools[made.extent.nbytes].end_read(made.extent)
+        return made
+
+    return broken
+
+
 def _drop_nothing(_: Any) -> Any:
     def broken(shadows: Shadows, block: Any, chunk: int) -> None:
         shadows._held.pop(shadows._key(block, chunk), None)
@@ -171,6 +181,7 @@ BREAKS: dict[str, Break] = {
     "a dropped version keeps its extent and its memory": break_function(
         Shadows, "drop", _drop_nothing
     ),
+    "what a snapshot has pinned is written again": break_function(NvmeStore, "pin", pin_nothing),
     "memory of a late transfer is given to others": break_function(
         LateTransfers, "keep", _write_late_memory_again
     ),

@@ -21,6 +21,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from fault._snapshots import SimulatedSnapshot
 from fault._virtual import Scheduler
 from fault._world import Reference, Shape, World, draw_shape
 from offload.errors import ChecksumError, DeadlineError, OffloadError, StorageError
@@ -58,6 +59,7 @@ class Outcome:
     is_replaced: bool = False  # damaged state was replaced
     committed: int = 0
     dropped: int = 0
+    snapshots: int = 0
     turns: int = 0
     virtual_seconds: float = 0.0
 
@@ -103,6 +105,7 @@ class _Training:
         self.drawn = random.Random(f"training {self.shape.seed}")
         self.global_steps = 0
         self.num_errors = 0
+        self.snapshot: SimulatedSnapshot | None = None
         self.trainable = [s for s in world.parameters if s.trainable]
 
     def run(self) -> None:
@@ -110,6 +113,7 @@ class _Training:
         try:
             for step in range(self.shape.num_steps):
                 self.take_step_or_replace_state(step)
+                self.look_at_snapshot()
                 if self.drawn.random() < 0.15:
                     self.between_steps(self.edit_a_weight)
                 if self.drawn.random() < 0.25:
@@ -118,13 +122,45 @@ class _Training:
             if self.drawn.random() < 0.3:
                 self.between_steps(self.world.updates.give_back)
             self.between_steps(self.world.pager.flush)
+            if self.snapshot is not None:
+                self.end_snapshot(self.snapshot)
         except _EndedError as error:
             self.outcome.ended = str(error)
             return
+        finally:
+            if self.snapshot is not None:
+                self.snapshot.end()
         self.world.faults.is_on = False
         if not self.world.faults.count("drop"):
             self.world.check_nothing_leaked()
             self.compare()
+
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def look_at_snapshot(self) -> None:
+        """Between two steps: take one, or look at the one that was taken some steps ago."""
+        if self.snapshot is None and self.drawn.random() < 0.3:
+            self.between_steps(self.world.pager.write_edits)
+            self.snapshot = SimulatedSnapshot(self.world, self.reference.copy_of_state())
+        elif self.snapshot is not None and self.drawn.random() < 0.5:
+            self.end_snapshot(self.snapshot)
+
+    def end_snapshot(self, snapshot: SimulatedSnapshot) -> None:
+        snapshot.end()
+        self.outcome.snapshots += snapshot.is_whole
+        try:
+            if self.shape.weather.may_damage:
+                with contextlib.suppress(StorageError):  # it has no other version
+                    snapshot.compare()
+            else:
+                self.tried(snapshot.compare)
+        finally:
+            snapshot.release()
+            self.snapshot = None
+
+    def settle_snapshot(self) -> None:
+        """Homes are about to be overwritten."""
+        self.world.store.captured.wait()
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -156,6 +192,7 @@ class _Training:
     def replace_state(self) -> None:
         """As a checkpoint is loaded: nothing of the old state is read."""
         world = self.world
+        self.settle_snapshot()
         self.outcome.is_replaced = True
         world.updates.abandon()
         world.streamed.abandon()
@@ -275,6 +312,7 @@ class _Training:
     def settings(self, expected: dict[int, dict[str, float]]) -> StepSettings | None:
         """As `Engine._settings`: None when the step is skipped."""
         world = self.world
+        self.settle_snapshot()
         world.gradients.flush()
         if isinstance(world.device, SimulatedAccelerator):
             for page in world.pages:  # the last ops before the step, which nobody waits for
@@ -356,6 +394,7 @@ class _Training:
     # -- between steps ---------------------------------------------------------------------------
 
     def edit_a_weight(self) -> None:
+        self.settle_snapshot()
         state = self.drawn.choice(self.world.parameters)
         numbers = np.random.default_rng((self.shape.seed, self.global_steps, 7))
         values = torch.from_numpy(numbers.standard_normal(state.numel, dtype=np.float32))
