@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -475,51 +470,3 @@ def test_io_uring_reads_what_is_written_after_registrations_have_changed(
             if any(each.address <= address < each.address + each.nbytes for each in segments)
         ]
         assert sum(of_arena) == engine._parts.host.budget_bytes
-
-
-@pytest.fixture
-def group() -> Iterator[Path]:
-    """A memory control group of cgroup v1."""
-    path = Path(f"/sys/fs/cgroup/memory/offload-test-{os.getpid()}")
-    try:
-        path.mkdir()
-    except OSError as error:
-        pytest.skip(f"no memory control group (cgroup v1) can be made here: {error}")
-    yield path
-    path.rmdir()
-
-
-def run_squeezed(group: Path | None, path: Path, *, shrinks: bool) -> tuple[int, dict[str, Any]]:
-    """Exit status and outcome of tests/engine/squeezed.py, in a group from its start."""
-    procs = "/dev/null" if group is None else f"{group}/cgroup.procs"
-    script = str(Path(__file__).with_name("squeezed.py"))
-    shrink = "yes" if shrinks else "no"
-    program = [sys.executable, script, str(group or "-"), shrink, str(path)]
-    done = subprocess.run(
-        ["sh", "-c", 'echo $$ > "$0"; exec "$@"', procs, *program],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        # Freed activations go back to the system at once, so that each step needs them anew.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path.cwd())},
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode, json.loads(done.stdout) if done.stdout else {}
-
-
-@pytest.mark.slow
-def test_a_limit_that_is_lowered_while_training_does_not_kill(group: Path, tmp_path: Path) -> None:
-    """A real limit: without shrinking, the kernel kills the same run."""
-    status, expected = run_squeezed(None, tmp_path, shrinks=True)
-    assert status == 0
-    assert expected["warnings"] == []
-    status, _ = run_squeezed(group, tmp_path, shrinks=False)
-    assert status == -signal.SIGKILL, "the limit was not reached: the test has no teeth"
-    (group / "memory.limit_in_bytes").write_text("-1")
-    status, found = run_squeezed(group, tmp_path, shrinks=True)
-    assert status == 0
-    assert found["digest"] == expected["digest"]
-    assert found["budget_bytes"] < expected["held_bytes"] / 2
-    (told,) = found["warnings"]
-    assert "host memory runs short" in told

@@ -63,7 +63,7 @@ def test_peers_without_deepspeed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "part", ["errors", "flips", "hostile", "kill", "power", "signals", "slopes"]
+    "part", ["errors", "flips", "hostile", "kill", "power", "pressure", "signals", "slopes"]
 )
 def test_broken_saves_are_seen(tmp_path: Path, part: str) -> None:
     assert len(rows(part, tmp_path, "--teeth")) > 1
@@ -91,6 +91,14 @@ def test_nothing_grows(tmp_path: Path) -> None:
 def test_a_machine_that_refuses(tmp_path: Path) -> None:
     found = rows("hostile", tmp_path, "--only", "no asynchronous I/O", "small files only")
     assert sum(row["trials"] for row in found) == 3
+
+
+@pytest.mark.slow
+def test_limits_that_are_lowered(tmp_path: Path) -> None:
+    found = rows("pressure", tmp_path, "--trials=5")
+    if all(row["skipped"] for row in found):
+        pytest.skip(found[0]["skipped"])
+    assert [row["trials"] for row in found] == [1] * 5
 
 
 def test_damage_to_files(tmp_path: Path) -> None:
