@@ -128,7 +128,7 @@ class Engine(AccumulatingEngine):
         if parts.tiles is not None:
             parts.tiles.arriving = self._slots.arriving
         self._promotion = Promotion(parts, self.optimizer)
-        self._pressure = HostPressure(parts, self._promotion)
+        self._pressure = HostPressure(parts, self._promotion, self._end_saves)
         self._handles += chunk_head(self.module, config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

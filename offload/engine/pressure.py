@@ -25,7 +25,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,10 +58,12 @@ _LEAST_IS_HELD = "the host holds only staging, and what the configuration places
 class HostPressure:
     """Shrinks the host's budget of one engine; see [Note: Memory pressure].
 
-    Without an nvme tier, or with `tiers.host.shrink = false`, it does nothing.
+    Without an nvme tier, or with `tiers.host.shrink = false`, it does nothing. `end_saves` waits
+    for whatever reads homes, or has host memory, beside training.
     """
 
-    def __init__(self, parts: Parts, promotion: Promotion) -> None:
+    def __init__(self, parts: Parts, promotion: Promotion, end_saves: Callable[[], None]) -> None:
+        self._end_saves = end_saves
         self._parts = parts
         self._promotion = promotion
         self._is_on = parts.config.tiers.host.shrink and parts.nvme is not None
@@ -109,9 +111,11 @@ class HostPressure:
 
     def _relieve(self, room_bytes: int) -> None:
         parts = self._parts
-        parts.store.late.collect()
-        if parts.store.late:
-            return  # a transfer that is late may have any part of the arena
+        if not self._is_stuck:
+            self._end_saves()
+            parts.store.late.collect()
+            if parts.store.late:
+                return  # a transfer that is late may have any part of the arena
         wanted_bytes = self._swing_bytes + 2 * MARGIN_BYTES
         left_bytes, budget_bytes = room_bytes, parts.host.budget_bytes
         moved: Counter[str] = Counter()
@@ -183,10 +187,7 @@ class HostPressure:
         )
 
     def _settle(self) -> None:
-        """Homes are what the last step says, and nothing is in flight in the arena.
-
-        Whatever else reads homes while the engine runs has to end here as well.
-        """
+        """Homes are what the last step says, and nothing is in flight in the arena."""
         parts = self._parts
         parts.pager.flush()
         while parts.pager.finish_one():

@@ -284,6 +284,13 @@ class StatefulEngine(ABC):
             parts.gradients.flush()
         return Snapshot(parts, self._state, with_gradients=with_gradients)
 
+    def _end_saves(self) -> None:
+        """Host memory is about to move: wait until nothing that was begun beside training has it.
+
+        What has failed meanwhile is told later.
+        """
+        self._settle_snapshot()
+
     def _settle_snapshot(self) -> None:
         """Homes are about to be overwritten: wait until no snapshot needs them as they are."""
         self._parts.store.captured.wait()

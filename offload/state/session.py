@@ -92,6 +92,10 @@ class OffloadEngine(Engine):
             closing.callback(super().close)
             self._saver.wait()
 
+    def _end_saves(self) -> None:
+        self._saver.wait_quietly()
+        super()._end_saves()
+
     def _check_ready(self, what: str) -> None:
         super()._check_ready(what)
         self._saver.raise_error()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import nn
 
 from offload.config import OffloadConfig
 from offload.engine import build, pressure
+from offload.engine.snapshot import Snapshot
 from offload.errors import DiskFullError, MemoryPressureError, StorageError
 from offload.native import IoEngine
 from offload.tiers.nvme import NvmeStore
@@ -470,3 +472,43 @@ def test_io_uring_reads_what_is_written_after_registrations_have_changed(
             if any(each.address <= address < each.address + each.nbytes for each in segments)
         ]
         assert sum(of_arena) == engine._parts.host.budget_bytes
+
+
+@pytest.mark.parametrize("placement", [{}, {"weights": "host", "gradients": "host"}])
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_checkpoint_that_is_being_written_has_the_state_of_its_call(
+    portable: bool,
+    placement: dict[str, str],
+    room: Room,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it has captured, and not copied yet, is the memory that would be given up."""
+    capture = Snapshot.capture
+
+    def slow_capture(snapshot: Snapshot, key: Any) -> Any:
+        version = capture(snapshot, key)
+        time.sleep(0.01)
+        return version
+
+    monkeypatch.setattr(Snapshot, "capture", slow_capture)
+    (tmp_path / "nvme").mkdir()
+    config = configured(tmp_path / "nvme", placement=placement)
+    with make_engine(layers(), config) as engine:
+        room.engine = engine
+        expected = train(engine)
+        at_save = {name: dict(tensors) for name, tensors in engine.named_state()}
+        rest = train(engine)
+    with make_engine(layers(), config) as engine:
+        room.engine = engine
+        assert_identical(train(engine), expected)
+        engine.save_checkpoint(tmp_path / "saved", portable=portable)
+        room.press(0.5)
+        with pytest.warns(RuntimeWarning, match="host memory runs short"):
+            assert_identical(train(engine), rest)
+        engine.wait_for_checkpoint()
+        room.limit = 1 << 40
+        engine.load_checkpoint(tmp_path / "saved")
+        for name, tensors in engine.named_state():
+            for key, tensor in tensors.items():
+                assert torch.equal(at_save[name][key], tensor), (name, key)

@@ -172,13 +172,6 @@ def test_every_request_that_fails_once_is_made_again_and_nobody_is_told_but_by_a
     assert "EIO" in str(warning.message)
 
 
-def saved(engine: Any, path: Path) -> Path:
-    """A checkpoint that is durable."""
-    folder: Path = engine.save_checkpoint(path)
-    getattr(engine, "wait_for_checkpoint", lambda: None)()
-    return folder
-
-
 @pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("broken", ["read", "write"])
 @pytest.mark.filterwarnings("ignore:an I/O error, after which:RuntimeWarning")
@@ -195,7 +188,8 @@ def test_a_disk_that_breaks_ends_the_step_with_everything_intact(
     engine = flaky(tmp_path)
     run = continue_engine(engine, small_loss, steps=1)
     before = {name: dict(tensors) for name, tensors in run.state.items()}
-    saved(engine, tmp_path / "checkpoints")
+    engine.save_checkpoint(tmp_path / "checkpoints")
+    engine.wait_for_checkpoint()
     io = engine._parts.io
     loss = small_loss(engine, engine.micro_steps)
     engine.backward(loss)
