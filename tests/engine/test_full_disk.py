@@ -89,8 +89,8 @@ def test_an_allocation_that_the_disk_refuses_is_given_back(
     free = free_bytes(small_disk)
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
     config = configured(small_disk, device=32 << 20, host=64 << 20, bucket_elements=1 << 20)
-    monkeypatch.setattr("offload.tiers.nvme.disk_bytes_free", lambda paths: 1 << 40)
-    monkeypatch.setattr("offload.tiers.nvme.check_disk_room", lambda *_: None)
+    monkeypatch.setattr("offload.tiers.backing_files.disk_bytes_free", lambda paths: 1 << 40)
+    monkeypatch.setattr("offload.tiers.backing_files.check_disk_room", lambda *_: None)
     with pytest.raises(DiskFullError) as caught:
         make_engine(model, config)
     assert caught.value.needed_bytes > free
