@@ -25,6 +25,10 @@ ARGUMENTS = {
         *("--layers=1", "--hidden=64", "--batch=1", "--tokens=16", "--steps=2"),
         *("--minimum=1", "--room=1"),
     ],
+    "checkpoint": [
+        *("--rounds=1", "--steps=1", "--hidden=64", "--layers=1", "--vocabulary=64"),
+        *("--tokens=8", "--device=4", "--host=32"),
+    ],
     "guard": ["--rounds=1", "--tokens=8", "--hidden=64", "--layers=1"],
     "io": ["--rounds=1", "--mib=16", "--request-mib=4", "--only=threads|pool, 4 MiB"],
     "kernels": ["--rounds=1", "--numel=200000", "--json"],
@@ -229,6 +233,15 @@ def test_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_checkpoint(tmp_path: Path) -> None:
+    found = last_line(run("checkpoint", f"--path={tmp_path}"))
+    assert found["pause"]["step_seconds"] > 0
+    assert found["speed"]["save"].keys() == found["speed"]["load"].keys()
+    assert len(found["speed"]["save"]) == 6
+    assert all(value > 0 for value in found["speed"]["load"].values())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_loading(tmp_path: Path) -> None:
     found = last_line(run("loading", f"--path={tmp_path}"))
     assert_positive(found["model_bytes"], found["ratios"]["seconds"])

@@ -43,6 +43,10 @@ class MixedDisk:
         # What was never written reads as zeros without touching the disk.
         self.seconds(0, self._num_requests * REQUEST_BYTES)
 
+    def sync(self) -> None:
+        """Make what has been written durable."""
+        self._engine.fsync(self._file)
+
     def seconds(self, read_bytes: int, written_bytes: int) -> float:
         """The time that these bytes take, to the last byte."""
         flying: deque[Ticket] = deque()
