@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 
 from offload.engine.build import Parts
-from offload.engine.state_access import StateAccess, scalar_state
+from offload.engine.state_access import COMPLETIONS, StateAccess, scalar_state
 from offload.engine.state_map import StateMap
 from offload.errors import BudgetError, CheckpointError
 from offload.partition.layout import UPDATED_CLASSES
@@ -48,16 +48,18 @@ class Snapshot:
         blocks: the others, in the order in which a forward needs them.
     """
 
-    def __init__(self, parts: Parts, access: StateAccess, *, with_gradients: bool) -> None:
+    def __init__(
+        self, parts: Parts, state_map: StateMap, access: StateAccess, *, with_gradients: bool
+    ) -> None:
         self._parts = parts
-        self._captured = parts.store.captured = threading.Event()
-        state_map = StateMap(parts.parameters, parts.plan.buckets, parts.store, access)
         self.copies: dict[tuple[str, str, str], torch.Tensor] = {}
         tensors: list[MappedTensor] = []
         for state in parts.parameters:
-            mapped = {tensor.field: tensor for tensor in state_map.stored(state)}
-            tensors.extend(mapped.values())
-            for field in access.fields(state).keys() - mapped.keys():
+            mapped = state_map.tensors[state.index]
+            # What completes an edited weight has not followed it yet.
+            stale = [field for field in COMPLETIONS if state.edited and field in mapped]
+            tensors.extend(tensor for field, tensor in mapped.items() if field not in stale)
+            for field in (*state_map.converted[state.index], *stale):
                 self.copies["parameter", state.name, field] = access.read(state, field)
             if with_gradients and state.gradient_sums is not None:
                 tensors.append(state_map.gradient(state))
@@ -68,6 +70,8 @@ class Snapshot:
         self.exposed = [key for key in every if self._is_exposed(key)]
         self.blocks = sorted(every.keys() - set(self.exposed))
         self._edits = {key.bucket: self._edits_of(key) for key in self.blocks}
+        # From here on the barrier is closed; nothing above may fail behind it.
+        self._captured = parts.store.captured = threading.Event()
 
     def nbytes(self, key: BlockKey) -> int:
         """Bytes of a block."""

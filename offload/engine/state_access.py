@@ -128,8 +128,6 @@ class StateAccess:
 
     def is_converted(self, state: ParameterState, name: str) -> bool:
         """Whether a field is not the bytes that stand in the blocks, but made from them."""
-        if state.edited and name in COMPLETIONS:
-            return True
         return name in self.eight_bit_moments(state) and not _in_shape_order(state)
 
     def gradient_dtype(self, state: ParameterState) -> torch.dtype:

@@ -12,29 +12,40 @@ import torch
 
 from offload.engine.state_access import StateAccess, class_of
 from offload.partition.blocks import BlockStore
-from offload.partition.layout import Bucket, Field, segments
+from offload.partition.layout import Field, segments
 from offload.partition.parameters import ParameterState
 from offload.partition.snapshot import BlockKey, MappedTensor, Piece
 from offload.partition.tensor_layout import TensorLayout
+from offload.schedule.plan import Plan
 
 
 class StateMap:
-    """Which bytes of which blocks the tensors of an engine are. Holds no state of its own."""
+    """Which bytes of which blocks the tensors of an engine are, while its plan is this one.
+
+    Attributes:
+        plan: of the engine.
+        tensors: by parameter index and field, those that are bytes of blocks.
+        converted: by parameter index, the fields that are not.
+    """
 
     def __init__(
         self,
+        plan: Plan,
         parameters: Sequence[ParameterState],
-        buckets: Sequence[Bucket],
         store: BlockStore,
         access: StateAccess,
     ) -> None:
-        self._parameters = parameters
-        self._buckets = buckets
+        self.plan = plan
         self._store = store
         self._access = access
+        self.tensors: dict[int, dict[str, MappedTensor]] = {}
+        self.converted: dict[int, list[str]] = {}
+        for state in parameters:
+            self.tensors[state.index] = {tensor.field: tensor for tensor in self._stored(state)}
+            mapped = self.tensors[state.index]
+            self.converted[state.index] = [f for f in access.fields(state) if f not in mapped]
 
-    def stored(self, state: ParameterState) -> Iterator[MappedTensor]:
-        """The fields of a parameter that are bytes of its blocks."""
+    def _stored(self, state: ParameterState) -> Iterator[MappedTensor]:
         own = self._own_places(state)
         for name, (dtype, shape) in self._access.fields(state).items():
             if name in own:
@@ -65,7 +76,7 @@ class StateMap:
         return MappedTensor(kind, state.name, name, dtype, shape, _stride(state, shape), pieces)
 
     def _pieces(self, state: ParameterState, name: str) -> Iterator[Piece]:
-        bucket, state_class = self._buckets[state.bucket], class_of(name)
+        bucket, state_class = self.plan.buckets[state.bucket], class_of(name)
         layout = self._store.block(state.bucket, state_class).layout
         for chunk in bucket.chunks:
             for segment in segments(bucket, chunk):

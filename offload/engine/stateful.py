@@ -45,6 +45,7 @@ class StatefulEngine(ABC):
     _num_gathered = 0  # blocks of `gathered` that are open
     _gradients_are_spent = False  # a step has used them, nobody has forgotten them
     micro_steps: int
+    _state_map: StateMap | None = None
 
     @abstractmethod
     def _check_open(self) -> None:
@@ -204,9 +205,8 @@ class StatefulEngine(ABC):
 
     def stored_tensors(self) -> list[MappedTensor]:
         """Which bytes of which blocks the stored tensors are; see [Note: State map]."""
-        parts = self._parts
-        state_map = StateMap(parts.parameters, parts.plan.buckets, parts.store, self._state)
-        return [tensor for state in parts.parameters for tensor in state_map.stored(state)]
+        by_parameter = self._current_map().tensors.values()
+        return [tensor for tensors in by_parameter for tensor in tensors.values()]
 
     def start_replacing(self, key: BlockKey, *, wait: bool) -> Replacement | None:
         """Memory for a block that is replaced as a whole, inside of `replacing_state`.
@@ -282,7 +282,13 @@ class StatefulEngine(ABC):
         with_gradients = has_gradients and not self._gradients_are_spent
         if with_gradients:
             parts.gradients.flush()
-        return Snapshot(parts, self._state, with_gradients=with_gradients)
+        return Snapshot(parts, self._current_map(), self._state, with_gradients=with_gradients)
+
+    def _current_map(self) -> StateMap:
+        parts = self._parts
+        if self._state_map is None or self._state_map.plan is not parts.plan:
+            self._state_map = StateMap(parts.plan, parts.parameters, parts.store, self._state)
+        return self._state_map
 
     def _end_saves(self) -> None:
         """Host memory is about to move: wait until nothing that was begun beside training has it.

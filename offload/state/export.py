@@ -12,6 +12,7 @@ import copy
 import json
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -108,20 +109,7 @@ def write_configs(root: Path, configs: Mapping[str, str]) -> None:
 
 def description(engine: StateSource) -> dict[str, Any]:
     """What a checkpoint holds for its export; see [Note: export of a checkpoint]."""
-    configs = {}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            _save_configs(engine.module, Path(folder), _compute_dtype(engine))
-        except (OSError, TypeError, ValueError) as error:
-            warnings.warn(
-                f"the model's configuration cannot be written ({error}): an export of this "
-                "checkpoint will hold weights only",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
-            with contextlib.suppress(FileNotFoundError):
-                configs[name] = (Path(folder) / name).read_text(encoding="utf-8")
+    configs = _configs_of(engine)
     parameters = (item for item in _exported(engine) if item.parameter is not None)
     names = {item.parameter: item.name for item in parameters if item.parameter != item.name}
     return {
@@ -131,6 +119,40 @@ def description(engine: StateSource) -> dict[str, Any]:
         "aliases": engine.aliases(),
         "groups": engine.optimizer_members(),
     }
+
+
+def _configs_of(engine: StateSource) -> dict[str, str]:
+    """The model's configuration files; made anew when the configuration has changed."""
+    if not hasattr(getattr(engine.module, "config", None), "save_pretrained"):
+        return {}
+    generation = getattr(engine.module, "generation_config", None)
+    stamp = repr((engine.module.config, generation, _compute_dtype(engine)))
+    if _known_configs.get(engine.module, ("", {}))[0] != stamp:
+        _known_configs[engine.module] = stamp, _made_configs(engine)
+    return _known_configs[engine.module][1]
+
+
+_known_configs: weakref.WeakKeyDictionary[nn.Module, tuple[str, dict[str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _made_configs(engine: StateSource) -> dict[str, str]:
+    configs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _save_configs(engine.module, Path(folder), _compute_dtype(engine))
+        except (OSError, TypeError, ValueError) as error:
+            warnings.warn(
+                f"the model's configuration cannot be written ({error}): an export of this "
+                "checkpoint will hold weights only",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+        for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                configs[name] = (Path(folder) / name).read_text(encoding="utf-8")
+    return configs
 
 
 def write_weights(

@@ -125,16 +125,18 @@ def retire(folder: Path) -> None:
 
 
 def write_hint(root: Path, tag: str) -> None:
-    """Name the newest checkpoint in ``LATEST``.
+    """Name the newest checkpoint in ``LATEST``; a hint, which is not synced.
 
     Raises:
         StorageError: it cannot be replaced; the checkpoint itself stands.
     """
-    with pending_folder(root, HINT_NAME) as pending:
-        durable.write_file(pending / HINT_NAME, f"{tag}\n".encode())
-        with durable.storage_errors("rename", root / HINT_NAME, what=HINT_NAME):
-            (pending / HINT_NAME).rename(root / HINT_NAME)
-    durable.sync_folder(root)
+    with (
+        pending_folder(root, HINT_NAME) as pending,
+        durable.storage_errors("write", root / HINT_NAME, what=HINT_NAME),
+    ):
+        (pending / HINT_NAME).write_text(f"{tag}\n")
+        (pending / HINT_NAME).chmod(durable.PRIVATE_FILE_MODE)
+        (pending / HINT_NAME).rename(root / HINT_NAME)
 
 
 def sweep(root: Path) -> None:

@@ -169,7 +169,6 @@ class CheckpointWriter:
             self._own.finish()
             for file in filter(None, self._files):
                 self._io.fsync(file)
-            durable.sync_folder(self._pending)
             final = self._publish(copies, late_values)
             self._cleanup.close()
         if not self._linked:
