@@ -15,6 +15,7 @@ import offload
 from offload.errors import BudgetError, CheckpointError, DiskFullError, StorageError
 from offload.native import IoEngine
 from offload.state import durable, folders, manifest
+from offload.state.data_file import DataFileWriter
 from offload.state.saving import CheckpointWriter
 
 WIDTH = 96
@@ -388,3 +389,33 @@ def test_data_are_synced_before_the_name(tmp_path, monkeypatch):
         engine.save_checkpoint(tmp_path / "ckpt")
         engine.wait_for_checkpoint()
     assert log[:4] == ["data", "data", ".mani", ".tmp-"]
+
+
+@pytest.mark.parametrize("file_system", ["xfs", "btrfs"])
+def test_a_portable_copy_shares_blocks_where_the_file_system_can(
+    make_disk, monkeypatch, file_system
+):
+    if shutil.which(f"mkfs.{file_system}") is None:
+        pytest.skip(f"no mkfs.{file_system} here")
+    disk = make_disk(file_system, mebibytes=512)
+    cloned = []
+    clone = DataFileWriter.clone
+
+    def counted(writer, source, offset, nbytes):
+        found = clone(writer, source, offset, nbytes)
+        cloned.append(found is not None)
+        return found
+
+    monkeypatch.setattr(DataFileWriter, "clone", counted)
+    with make_engine(disk) as engine:
+        train(engine, 2)
+        path = engine.save_checkpoint(disk / "ckpt", portable=True)
+        engine.wait_for_checkpoint()
+        expected = full_state(engine)
+        train(engine, 2)
+        assert len(cloned) > 10
+        assert all(cloned)
+        assert not (path / manifest.data_file_name(1)).exists()
+    step, state = loaded_state(disk, disk / "ckpt")
+    assert step == 2
+    assert_equal_state(state, expected)

@@ -16,7 +16,8 @@ from offload.native import IoEngine
 from offload.tiers import run_folder
 from offload.tiers.nvme import NvmeStore
 from offload.tiers.run_folder import RunFolder, StorePath
-from tests.tiers.conftest import MakeDisk, RunScript
+from tests.conftest import MakeDisk
+from tests.tiers.conftest import RunScript
 
 PAGE = 4096
 FILE_KINDS = ["tmpfile", "run_folder"]
