@@ -2,7 +2,8 @@
 
     checkpoint   each file of a checkpoint. Asked for by its name it is refused, and the file is
                  named; else it is passed over with a warning that names the file, and the one
-                 before is loaded. Bytes of no record (the gaps of a data file) may change.
+                 before is loaded. Bytes of no record may change: gaps between blocks, and of a
+                 backing file that an instant checkpoint refers to, extents that are not its own.
     LATEST       a hint for people: the newest checkpoint is found whatever it says
     extents      the backing file of the NVMe tier, under a living engine: whatever is read of it is
                  an error that names the record, or has its true bits (what is read from memory,
@@ -128,11 +129,16 @@ class _Flips:
 
     def _checkpoint(self) -> Iterator[Row]:
         """Every file of the newer of two checkpoints, and LATEST."""
-        good = _Checkpoints(self.folder / "checkpoints", self.folder / "made", self.config)
-        for path in sorted((good.root / _NEWER).iterdir()):
-            yield self._row(f"checkpoint: {path.name}", partial(self._file, good, path))
-        yield self._row("checkpoint: LATEST", partial(self._hint, good))
-        shutil.rmtree(good.root)
+        for kind, portable in (("portable", True), ("instant", False)):
+            good = _Checkpoints(self.folder, self.config, portable=portable)
+            for path in sorted((good.root / _NEWER).iterdir()):
+                if not path.stat().st_size:
+                    continue  # an instant checkpoint may have no block of its own
+                name = f"checkpoint, {kind}: {path.name}"
+                yield self._row(name, partial(self._file, good, path))
+            if portable:
+                yield self._row("checkpoint: LATEST", partial(self._hint, good))
+            shutil.rmtree(good.root)
 
     def _file(self, good: _Checkpoints, path: Path, kind: str) -> str:
         intact = path.read_bytes()
@@ -296,14 +302,15 @@ class _ProblemError(Exception):
 class _Checkpoints:
     """Two checkpoints of a tiny training, with copies of their own of every file."""
 
-    def __init__(self, root: Path, made: Path, config: dict[str, Any]) -> None:
-        self.root, self.config = root, config
+    def __init__(self, folder: Path, config: dict[str, Any], *, portable: bool) -> None:
+        self.root, self.config = folder / "checkpoints", config
+        made = folder / "made"
         self.bits: dict[str, str] = {}
         with _tiny.engine(config) as engine:
             for _ in range(2):
                 _tiny.step(engine)
-                _tiny.save(engine, made, portable=True)
-        shutil.copytree(made, root)  # no links to a backing file
+                _tiny.save(engine, made, portable=portable)
+        shutil.copytree(made, self.root)  # no links to the backing file
         shutil.rmtree(made)
         self.bits = {tag: self.bits_of(tag) for tag in (_OLDER, _NEWER)}
 
