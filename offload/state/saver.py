@@ -33,6 +33,7 @@ from offload.state import folders, manifest
 from offload.state.manifest import Manifest
 from offload.state.saving import CheckpointWriter, Linked, Request
 from offload.state.source import SnapshotSource
+from offload.state.trimming import trim
 from offload.tiers import pins
 
 # Who chose that a checkpoint is saved under this name: nobody, the one who called, or that too
@@ -139,7 +140,9 @@ class Saver:
 
     def _known_in(self, root: Path) -> dict[Path, tuple[int, str]]:
         if root not in self._known:
-            found, _ = folders.candidates(root, None) if root.is_dir() else ([], [])
+            found, damaged = folders.candidates(root, None) if root.is_dir() else ([], [])
+            if not damaged:  # one that cannot be read now may be readable one day
+                trim(found)
             self._known[root] = {
                 folder: (content.sequence, origin_of(content)) for folder, content in found
             }

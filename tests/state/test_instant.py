@@ -17,6 +17,7 @@ from offload.native import IoEngine
 from offload.state import durable, folders, manifest
 from offload.state.data_file import DataFileWriter
 from offload.state.saving import CheckpointWriter
+from offload.tiers.backing_files import BackingFiles
 
 WIDTH = 96
 
@@ -419,3 +420,44 @@ def test_a_portable_copy_shares_blocks_where_the_file_system_can(
     step, state = loaded_state(disk, disk / "ckpt")
     assert step == 2
     assert_equal_state(state, expected)
+
+
+def used_bytes(checkpoints: Path) -> int:
+    blocks = {f.stat().st_ino: f.stat().st_blocks for f in checkpoints.glob("*/data-*.bin")}
+    return 512 * sum(blocks.values())
+
+
+def test_what_a_killed_process_has_left_is_given_back(tmp_path, monkeypatch):
+    """Its files keep all their room; the next process that saves there takes what nobody needs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(BackingFiles, "trim", lambda *_: None)  # killed before
+        with make_engine(tmp_path) as engine:
+            for step in (1, 2):
+                train(engine, 1)
+                engine.save_checkpoint(tmp_path / "ckpt", f"at-{step}")
+            engine.wait_for_checkpoint()
+            shutil.copytree(tmp_path / "ckpt" / "at-1", tmp_path / "copy", copy_function=os.link)
+            with make_engine(tmp_path) as other:
+                other.save_checkpoint(tmp_path / "ckpt", "other")
+                other.wait_for_checkpoint()
+            expected = full_state(engine)
+    with make_engine(tmp_path) as engine:
+        engine.save_checkpoint(tmp_path / "ckpt", "new")
+    kept = used_bytes(tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "copy")
+    with make_engine(tmp_path) as engine:
+        engine.save_checkpoint(tmp_path / "ckpt", "new")
+    after = used_bytes(tmp_path / "ckpt")
+    blocks = {
+        (file.stat().st_ino, block.offset): block.nbytes
+        for folder in (tmp_path / "ckpt").glob("[a-z]*")
+        for content in [manifest.read(folder)]
+        for block in content.blocks
+        if block.file >= 0
+        for file in [folder / manifest.data_file_name(block.file)]
+    }
+    assert after <= sum(blocks.values()) + (1 << 16)
+    assert after < kept, "as long as it had another name, it was left alone"
+    _, state = loaded_state(tmp_path, tmp_path / "ckpt", "at-2")
+    assert_equal_state(state, expected)
+    loaded_state(tmp_path, tmp_path / "ckpt", "at-1")
