@@ -51,6 +51,7 @@ from offload.telemetry import ShrinkReport
 
 MARGIN_BYTES = 64 << 20
 _LEAST_SECONDS = 1.0  # between two looks of forwards that belong to no step
+_MOST_SHARE = 1 / 50  # of the time that looking may take, however short steps are
 _SWING_DECAY = 15 / 16  # a step; what only some steps have taken is forgotten
 _LEAST_IS_HELD = "the host holds only staging, and what the configuration places there"
 
@@ -69,6 +70,7 @@ class HostPressure:
         self._is_on = parts.config.tiers.host.shrink and parts.nvme is not None
         self._demotion = Demotion(parts.store, spare=parts.machine.staging.spare_extents)
         self._looked_at: tuple[int, float] = (-1, 0.0)  # step and time of the last look
+        self._look_seconds = 0.0  # what it has taken
         self._anonymous_bytes = 0  # of the process, at that look
         self._swing_step = -1
         self._swing_bytes = 0
@@ -92,15 +94,20 @@ class HostPressure:
         """
         if not self._is_on or not self._is_due(step) or not self._is_between_steps():
             return
-        self._looked_at = (step, time.monotonic())
+        started = time.monotonic()
         self._anonymous_bytes = _anonymous_bytes()
         room_bytes = host_room_bytes()
+        self._looked_at = (step, time.monotonic())
+        self._look_seconds = self._looked_at[1] - started
         if room_bytes < self._swing_bytes + MARGIN_BYTES:
             self._relieve(room_bytes)
 
     def _is_due(self, step: int) -> bool:
         last_step, seconds = self._looked_at
-        return step != last_step or time.monotonic() - seconds >= _LEAST_SECONDS
+        since = time.monotonic() - seconds
+        if since * _MOST_SHARE < self._look_seconds:
+            return False
+        return step != last_step or since >= _LEAST_SECONDS
 
     def _is_between_steps(self) -> bool:
         """Nothing is half done: no gradients are at home, and no page is in use."""

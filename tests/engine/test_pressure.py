@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,7 @@ class Room:
         monkeypatch.setattr(pressure, "free_swap_bytes", lambda: 0)
         monkeypatch.setattr(pressure, "_anonymous_bytes", lambda: 0)
         monkeypatch.setattr(pressure, "MARGIN_BYTES", MARGIN)
+        monkeypatch.setattr(pressure, "_MOST_SHARE", 1.0)  # every look of these tests is wanted
 
     def read(self) -> int:
         self.looks += 1
@@ -256,6 +258,32 @@ def test_one_look_a_step(room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyP
             for index in range(3):
                 loss_of(engine, index)
     assert room.looks == STEPS + 1
+
+
+def test_looking_takes_little_of_the_time(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that takes long, and steps that take no time: there is no second one for a while."""
+    now = [0.0]
+
+    def look() -> int:
+        now[0] += 1.0
+        return room.read()
+
+    monkeypatch.setattr(pressure, "host_room_bytes", look)
+    monkeypatch.setattr(pressure, "_MOST_SHARE", 1 / 50)
+    monkeypatch.setattr(pressure, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with make_engine(layers(), configured(tmp_path)) as engine:
+        room.engine = engine
+        now[0] = 100.0
+        train(engine)
+        assert room.looks == 1
+        now[0] += 49.0
+        loss_of(engine, 0)
+        assert room.looks == 1
+        now[0] += 1.0
+        loss_of(engine, 0)
+        assert room.looks == 2
 
 
 def test_the_step_after_the_swing_is_counted_on(room: Room, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,8 +238,8 @@ def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
         slept.append(round(seconds, 6))
         now[0] += seconds
 
-    monkeypatch.setattr(retrying.time, "sleep", sleep)
-    monkeypatch.setattr(retrying.time, "monotonic", lambda: now[0])
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now[0])
+    monkeypatch.setattr(retrying, "time", clock)
     log = RetryLog()
 
     def start(*, urgency: int) -> Any:
