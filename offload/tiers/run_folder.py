@@ -41,6 +41,7 @@ _NO_TMPFILE = (errno_codes.EOPNOTSUPP, errno_codes.EISDIR, errno_codes.EINVAL)
 _NO_ROOM = (errno_codes.ENOSPC, errno_codes.EDQUOT)
 _MAX_ATTEMPTS = 16
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
+_WHAT = "the NVMe tier"  # in messages
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 
@@ -116,6 +117,7 @@ class StorePath:
                     needed_bytes=nbytes,
                     free_bytes=self.bytes_free(),
                     errno=error.errno,
+                    what=_WHAT,
                 ) from error
             raise _refusal(error, "allocate", self.path, nbytes) from error
         return fd
@@ -342,6 +344,6 @@ def _refusal(error: OSError, operation: str, path: str, nbytes: int | None = Non
         path=path,
         nbytes=nbytes,
         errno=code,
-        what="the NVMe tier",
+        what=_WHAT,
         remedy=remedies.get(code, "give another folder in tiers.nvme.paths"),
     )
