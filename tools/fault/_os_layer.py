@@ -140,13 +140,15 @@ class OsLayer:
         self, path: str, original: Callable[..., Any], descriptor: int, fault: Fault | None
     ) -> None:
         identity = self._identity(descriptor)
-        if identity in self._unsynced:
+        # A folder may get new names, which are new data; and the number of a file that is gone.
+        is_file = stat.S_ISREG(self._original("fstat")(descriptor).st_mode)
+        if is_file and identity in self._unsynced:
             self.repeated.append(path)
         if fault is None or fault.late:
             original(descriptor)
         if fault is not None:
-            if stat.S_ISREG(self._original("fstat")(descriptor).st_mode):
-                self._unsynced.add(identity)  # a folder may get new names, which are new data
+            if is_file:
+                self._unsynced.add(identity)
             raise OSError(fault.errno, os.strerror(fault.errno), path)
 
     def _count(self, call: Call) -> Fault | None:
