@@ -28,6 +28,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._second: int | None = None
         self._pid = os.getpid()
         self._previous: dict[int, signal._HANDLER] = {}
 
@@ -39,14 +40,18 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
+        # Libraries wrap what is raised inside them, and what was cut off may fail on its way out.
+        if self._second is not None and isinstance(error, Exception):
+            raise Interrupted(self._second) from error
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif self.signal_number is not None:
+            self._second = number
             raise Interrupted(number)
         self.signal_number = number

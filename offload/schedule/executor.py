@@ -242,19 +242,30 @@ class Background:
         self._name = name
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
+        self._call: _BackgroundCall | None = None
         self._error: BaseException | None = None
 
     @property
     def is_busy(self) -> bool:
         """Whether a call is under way."""
-        thread = self._thread
-        return thread is not None and self._pid == os.getpid() and thread.is_alive()
+        call = self._call
+        return call is not None and self._pid == os.getpid() and not call.ended.is_set()
 
     def start(self, call: Callable[[], None]) -> None:
-        """Start a call; the one before has ended, and its error has been raised."""
+        """Start a call; the one before has ended, and its error has been raised.
+
+        If an interrupt comes while it starts, the call is not made or has ended.
+        """
         assert not self.is_busy, "one call at a time"
-        self._thread = threading.Thread(target=self._run, args=(call,), name=self._name)
-        self._thread.start()
+        self._call = started = _BackgroundCall(call)
+        self._thread = threading.Thread(target=self._run, args=(started,), name=self._name)
+        try:
+            self._thread.start()
+        except BaseException:
+            if started.take():
+                started.ended.set()
+            started.ended.wait()
+            raise
 
     def raise_error(self) -> None:
         """Raises, once, what a call that has ended has raised."""
@@ -269,15 +280,34 @@ class Background:
 
     def join(self) -> None:
         """Wait for the end of the call, in any thread."""
-        thread = self._thread
-        if thread is not None and self._pid == os.getpid():
-            thread.join()
+        call, thread = self._call, self._thread
+        if call is not None and thread is not None and self._pid == os.getpid():
+            call.ended.wait()
+            if thread.is_alive():
+                thread.join()
 
-    def _run(self, call: Callable[[], None]) -> None:
+    def _run(self, call: _BackgroundCall) -> None:
+        if not call.take():
+            return
         try:
-            call()
+            call.make()
         except BaseException as error:  # noqa: BLE001 - `raise_error` raises it
             self._error = error
+        finally:
+            call.ended.set()
+
+
+class _BackgroundCall:
+    """A call that is made by its thread or taken back by who starts that: by who comes first."""
+
+    def __init__(self, make: Callable[[], None]) -> None:
+        self.make = make
+        self.ended = threading.Event()
+        self._taken = threading.Lock()
+
+    def take(self) -> bool:
+        """Whether the caller is the first."""
+        return self._taken.acquire(blocking=False)
 
 
 class _PumpWork:

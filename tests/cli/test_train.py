@@ -218,6 +218,19 @@ def test_a_second_signal_raises():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_what_a_second_signal_has_broken_is_its_doing():
+    with pytest.raises(Interrupted) as caught, StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted as interrupted:
+            raise ValueError("a library has wrapped it") from interrupted
+    assert caught.value.signal_number == signal.SIGTERM
+    with pytest.raises(ValueError, match="of its own"), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError("of its own")
+
+
 def problems_of(config: dict) -> str:
     with pytest.raises(ConfigError) as caught:
         train.run(config)

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from offload.errors import DeadlineError, EngineStateError, OffloadError, StorageError
-from offload.schedule.executor import ComputePool, Pump
+from offload.schedule.executor import Background, ComputePool, Pump
 from offload.tiers.transfer import CompletedTransfer, Transfer
 
 
@@ -305,3 +305,29 @@ def test_a_fork_finds_no_lock_of_a_turn_and_has_no_pump() -> None:
         child.join(SECONDS)
     assert len(pump_threads()) == 1, "the parent keeps its own"
     locked.pump.close()
+
+
+@pytest.mark.parametrize("when", ["before the thread", "while it starts"])
+def test_an_interrupt_while_a_background_call_starts(
+    monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    background = Background("test")
+    made = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if when == "while it starts":
+            start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            background.start(lambda: made.append(1))
+    assert not background.is_busy, "not made, or through"
+    assert made in ([], [1])
+    assert when == "while it starts" or not made
+    background.wait()
+    background.start(lambda: made.append(2))
+    background.wait()
+    assert made[-1] == 2
