@@ -74,6 +74,8 @@ class Chain:
             elif kind == "older" and report["damaged"] and not error_is_expected:
                 row.lost += 1
                 row.details.append(f"{self}: of older ones are damaged: {report['damaged']}")
+                self.restart()  # else it is found again and again
+                return
             elif kind == "fresh" and self.newest is not None:
                 row.lost += 1
                 row.details.append(f"{self}: step {self.newest} was there, now there is nothing")
@@ -175,11 +177,14 @@ class Chains:
             if recover is not None:
                 recover()
         self._tally(life)
+        lost, mixed = self.row.lost, self.row.mixed
         self.chain.judge(life, self.row, error_is_expected=recover is not None)
         kinds = {report["kind"] for report in life.reports}
         is_damaged = any(report.get("damaged") for report in life.reports)
         if recover is not None and (is_damaged or not kinds & {"loaded", "fresh"}):
             self.undisturbed(num_steps=0)  # whether it cannot be read, or there just was no disk
+        self.row.lost = min(self.row.lost, lost + 1)
+        self.row.mixed = min(self.row.mixed, mixed + 1 - (self.row.lost - lost))  # counted once
         return life
 
     def _tally(self, life: Life) -> None:

@@ -54,6 +54,7 @@ _FRESH_SHARE = 0.1  # of the trials, besides, start a fresh Python
 _FRESH_SECONDS = 4.0  # ... which takes so much longer
 TEETH_TRIALS = 20
 _DEADLINE_SECONDS = 60.0
+_SHOWN_CHARACTERS = 4000  # of what a run with a problem has printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +184,7 @@ class _Runs:
         return f"{' and '.join(number.name for number in sent)}, exit status {status}"
 
     def _log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")[-300:]
+        return (self.folder / "log").read_text(errors="replace")[-_SHOWN_CHARACTERS:]
 
     def _metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name / "metrics.jsonl"
@@ -268,8 +269,10 @@ def _fork(
     config: Path, log: Path, *, fresh: bool = False, breaks: Callable[[], None] | None = None
 ) -> int:
     """Start `offload train config` in a fork of this warm process, or in a fresh one."""
+    early = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is a program to end
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, early)
         return pid
     status = 1
     try:
@@ -281,13 +284,17 @@ def _fork(
         os.dup2(descriptor, 2)
         if fresh:
             command = [sys.executable, "-m", "offload.cli.main", "train", str(config)]
+            signal.pthread_sigmask(signal.SIG_SETMASK, early)
             os.execv(command[0], command)
         if breaks is not None:
             breaks()
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, early)
             command_line.main(["train", str(config)])
+        except KeyboardInterrupt:
+            status = EXIT_SIGNAL + signal.SIGINT  # before its first line
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 1
         except BaseException:  # noqa: BLE001 - it goes into the log
