@@ -47,11 +47,13 @@ class ArenaMachine(RuleBasedStateMachine):
         self.segments: list[HostSegment] = []
         self.shares: dict[HostShare, dict[HostPiece, int]] = {}
         self.apart: set[HostShare] = set()  # those for which the arena has grown
+        self.budget_bytes = ARENA_BYTES
 
-    @rule(pages=PAGES, odd=st.integers(0, 4000))
-    def lease(self, pages: int, odd: int) -> None:
+    @rule(pages=PAGES, odd=st.integers(0, 4000), visits=st.booleans())
+    def lease(self, pages: int, odd: int, visits: bool) -> None:
         nbytes = pages * 4096 - odd
-        lease = self.arena.try_lease(nbytes, f"owner {pages}")
+        take = self.arena.visit if visits else self.arena.try_lease
+        lease = take(nbytes, f"owner {pages}")
         if lease is None:
             assert all(s.free.largest < pages * 4096 for s in self.arena._segments)
             return
@@ -82,6 +84,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(pages=PAGES)
     def grow(self, pages: int) -> None:
         self.segments.append(self.arena.grow(pages * 4096))
+        self.budget_bytes += pages * 4096
 
     @rule()
     def shrink(self) -> None:
@@ -89,11 +92,24 @@ class ArenaMachine(RuleBasedStateMachine):
             if segment.free.largest == segment.nbytes:
                 self.segments.remove(segment)
                 self.arena.shrink(segment)
+                self.budget_bytes -= segment.nbytes
                 return
+
+    @precondition(lambda self: self.budget_bytes > ARENA_BYTES // 2)
+    @rule(which=st.integers(0, 255), free_pages=st.integers(0, 3))
+    def fit(self, which: int, free_pages: int) -> None:
+        """Under memory pressure: some leases go, and what is free goes back to the system."""
+        going = [lease for number, lease in enumerate(self.leases) if which >> number & 1]
+        for lease in going:
+            assert is_signed(lease.tensor, self.leases.pop(lease))
+        self.arena.fit(going, free_pages * 4096)
+        self.budget_bytes = self.arena.used_bytes + free_pages * 4096
 
     @precondition(lambda self: len(self.shares) < 2)
     @rule(pages=PAGES, apart=st.booleans())
     def open_share(self, pages: int, apart: bool) -> None:
+        if self.arena._num_visitors and not apart:
+            return  # it would wait for them to leave
         try:
             share = HostShare(self.arena, pages * 4096, "a share", apart=apart)
         except BudgetError:
@@ -102,6 +118,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.shares[share] = {}
         if apart:
             self.apart.add(share)
+            self.budget_bytes += share.nbytes
 
     @precondition(lambda self: self.shares)
     @rule(data=st.data(), nbytes=st.integers(1, 3 * 4096))
@@ -132,7 +149,9 @@ class ArenaMachine(RuleBasedStateMachine):
             assert self.shares[share], "all its pieces are back"
             return
         assert not self.shares.pop(share), "a piece was out"
-        self.apart.discard(share)
+        if share in self.apart:
+            self.apart.remove(share)
+            self.budget_bytes -= share.nbytes
 
     @invariant()
     def everybody_has_his_own(self) -> None:
@@ -148,9 +167,10 @@ class ArenaMachine(RuleBasedStateMachine):
         used = sum(round_up_to_page(lease.nbytes) for lease in self.leases)
         used += sum(share.nbytes for share in self.shares)
         assert self.arena.used_bytes == used <= self.arena.budget_bytes
-        grown = sum(each.nbytes for each in (*self.segments, *self.apart))
-        assert self.arena.budget_bytes == ARENA_BYTES + grown
-        assert sum(s.nbytes for s in self.arena._segments) == self.arena.budget_bytes
+        assert self.arena.budget_bytes == self.budget_bytes
+        parts = [part for segment in self.arena._segments for part in segment.parts]
+        assert sum(end - start for start, end in parts) == self.budget_bytes
+        assert self.arena._num_visitors == sum(lease.visits for lease in self.leases)
         free = sum(e - s for segment in self.arena._segments for s, e in segment.free.ranges())
         assert used + free == self.arena.budget_bytes, "bytes are nobody's"
         assert sum(self.arena._owners._bytes.values()) == used
