@@ -182,6 +182,7 @@ def test_memory_pressure_on_a_full_disk_moves_nothing(
                 patch.setattr(pressure, "host_room_bytes", lambda: 0)
                 patch.setattr(pressure, "free_swap_bytes", lambda: 0)
                 engine._pressure._swing_bytes = 1
+                engine._pressure._look_seconds = 0.0  # it is time for another look
                 with pytest.raises(MemoryPressureError, match=r"cannot shrink|no room"):
                     small_loss(engine, 0)
 
