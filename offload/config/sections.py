@@ -309,7 +309,8 @@ class CheckpointSection(Section):
     """Where checkpoints are saved every `every_steps`. For `offload train` the default is
     `checkpoints` in `run.output`."""
     every_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps between two checkpoints that the engine saves by itself; 0 = none."""
+    """Optimizer steps between two checkpoints that the engine saves by itself, in `engine.step()`;
+    0 = none."""
     keep_last: CountOrAuto = "auto"
     """Of the checkpoints in a directory that have no tag of yours, the newest to keep; older ones
     are removed when a new one is durable. `auto`: of those that the engine saves by itself 2, of

@@ -13,6 +13,7 @@ that can be foreseen come first.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.config import OffloadConfig, available_host_bytes
+from offload.config import CheckpointSection, OffloadConfig, available_host_bytes
 from offload.engine.activations.room import open_activations
 from offload.engine.activations.store import ActivationStore
 from offload.engine.collect import Collected, Collection, collect, convert_buffers
@@ -57,7 +58,7 @@ from offload.optim.streamed import StreamedStep
 from offload.optim.zeroth_order import ZerothOrderRule, ZerothOrderUpdate
 from offload.partition.arrays import field_tensor
 from offload.partition.blocks import BlockStore
-from offload.partition.layout import Bucket, segments
+from offload.partition.layout import UPDATED_CLASSES, Bucket, segments
 from offload.partition.parameters import ParameterState
 from offload.schedule.executor import ComputePool
 from offload.schedule.footprint import Machine
@@ -70,6 +71,7 @@ from offload.tiers.host import HostArena
 from offload.tiers.memory import trim_heap
 from offload.tiers.nvme import NvmeStore
 from offload.tiers.retrying import RetryingIo
+from offload.tiers.run_folder import disk_of
 from offload.tiers.transfer import AsyncIo
 
 _LOOKAHEAD_PAGES = 3
@@ -273,7 +275,7 @@ def _reserve_and_move(
         for state_class, layout in plan.layouts[bucket.index].items():
             store.add(bucket, state_class, layout, plan.tier(bucket.index, state_class))
     device.reserve(plan.working_bytes)
-    store.reserve_records(spare=machine.staging.spare_extents, held_share=plan.overlap.held_share)
+    _reserve_records(store, plan, machine, config.checkpoint)
     meter = LaneMeter()
     pool = ComputePool(torch.get_num_threads())
     closing.callback(pool.close)
@@ -352,6 +354,24 @@ def _reserve_and_move(
         machine=machine,
         closing=closing.pop_all(),
     )
+
+
+def _reserve_records(
+    store: BlockStore, plan: Plan, machine: Machine, settings: CheckpointSection
+) -> None:
+    """Allocate all files before step 0, with room for the checkpoints that are planned."""
+    store.reserve_records(spare=machine.staging.spare_extents, held_share=plan.overlap.held_share)
+    directory = settings.directory
+    if store.nvme is None or directory is None or not settings.pinned_versions:
+        return
+    device = disk_of(directory)
+    counts: Counter[int] = Counter()
+    for block in store.blocks():
+        if block.bucket.trainable and block.state_class in UPDATED_CLASSES:
+            for record in block.records:
+                if store.nvme.device_of(record) == device:
+                    counts[record.nbytes] += settings.pinned_versions
+    store.nvme.reserve_beside_pins(counts)
 
 
 def _open_landing(plan: Plan, machine: Machine, store: BlockStore) -> LandingRing[Part] | None:

@@ -27,6 +27,7 @@ from offload.state.saver import Retention, Saver
 from offload.state.saving import Request
 from offload.state.source import StateSource, persistent_buffers
 from offload.state.stored import StoredCheckpoint
+from offload.tiers.run_folder import disk_of
 
 # Sections of the config that decide the numbers; the others may differ between save and load.
 _NUMERIC_SECTIONS = ("precision", "training", "optimizer", "lr_scheduler")
@@ -94,8 +95,7 @@ def save_checkpoint(
             ("buffer", name, "buffer"): buffer.detach().cpu().clone() for name, buffer in buffers
         }
         if not portable:
-            device = next(p for p in (root, *root.parents) if p.exists()).stat().st_dev
-            snapshot.reserve_beside_pins(device, saver.num_linked(retention))
+            snapshot.reserve_beside_pins(disk_of(root), saver.num_linked(retention))
         request = Request(
             root=root,
             tag=name,

@@ -144,6 +144,12 @@ class StorePath:
         return self._run_folder.create()
 
 
+def disk_of(path: Path) -> int:
+    """`st_dev` of the file system on which a file of this path would be made."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists()).stat().st_dev
+
+
 def give_back_range(fd: int, offset: int, nbytes: int) -> None:
     """Give the blocks of a part of a file back to the disk; it reads as zeros from here on.
 

@@ -163,6 +163,20 @@ def test_retention_keeps_the_newest_and_frees_their_extents(tmp_path):
     assert state.keys() == expected.keys()
 
 
+def test_room_for_planned_checkpoints_is_there_before_the_first_step(tmp_path):
+    settings = {"directory": tmp_path / "ckpt", "every_steps": 1, "keep_last": 2}
+    with make_engine(tmp_path) as engine:
+        without = engine._parts.nvme.used_bytes
+    with make_engine(tmp_path, checkpoint=settings) as engine:
+        used = engine._parts.nvme.used_bytes
+        assert engine.plan.peak_bytes["nvme"] >= used > without
+        train(engine, 6)
+        engine.wait_for_checkpoint()
+        assert engine._parts.nvme.used_bytes == used
+        names = sorted(p.name for p in (tmp_path / "ckpt").glob("step-*"))
+    assert names == ["step-00000005", "step-00000006"]
+
+
 def test_a_checkpoint_that_was_moved_away_keeps_its_extents(tmp_path):
     with make_engine(tmp_path) as engine:
         train(engine, 1)
