@@ -12,6 +12,7 @@ from unittest import mock
 
 from offload.native import fallback
 from offload.optim import streamed
+from offload.partition import late
 from offload.state import durable
 from offload.tiers import nvme
 
@@ -123,7 +124,7 @@ def _a_step_forgets_what_it_has_updated() -> AbstractContextManager[object]:
 
 
 def _staging_is_not_given_back() -> AbstractContextManager[object]:
-    return mock.patch.object(streamed, "release_all")
+    return mock.patch.object(late.LateTransfers, "release")
 
 
 TEETH = (
