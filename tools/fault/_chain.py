@@ -17,6 +17,7 @@ from offload.state import durable
 
 Cut = Callable[[Life, random.Random], None]
 _MOMENTS = ("fork", "begun", "saving", "saving", "saving", "saved", "saved")
+_COUNTS = (1, 1, 2, 3, 8)  # of such moments; after many saves extents are written again
 _MOST_DELAY_PERIODS = 2.5  # a life is killed within so many steps and saves
 
 
@@ -209,6 +210,6 @@ class Chains:
         if kind == "begun":
             life.wait_for("loaded", "fresh")
         elif kind in {"saving", "saved"}:
-            life.wait_for(kind, count=self.draw.choice((1, 2, 3)))
+            life.wait_for(kind, count=self.draw.choice(_COUNTS))
             periods /= _MOST_DELAY_PERIODS
         time.sleep(periods * self.period_seconds)
