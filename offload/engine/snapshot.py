@@ -160,9 +160,10 @@ class Snapshot:
         Raises:
             CheckpointError: a weight that lives on the device was edited since the call.
         """
-        for key in self.blocks:
+        for key in {key.bucket: key for key in self.blocks}.values():
+            now = self._edits_of(key)
             for name, version in self._edits[key.bucket].items():
-                if self._edits_of(key)[name] != version:
+                if now[name] != version:
                     raise CheckpointError(
                         f"parameter {name} was edited while its state was being saved",
                         remedy="call wait_for_checkpoint() before the edit, or set "

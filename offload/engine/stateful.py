@@ -208,6 +208,10 @@ class StatefulEngine(ABC):
         by_parameter = self._current_map().tensors.values()
         return [tensor for tensors in by_parameter for tensor in tensors.values()]
 
+    def block_nbytes(self, key: BlockKey) -> int:
+        """Bytes of a chunk block."""
+        return self._parts.store.block(key.bucket, key.state_class).layout.chunk_nbytes[key.chunk]
+
     def start_replacing(self, key: BlockKey, *, wait: bool) -> Replacement | None:
         """Memory for a block that is replaced as a whole, inside of `replacing_state`.
 

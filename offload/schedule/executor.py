@@ -267,6 +267,10 @@ class Background:
             started.ended.wait()
             raise
 
+    def keep(self, error: BaseException) -> None:
+        """Let `raise_error` raise this, unless there is something to raise already."""
+        self._error = self._error or error
+
     def raise_error(self) -> None:
         """Raises, once, what a call that has ended has raised."""
         error, self._error = self._error, None

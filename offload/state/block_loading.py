@@ -7,7 +7,7 @@ which fields they have does. What differs in that goes tensor by tensor.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from offload.partition.snapshot import BlockKey, MappedTensor
 from offload.state.data_file import DEPTH, Reading
@@ -17,11 +17,11 @@ from offload.state.stored import StoredCheckpoint
 
 
 def shared_blocks(
-    tensors: Sequence[MappedTensor], content: Manifest
+    tensors: Sequence[MappedTensor], nbytes: Callable[[BlockKey], int], content: Manifest
 ) -> tuple[dict[BlockKey, int], list[TensorRecord]] | None:
     """The number in the checkpoint of each block of the engine, and the tensors outside of them.
 
-    None: the tensors of the engine are not cut in the same way.
+    `nbytes` are those of a block of the engine. None: its tensors are not cut in the same way.
     """
     records = {(r.kind, r.name, r.field): r for r in content.tensors if r.kind != "gradient"}
     numbers: dict[BlockKey, int] = {}
@@ -33,6 +33,8 @@ def shared_blocks(
             if numbers.setdefault(piece.block, stored.block) != stored.block:
                 return None
     if len(set(numbers.values())) != len(numbers):
+        return None
+    if any(content.blocks[n].nbytes != nbytes(key) for key, n in numbers.items()):
         return None
     return numbers, list(records.values())
 
@@ -72,8 +74,8 @@ def load_blocks(engine: StateSource, found: StoredCheckpoint, numbers: dict[Bloc
             finish_oldest()
     finally:
         for reading, replacement in under_way:
-            reading.abandon()
-            replacement.cancel()
+            if reading.abandon():
+                replacement.cancel()
 
 
 def _is_cut_alike(tensor: MappedTensor, record: TensorRecord) -> bool:

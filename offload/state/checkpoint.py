@@ -82,7 +82,7 @@ def save_checkpoint(
     config = engine.config.checkpoint
     name = manifest.check_tag(tag if tag is not None else f"step-{engine.global_steps:08d}")
     if saver.is_busy and config.when_busy == "skip":
-        return saver.path or root / name
+        return saver.under_way or root / name
     saver.wait()
     origin = "tag" if tag is not None else "engine" if by_itself else "call"
     values = {**_collect_values(engine, client_state), "origin": origin}
@@ -95,7 +95,7 @@ def save_checkpoint(
             ("buffer", name, "buffer"): buffer.detach().cpu().clone() for name, buffer in buffers
         }
         if not portable:
-            snapshot.reserve_beside_pins(disk_of(root), saver.num_linked(retention))
+            snapshot.reserve_beside_pins(disk_of(root), saver.num_linked(root, retention))
         request = Request(
             root=root,
             tag=name,
@@ -161,7 +161,7 @@ def load_checkpoint(
 def _restore_tensors(
     engine: StateSource, found: StoredCheckpoint, wanted: Mapping[Key, Described]
 ) -> None:
-    shared = shared_blocks(engine.stored_tensors(), found.content)
+    shared = shared_blocks(engine.stored_tensors(), engine.block_nbytes, found.content)
     if shared is None:
         tensors = tensors_as_wanted(found, wanted)
     else:

@@ -26,6 +26,7 @@ from offload.state import durable, manifest
 from offload.state.manifest import ZEROS, BlockRecord, Manifest
 from offload.tiers.extents import round_up_to_page
 from offload.tiers.host import HostArena
+from offload.tiers.transfer import DEFAULT_DEADLINE_SECONDS
 
 # In flight at once: enough to keep a disk busy while the next are prepared.
 DEPTH = 4
@@ -131,6 +132,7 @@ class DataFileReader:
             StorageError: it cannot be read.
         """
         block = self._content.blocks[index]
+        assert tensor.numel() == block.nbytes, "memory of exactly its bytes"
         if block.file == ZEROS:
             tensor.zero_()
             return Reading(self, index, None)
@@ -264,7 +266,7 @@ class Reading:
         self._reader = reader
         self._ticket = ticket
 
-    def finish(self, deadline_seconds: float | None = None) -> None:
+    def finish(self) -> None:
         """Wait for the bytes, and verify them.
 
         Raises:
@@ -275,7 +277,7 @@ class Reading:
         if self._ticket is None:
             return
         try:
-            checksum = self._ticket.wait(deadline_seconds)
+            checksum = self._ticket.wait(DEFAULT_DEADLINE_SECONDS)
         except OffloadError as error:
             error.add_note(self._reader.describe(self.index))
             raise
@@ -285,10 +287,10 @@ class Reading:
                 f"was saved {block.crc32c:08x}"
             )
 
-    def abandon(self) -> None:
-        """Wait for the end, whatever it is."""
-        if self._ticket is not None:
-            try:
-                self._ticket.wait()
-            except OffloadError:
-                return
+    def abandon(self) -> bool:
+        """Wait for the end, whatever it is; False: it hangs, and keeps its memory."""
+        if self._ticket is None:
+            return True
+        with contextlib.suppress(OffloadError):
+            self._ticket.wait(DEFAULT_DEADLINE_SECONDS)
+        return self._ticket.done()

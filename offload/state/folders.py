@@ -118,7 +118,10 @@ def retire(folder: Path) -> None:
     """
     suffix = secrets.token_hex(_SUFFIX_BYTES)
     gone = folder.with_name(f"{RETIRED_PREFIX}{folder.name}-{suffix}")
-    with durable.storage_errors("rename", folder, what=folder.name):
+    with (
+        durable.storage_errors("rename", folder, what=folder.name),
+        contextlib.suppress(FileNotFoundError),  # the user was faster
+    ):
         folder.rename(gone)
     durable.sync_folder(folder.parent)
     shutil.rmtree(gone, ignore_errors=True)

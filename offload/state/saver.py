@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from offload.errors import OffloadError
-from offload.native import IoEngine
+from offload.errors import CheckpointError, OffloadError, StorageError
+from offload.native import IoEngine, IoFile
 from offload.schedule.executor import Background
 from offload.state import folders, manifest
 from offload.state.manifest import Manifest
@@ -55,7 +57,8 @@ _living: weakref.WeakSet[Saver] = weakref.WeakSet()
 def wait_for_saves(root: Path) -> None:
     """Wait for the checkpoints that this process is writing to a directory; raises nothing."""
     for saver in list(_living):
-        if saver.path is not None and saver.path.parent == root.absolute():
+        path = saver.under_way
+        if path is not None and path.parent.resolve() == root.resolve():
             saver.wait_quietly()
 
 
@@ -65,15 +68,22 @@ class Saver:
     Args:
         io: writes.
         deadline_seconds: how long one write, or a wait for host memory, may take.
+
+    Attributes:
+        under_way: where the checkpoint is that is being written; None: none is.
+        path: where the last one is that is durable; None: there is none.
     """
 
     def __init__(self, io: IoEngine, deadline_seconds: float) -> None:
         self._io = io
         self._deadline_seconds = deadline_seconds
         self._background = Background("offload-checkpoint")
-        self._known: dict[Path, dict[Path, tuple[int, str]]] = {}  # sequence and origin
+        self._known: dict[Path, _Known] = {}  # by the folder of the checkpoint
+        self._trimmed: set[Path] = set()  # directories that have been looked at for leftovers
         self._linked: list[Linked] = []
-        self.path: Path | None = None  # of the last checkpoint
+        self._doubtful: set[IoFile] = set()
+        self.under_way: Path | None = None
+        self.path: Path | None = None
         _living.add(self)
 
     @property
@@ -82,8 +92,12 @@ class Saver:
         return self._background.is_busy
 
     def raise_error(self) -> None:
-        """Raises, once, why the last checkpoint has failed; nothing of it is left."""
+        """Raises, once, why the last checkpoint has failed."""
         self._background.raise_error()
+
+    def keep_error(self, error: OffloadError) -> None:
+        """Let `raise_error` raise this: the step before it counts all the same."""
+        self._background.keep(error)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is durable, and `raise_error`."""
@@ -95,13 +109,18 @@ class Saver:
 
     def next_sequence(self, root: Path) -> int:
         """A number greater than that of every checkpoint in a directory."""
-        known = self._known_in(root)
-        return 1 + max((sequence for sequence, _ in known.values()), default=0)
+        return 1 + max((known.sequence for known in self._look(root).values()), default=0)
 
-    def num_linked(self, retention: Retention) -> int:
-        """How many checkpoints refer to extents when there is one more."""
-        count = len(self._linked) + 1
-        return min(count, retention.most) if retention.most else count
+    def num_linked(self, root: Path, retention: Retention) -> int:
+        """How many checkpoints refer to extents when there is one more in a directory."""
+        counted = [
+            link
+            for link in self._linked
+            if link.folder.parent == root and link.origin in retention.origins
+        ]
+        count = len(counted) + 1
+        others = len(self._linked) - len(counted)
+        return others + (min(count, retention.most) if retention.most else count)
 
     def save(
         self,
@@ -114,65 +133,87 @@ class Saver:
         """Write a checkpoint; the one before has ended. Returns its path.
 
         Raises:
-            BudgetError, CheckpointError, DiskFullError, StorageError: nothing of it is left.
+            BudgetError, CheckpointError, DiskFullError, StorageError: nothing of it is left, unless
+                it was the very last sync that failed.
         """
         self._forget_removed()
-        writer = CheckpointWriter(self._io, snapshot, request, self._deadline_seconds)
+        writer = CheckpointWriter(
+            self._io, snapshot, request, self._deadline_seconds, self._doubtful
+        )
         writer.begin()
-        self.path = request.root / request.tag
+        path = self.under_way = request.root / request.tag
 
         def run() -> None:
-            ends_pins = retention.most > 0 or request.portable
-            with snapshot.unpinning() if ends_pins else contextlib.nullcontext():
+            with contextlib.ExitStack() as unpinning:
+                ends_pins = retention.most > 0 or request.portable
+                after_capture = partial(_enter, unpinning, snapshot) if ends_pins else _nothing
                 try:
-                    linked = writer.run()
+                    writer.run(after_capture)
+                    self.path = path
                 except OffloadError as error:
-                    error.add_note(f"while checkpoint {request.root / request.tag} was written")
+                    error.add_note(f"while checkpoint {path} was written")
                     raise
-                self._note(request, linked)
+                finally:
+                    self.under_way = None
+                    if writer.linked is not None:
+                        self._linked.append(writer.linked)
                 self._retire(request.root, retention)
 
         if asynchronous:
-            self._background.start(run)
+            try:
+                self._background.start(run)
+            except BaseException:
+                if self.under_way is not None:  # it has not run
+                    self.under_way = None
+                    writer.give_up()
+                raise
         else:
             run()
-        return self.path
+        return path
 
-    def _known_in(self, root: Path) -> dict[Path, tuple[int, str]]:
-        if root not in self._known:
-            found, damaged = folders.candidates(root, None) if root.is_dir() else ([], [])
+    def _look(self, root: Path) -> dict[Path, _Known]:
+        """The checkpoints in a directory, by folder; each manifest is read once."""
+        found: dict[Path, _Known] = {}
+        if not root.is_dir():
+            return found
+        if root not in self._trimmed:
+            self._trimmed.add(root)
+            contents, damaged = folders.candidates(root, None)
             if not damaged:  # one that cannot be read now may be readable one day
-                trim(found)
-            self._known[root] = {
-                folder: (content.sequence, origin_of(content)) for folder, content in found
-            }
-        return self._known[root]
-
-    def _note(self, request: Request, linked: Linked | None) -> None:
-        folder = request.root / request.tag
-        known = self._known_in(request.root)
-        known[folder] = (request.sequence, str(request.values["origin"]))
-        if linked is not None:
-            self._linked.append(linked)
+                trim(contents)
+        for folder in folders.subfolders(root):
+            if folder.name.startswith("."):
+                continue  # on its way in or out
+            with contextlib.suppress(OSError, CheckpointError):
+                status = (folder / manifest.MANIFEST_NAME).stat()
+                stamp = (status.st_dev, status.st_ino, status.st_mtime_ns)
+                known = self._known.get(folder)
+                if known is None or known.stamp != stamp:
+                    content = manifest.read(folder)
+                    known = _Known(stamp, content.sequence, origin_of(content))
+                found[folder] = self._known[folder] = known
+        return found
 
     def _retire(self, root: Path, retention: Retention) -> None:
-        known = self._known_in(root)
-        if retention.most:
-            counted = [
-                folder for folder, (_, origin) in known.items() if origin in retention.origins
-            ]
-            counted.sort(key=lambda folder: known[folder][0], reverse=True)
-            for folder in counted[retention.most :]:
-                folders.retire(folder)
-                del known[folder]
+        """Remove what retention gives up. The new checkpoint stands, whatever happens here."""
+        try:
+            if retention.most:
+                known = self._look(root)
+                counted = [f for f, each in known.items() if each.origin in retention.origins]
+                counted.sort(key=lambda folder: known[folder].sequence, reverse=True)
+                for folder in counted[retention.most :]:
+                    folders.retire(folder)
+        except StorageError as error:
+            warnings.warn(
+                f"an old checkpoint stays, because it cannot be removed: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._forget_removed()
 
     def _forget_removed(self) -> None:
         """Let go of the extents of checkpoints that are gone."""
-        latest = {link.folder: link for link in self._linked}
-        there = [
-            link for link in latest.values() if (link.folder / manifest.MANIFEST_NAME).exists()
-        ]
+        there = [link for link in self._linked if link.is_there()]
         names = Counter(pins.file_identity(file) for link in there for file in link.files)
         for link in [link for link in self._linked if link not in there]:
             if any(
@@ -184,7 +225,24 @@ class Saver:
         self._linked = there
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A checkpoint in a directory; `stamp` changes with its manifest."""
+
+    stamp: tuple[int, int, int]
+    sequence: int
+    origin: str
+
+
 def origin_of(content: Manifest) -> str:
     """One of `ORIGINS`."""
     origin = content.values.get("origin")
     return origin if origin in ORIGINS else "tag"
+
+
+def _enter(stack: contextlib.ExitStack, snapshot: SnapshotSource) -> None:
+    stack.enter_context(snapshot.unpinning())
+
+
+def _nothing() -> None:
+    pass

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from offload import __version__
-from offload.errors import DiskFullError
+from offload.errors import DiskFullError, StorageError
 from offload.native import IoEngine, IoFile, Ticket
 from offload.partition.layout import SLOT_ALIGNMENT_BYTES, round_up
 from offload.partition.snapshot import BlockKey, MappedTensor, Version
@@ -58,13 +58,33 @@ class Request:
     portable: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Linked:
-    """A checkpoint that refers to extents, and the files that have them; `release` unpins all."""
+    """A checkpoint that refers to extents; `release` unpins all of them.
+
+    Attributes:
+        folder: of the checkpoint.
+        files: the backing files that have the extents, in the order of their numbers there.
+        origin: who has chosen its name.
+    """
 
     folder: Path
     files: Sequence[IoFile]
+    origin: str
     release: Callable[[], None]
+
+    def is_there(self) -> bool:
+        """Whether the folder is still this checkpoint's: it names the same files."""
+        if not (self.folder / manifest.MANIFEST_NAME).exists():
+            return False
+        for number, file in enumerate(self.files, start=1):
+            try:
+                status = (self.folder / manifest.data_file_name(number)).stat()
+            except OSError:
+                return False
+            if (status.st_dev, status.st_ino) != pins.file_identity(file):
+                return False
+        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -99,9 +119,12 @@ class _Copy:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint: `begin` in the thread that trains, then `run` in any.
+    """Writes one checkpoint: `begin` in the thread that trains, then `run` in any, or `give_up`.
 
-    Both give everything up if they raise, and let the engine go on.
+    The first two give everything up if they raise, and let the engine go on.
+
+    Attributes:
+        linked: what it refers to, once it has its name: also if `run` raises after that.
     """
 
     def __init__(
@@ -110,7 +133,10 @@ class CheckpointWriter:
         snapshot: SnapshotSource,
         request: Request,
         deadline_seconds: float,
+        doubtful: set[IoFile],
     ) -> None:
+        self.linked: Linked | None = None
+        self._doubtful = doubtful  # files of which an fsync has failed; one more would say nothing
         self._io = io
         self._snapshot = snapshot
         self._request = request
@@ -119,7 +145,7 @@ class CheckpointWriter:
         self._unpinning = contextlib.ExitStack()  # of what is linked
         self._records: list[BlockRecord] = []
         self._index: dict[BlockKey, int] = {}
-        self._files: list[IoFile | None] = [None]  # the first is the checkpoint's own
+        self._files: list[IoFile] = []  # linked; number 0 is the checkpoint's own file
         self._linked: dict[tuple[int, int], int] = {}  # backing file -> its number here
         self._to_copy: deque[_Copy] = deque()
         self._reading: deque[_Copy] = deque()
@@ -150,8 +176,8 @@ class CheckpointWriter:
                 self._capture(key)
             self._settle(0)
 
-    def run(self) -> Linked | None:
-        """Write the rest and make it durable; what it refers to, if it does.
+    def run(self, after_capture: Callable[[], object]) -> None:
+        """Write the rest and make it durable. `after_capture` is called when training may go on.
 
         Raises:
             CheckpointError: a weight was edited meanwhile.
@@ -165,26 +191,36 @@ class CheckpointWriter:
             late_values = self._snapshot.late_values()
             self._snapshot.check_unedited()
             self._snapshot.end_capture()
+            after_capture()
             self._copy_pinned()
             self._own.finish()
-            for file in filter(None, self._files):
-                self._io.fsync(file)
-            final = self._publish(copies, late_values)
+            for file in self._files:
+                self._sync(file)
+            self._publish(copies, late_values)
             self._cleanup.close()
-        if not self._linked:
-            return None
-        return Linked(final, list(filter(None, self._files)), self._unpinning.close)
+
+    def give_up(self) -> None:
+        """Let go of everything; of extents only if the checkpoint has not got its name."""
+        try:
+            self._cleanup.close()
+        finally:
+            if self.linked is None:
+                self._unpinning.close()
+            self._snapshot.end_capture()
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            try:
-                self._cleanup.close()
-                self._unpinning.close()
-            finally:
-                self._snapshot.end_capture()
+            self.give_up()
+            raise
+
+    def _sync(self, file: IoFile) -> None:
+        try:
+            self._io.fsync(file)
+        except OSError:
+            self._doubtful.add(file)
             raise
 
     def _own_bytes(self) -> int:
@@ -242,9 +278,9 @@ class CheckpointWriter:
             return None
         identity = pins.file_identity(pin.file)
         if identity not in self._linked:
-            if identity[0] != self._device:
+            if identity[0] != self._device or pin.file in self._doubtful:
                 return None
-            number = len(self._files)
+            number = 1 + len(self._files)
             try:
                 pins.link(pin.file, self._pending / manifest.data_file_name(number))
             except OSError:
@@ -362,11 +398,11 @@ class CheckpointWriter:
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def _publish(self, copies: list[TensorRecord], late_values: Mapping[str, object]) -> Path:
+    def _publish(self, copies: list[TensorRecord], late_values: Mapping[str, object]) -> None:
         request = self._request
         tensors = [self._tensor_record(tensor) for tensor in self._snapshot.tensors]
         files = [self._own.nbytes]
-        files += [os.fstat(file.fd).st_size for file in filter(None, self._files)]
+        files += [os.fstat(file.fd).st_size for file in self._files]
         content = Manifest(
             tag=request.tag,
             sequence=request.sequence,
@@ -377,10 +413,23 @@ class CheckpointWriter:
             tensors=(*tensors, *copies),
             values={**request.values, **plain.encode(dict(late_values), where="optimizer")},
         )
-        durable.write_file(self._pending / manifest.MANIFEST_NAME, manifest.encode(content))
-        final = folders.publish(self._pending, request.root, request.tag)
-        folders.write_hint(request.root, request.tag)
-        return final
+        path = self._pending / manifest.MANIFEST_NAME
+        durable.write_file(path, manifest.encode(content))
+        written = path.stat()
+        try:
+            final = folders.publish(self._pending, request.root, request.tag)
+        finally:
+            self._note_published(request.root / request.tag, written)
+        with contextlib.suppress(StorageError):
+            folders.write_hint(final.parent, final.name)
+
+    def _note_published(self, final: Path, written: os.stat_result) -> None:
+        """If the checkpoint has its name, also after an error, its extents are its own."""
+        with contextlib.suppress(OSError):
+            there = (final / manifest.MANIFEST_NAME).stat()
+            if (there.st_dev, there.st_ino) == (written.st_dev, written.st_ino) and self._files:
+                origin = str(self._request.values["origin"])
+                self.linked = Linked(final, self._files, origin, self._unpinning.close)
 
     def _tensor_record(self, tensor: MappedTensor) -> TensorRecord:
         return TensorRecord(

@@ -17,6 +17,7 @@ from offload.engine.engine import Engine, SchedulerFactory
 from offload.engine.optimizer import Closure
 from offload.engine.planning import OptimizerFactory
 from offload.engine.zeroth_order import Reduce
+from offload.errors import OffloadError
 from offload.schedule.plan import Plan
 from offload.state import adapters, checkpoint, export
 from offload.state.deferred import placing, refuse_inside
@@ -37,18 +38,25 @@ class OffloadEngine(Engine):
         super().__init__(parts, lr_scheduler)
 
     def step(self, closure: Closure | None = None, *, reduce: Reduce | None = None) -> bool:
-        """See `Engine.step`. Every `checkpoint.every_steps` a checkpoint is saved after it."""
+        """See `Engine.step`. Every `checkpoint.every_steps` a checkpoint is saved after it.
+
+        If that cannot be saved, the step counts all the same: the next use of the engine says so.
+        """
+        self._saver.raise_error()
         taken = super().step(closure, reduce=reduce)
         settings = self.config.checkpoint
         is_due = settings.every_steps and self.global_steps % settings.every_steps == 0
         if taken and is_due and settings.directory is not None:
-            checkpoint.save_checkpoint(
-                self,
-                self._saver,
-                settings.directory,
-                client_state=self.client_state,
-                by_itself=True,
-            )
+            try:
+                checkpoint.save_checkpoint(
+                    self,
+                    self._saver,
+                    settings.directory,
+                    client_state=self.client_state,
+                    by_itself=True,
+                )
+            except OffloadError as error:
+                self._saver.keep_error(error)
         return taken
 
     def save_checkpoint(
@@ -72,7 +80,7 @@ class OffloadEngine(Engine):
         )
 
     def wait_for_checkpoint(self) -> Path | None:
-        """Wait until the last checkpoint survives power loss; its path, None if there was none.
+        """Wait for the last checkpoint; the path of the newest that survives power loss, or None.
 
         Raises:
             BudgetError, CheckpointError, StorageError: it could not be saved, and nothing of it is

@@ -77,6 +77,9 @@ class StateSource(Protocol):
     def stored_tensors(self) -> Sequence[MappedTensor]:
         """Which bytes of which blocks the stored tensors are; what is not in blocks is left out."""
 
+    def block_nbytes(self, key: BlockKey) -> int:
+        """Bytes of a block."""
+
     def start_replacing(self, key: BlockKey, *, wait: bool) -> Replacement | None:
         """Memory for a block that is replaced as a whole; None: there is none without waiting."""
 

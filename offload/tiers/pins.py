@@ -46,7 +46,8 @@ def link(file: IoFile, path: Path) -> None:
     """Give a backing file a name, which must be free; the folder has to be synced after it.
 
     Raises:
-        OSError: another file system, or one that cannot name files without a name.
+        OSError: another file system, one that cannot name files without a name, or a file whose
+            last name has gone: it cannot get another one.
     """
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

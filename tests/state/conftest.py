@@ -95,6 +95,9 @@ class InMemoryEngine:
     def stored_tensors(self) -> list[MappedTensor]:
         return []  # every tensor goes by itself
 
+    def block_nbytes(self, key: BlockKey) -> int:
+        raise AssertionError("it has none")
+
     def end_replacing(self) -> None:
         pass
 
