@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import threading
@@ -475,3 +476,160 @@ def test_what_a_killed_process_has_left_is_given_back(tmp_path, monkeypatch):
     _, state = loaded_state(tmp_path, tmp_path / "ckpt", "at-2")
     assert_equal_state(state, expected)
     loaded_state(tmp_path, tmp_path / "ckpt", "at-1")
+
+
+# -- found by a review -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["hint", "directory"])
+def test_an_error_after_the_rename_leaves_a_checkpoint_that_loads(tmp_path, monkeypatch, point):
+    """It has its name, so its extents are its own, acknowledged or not."""
+    with make_engine(tmp_path) as engine:
+        train(engine, 1)
+        engine.save_checkpoint(tmp_path / "ckpt", "one")
+        engine.wait_for_checkpoint()
+        train(engine, 1)
+        expected = full_state(engine)
+
+        def fail(*_arguments, **_options):
+            raise StorageError(operation="fsync", path="disk", errno=5)
+
+        with monkeypatch.context() as patch:
+            name = "write_hint" if point == "hint" else "durable.sync_folder"
+            if point == "hint":
+                patch.setattr(folders, name, fail)
+                engine.save_checkpoint(tmp_path / "ckpt", "one")
+                engine.wait_for_checkpoint()
+            else:
+                sync = durable.sync_folder
+
+                def sync_folder(path):
+                    if path == tmp_path / "ckpt":
+                        fail()
+                    sync(path)
+
+                patch.setattr(durable, "sync_folder", sync_folder)
+                engine.save_checkpoint(tmp_path / "ckpt", "one")
+                with pytest.raises(StorageError, match="fsync of disk"):
+                    engine.wait_for_checkpoint()
+        for number in range(5):
+            train(engine, 1)
+            engine.save_checkpoint(tmp_path / "ckpt", f"next-{number % 2}")
+        engine.wait_for_checkpoint()
+    _, state = loaded_state(tmp_path, tmp_path / "ckpt", "one")
+    assert_equal_state(state, expected)
+
+
+def test_a_tag_that_was_taken_by_another_is_no_name_of_the_old(tmp_path):
+    with make_engine(tmp_path) as engine:
+        train(engine, 1)
+        engine.save_checkpoint(tmp_path / "ckpt", "two")
+        engine.wait_for_checkpoint()
+        expected = full_state(engine)
+        engine.save_checkpoint(tmp_path / "ckpt", "one")
+        engine.save_checkpoint(tmp_path / "ckpt", "one", portable=True)
+        engine.wait_for_checkpoint()
+        (tmp_path / "safe").mkdir()
+        (tmp_path / "ckpt" / "two").rename(tmp_path / "safe" / "two")
+        for number in range(5):
+            train(engine, 1)
+            engine.save_checkpoint(tmp_path / "ckpt", f"next-{number % 2}")
+        engine.wait_for_checkpoint()
+    _, state = loaded_state(tmp_path, tmp_path / "safe", "two")
+    assert_equal_state(state, expected)
+
+
+def test_a_file_that_could_not_be_synced_is_copied_from_then_on(tmp_path, monkeypatch):
+    with make_engine(tmp_path) as engine:
+        train(engine, 1)
+        real, synced = IoEngine.fsync, []
+
+        def fsync(io, file):
+            synced.append(file)
+            if len(synced) == 2:
+                raise StorageError(operation="fsync", path=file.path, errno=5)
+            real(io, file)
+
+        monkeypatch.setattr(IoEngine, "fsync", fsync)
+        engine.save_checkpoint(tmp_path / "ckpt", "one")
+        with pytest.raises(StorageError, match="fsync"):
+            engine.wait_for_checkpoint()
+        assert engine.wait_for_checkpoint() is None, "nothing is durable"
+        path = engine.save_checkpoint(tmp_path / "ckpt", "two")
+        assert engine.wait_for_checkpoint() == path
+        assert synced.count(synced[1]) == 1, "an fsync that failed is never repeated"
+        expected = full_state(engine)
+    _, state = loaded_state(tmp_path, tmp_path / "ckpt", "two")
+    assert_equal_state(state, expected)
+
+
+def test_the_newest_of_two_engines_is_the_newest(tmp_path):
+    with make_engine(tmp_path) as one, make_engine(tmp_path) as two:
+        train(one, 1)
+        one.save_checkpoint(tmp_path / "ckpt", "first")
+        for number in range(3):
+            train(two, 1)
+            two.save_checkpoint(tmp_path / "ckpt", f"second-{number}")
+        two.wait_for_checkpoint()
+        train(one, 4)
+        one.save_checkpoint(tmp_path / "ckpt", "newest")
+    step, _ = loaded_state(tmp_path, tmp_path / "ckpt")
+    assert step == 5
+
+
+def test_checkpoints_that_the_user_has_removed_do_not_stop_retention(tmp_path):
+    settings = {"directory": tmp_path / "ckpt", "every_steps": 1, "keep_last": 2}
+    with make_engine(tmp_path, checkpoint=settings) as engine:
+        train(engine, 2)
+        engine.wait_for_checkpoint()
+        shutil.rmtree(tmp_path / "ckpt" / "step-00000001")
+        train(engine, 3)
+        engine.wait_for_checkpoint()
+        names = sorted(p.name for p in (tmp_path / "ckpt").glob("step-*"))
+        assert names == ["step-00000004", "step-00000005"]
+        shutil.rmtree(tmp_path / "ckpt")
+        train(engine, 2)
+        engine.wait_for_checkpoint()
+
+
+def test_a_step_counts_although_its_checkpoint_cannot_be_saved(tmp_path, monkeypatch):
+    settings = {"directory": tmp_path / "ckpt", "every_steps": 1}
+    with make_engine(tmp_path, "host", checkpoint=settings) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "free_bytes", lambda _folder: 10_000)
+            engine.backward(engine(torch.randn(4, WIDTH)))
+            assert engine.step()
+        with pytest.raises(DiskFullError):
+            engine.step()
+        assert engine.global_steps == 1
+        assert engine.micro_steps == 1
+        train(engine, 1)
+        engine.wait_for_checkpoint()
+    step, _ = loaded_state(tmp_path, tmp_path / "ckpt")
+    assert step == 2
+
+
+def test_a_block_of_another_size_is_not_read_in_place(tmp_path):
+    with make_engine(tmp_path, "host") as engine:
+        train(engine, 1)
+        path = engine.save_checkpoint(tmp_path / "ckpt", "one")
+    content = manifest.read(path)
+    longest = max(content.blocks, key=lambda block: block.nbytes)
+    blocks = tuple(
+        block._replace(nbytes=longest.nbytes, offset=longest.offset) for block in content.blocks
+    )
+    forged = dataclasses.replace(content, blocks=blocks)
+    (path / manifest.MANIFEST_NAME).write_bytes(manifest.encode(forged))
+    with pytest.raises(CheckpointError, match="damaged"):
+        loaded_state(tmp_path, tmp_path / "ckpt", "one")
+
+
+def test_a_link_to_a_directory_waits_for_the_save_there(tmp_path, monkeypatch):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "ckpt")
+    with make_engine(tmp_path) as engine:
+        for step in (1, 2):
+            train(engine, 1)
+            engine.save_checkpoint(tmp_path / "ckpt", f"at-{step}")
+        step, _ = loaded_state(tmp_path, tmp_path / "link")
+        assert step == 2

@@ -43,9 +43,9 @@ def _manifests_are_not_checked() -> AbstractContextManager[object]:
 def _blocks_are_not_checked() -> AbstractContextManager[object]:
     original = data_file.Reading.finish
 
-    def finish(reading: data_file.Reading, deadline_seconds: float | None = None) -> None:
+    def finish(reading: data_file.Reading) -> None:
         with contextlib.suppress(CheckpointError):
-            original(reading, deadline_seconds)
+            original(reading)
 
     return mock.patch.object(data_file.Reading, "finish", finish)
 
