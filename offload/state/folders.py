@@ -41,8 +41,9 @@ def pending_folder(root: Path, tag: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what stays is swept by a later save
+            if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
@@ -54,10 +55,14 @@ def _create_locked(root: Path, tag: str) -> tuple[Path, int]:
         # another.
         with contextlib.suppress(FileNotFoundError):
             lock = _lock(folder)
-            if lock is not None and folder.exists():
-                return folder, lock
-            if lock is not None:
+            if lock is None:
+                continue
+            try:
+                folder.stat()
+            except BaseException:
                 os.close(lock)
+                raise
+            return folder, lock
 
 
 def _lock(folder: Path) -> int | None:
@@ -68,6 +73,9 @@ def _lock(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

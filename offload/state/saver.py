@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from offload.errors import CheckpointError, OffloadError, StorageError
+from offload.errors import CheckpointError, OffloadError
 from offload.native import IoEngine, IoFile
 from offload.schedule.executor import Background
-from offload.state import folders, manifest
+from offload.state import durable, folders, manifest
 from offload.state.manifest import Manifest
 from offload.state.saving import CheckpointWriter, Linked, Request
 from offload.state.source import SnapshotSource
@@ -148,7 +148,8 @@ class Saver:
                 ends_pins = retention.most > 0 or request.portable
                 after_capture = partial(_enter, unpinning, snapshot) if ends_pins else _nothing
                 try:
-                    writer.run(after_capture)
+                    with durable.storage_errors("save", request.root, what=request.tag):
+                        writer.run(after_capture)
                     self.path = path
                 except OffloadError as error:
                     error.add_note(f"while checkpoint {path} was written")
@@ -203,7 +204,7 @@ class Saver:
                 counted.sort(key=lambda folder: known[folder].sequence, reverse=True)
                 for folder in counted[retention.most :]:
                     folders.retire(folder)
-        except StorageError as error:
+        except OSError as error:
             warnings.warn(
                 f"an old checkpoint stays, because it cannot be removed: {error}",
                 RuntimeWarning,

@@ -19,7 +19,7 @@ from offload.engine.planning import OptimizerFactory
 from offload.engine.zeroth_order import Reduce
 from offload.errors import OffloadError
 from offload.schedule.plan import Plan
-from offload.state import adapters, checkpoint, export
+from offload.state import adapters, checkpoint, durable, export
 from offload.state.deferred import placing, refuse_inside
 from offload.state.importing import Imported, import_checkpoint
 from offload.state.saver import Saver
@@ -48,13 +48,14 @@ class OffloadEngine(Engine):
         is_due = settings.every_steps and self.global_steps % settings.every_steps == 0
         if taken and is_due and settings.directory is not None:
             try:
-                checkpoint.save_checkpoint(
-                    self,
-                    self._saver,
-                    settings.directory,
-                    client_state=self.client_state,
-                    by_itself=True,
-                )
+                with durable.storage_errors("save", settings.directory, what="checkpoint"):
+                    checkpoint.save_checkpoint(
+                        self,
+                        self._saver,
+                        settings.directory,
+                        client_state=self.client_state,
+                        by_itself=True,
+                    )
             except OffloadError as error:
                 self._saver.keep_error(error)
         return taken
@@ -75,9 +76,10 @@ class OffloadEngine(Engine):
         """
         self._check_ready("save_checkpoint")
         self._admit_unfrozen()
-        return checkpoint.save_checkpoint(
-            self, self._saver, Path(directory), tag, client_state, portable=portable
-        )
+        with durable.storage_errors("save", Path(directory), what=tag or "checkpoint"):
+            return checkpoint.save_checkpoint(
+                self, self._saver, Path(directory), tag, client_state, portable=portable
+            )
 
     def wait_for_checkpoint(self) -> Path | None:
         """Wait for the last checkpoint; the path of the newest that survives power loss, or None.
@@ -120,7 +122,8 @@ class OffloadEngine(Engine):
         self._saver.wait()
         if self._pending is None and not self._is_void:
             self._admit_unfrozen()
-        return checkpoint.load_checkpoint(self, Path(directory), tag)
+        with durable.storage_errors("load", Path(directory), what=tag or "checkpoint"):
+            return checkpoint.load_checkpoint(self, Path(directory), tag)
 
     def import_checkpoint(
         self,

@@ -170,11 +170,11 @@ def keep_ranges(fd: int, ranges: Iterable[tuple[int, int]]) -> None:
 
     Where the file system cannot do that, they stay.
     """
-    status = os.fstat(fd)
-    if not status.st_nlink:
-        return
-    start = 0
     with contextlib.suppress(OSError):
+        status = os.fstat(fd)
+        if not status.st_nlink:
+            return
+        start = 0
         for offset, nbytes in sorted([*ranges, (status.st_size, 0)]):
             if offset > start:
                 give_back_range(fd, start, offset - start)

@@ -633,3 +633,16 @@ def test_a_link_to_a_directory_waits_for_the_save_there(tmp_path, monkeypatch):
             engine.save_checkpoint(tmp_path / "ckpt", f"at-{step}")
         step, _ = loaded_state(tmp_path, tmp_path / "link")
         assert step == 2
+
+
+def test_no_descriptor_stays_when_a_lock_cannot_be_taken(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise OSError(5, "Input/output error")
+
+    before = sorted(path.name for path in Path("/proc/self/fd").iterdir())
+    for owner, name in ((folders.fcntl, "flock"), (os, "stat")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(StorageError), folders.pending_folder(tmp_path, "tag"):
+                pass
+    assert sorted(path.name for path in Path("/proc/self/fd").iterdir()) == before
