@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "offload-stamp.json"
+MOST_TEST_PROCESSES = 4
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -109,14 +110,17 @@ def demo() -> int:
 
 
 def test_suite(*, slow: bool, further: Sequence[str]) -> int:
-    """Run pytest: the default set, or with `slow` the slow tests."""
+    """Run pytest: the default set in several processes, or with `slow` the slow tests."""
     library = set_up("hf", "test")
     if not library and compiler():
         raise SetupError(
             "there is a C++ compiler but the native library was not built; the reason is in the "
             f"output of: {PYTHON} -m pip install -v --no-deps -e {ROOT}"
         )
-    return run("-m", "pytest", *(["-m", "slow"] if slow else []), *further)
+    processes = str(min(os.cpu_count() or 1, MOST_TEST_PROCESSES))
+    # Slow tests measure memory, or take all of the machine: one at a time.
+    how = ["-m", "slow"] if slow else ["-n", processes]
+    return run("-m", "pytest", *how, *further)
 
 
 def lint() -> int:
