@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections import deque
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -43,9 +44,23 @@ class MixedDisk:
         # What was never written reads as zeros without touching the disk.
         self.seconds(0, self._num_requests * REQUEST_BYTES)
 
-    def sync(self) -> None:
-        """Make what has been written durable."""
-        self._engine.fsync(self._file)
+    def write_new(self, path: Path) -> None:
+        """Write as many bytes as the file has to a new one, which is allocated first, and sync."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        with self._engine.open(str(path), flags=flags) as file:
+            os.posix_fallocate(file.fd, 0, self._num_requests * REQUEST_BYTES)
+            flying: deque[Ticket] = deque()
+            for number in range(self._num_requests):
+                if len(flying) == NUM_BUFFERS:
+                    flying.popleft().wait()
+                address = self._address + number % NUM_BUFFERS * REQUEST_BYTES
+                offset = number * REQUEST_BYTES
+                flying.append(
+                    self._engine.start_write(file, offset, address, REQUEST_BYTES, checksum_seed=0)
+                )
+            while flying:
+                flying.popleft().wait()
+            self._engine.fsync(file)
 
     def seconds(self, read_bytes: int, written_bytes: int) -> float:
         """The time that these bytes take, to the last byte."""

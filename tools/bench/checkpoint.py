@@ -6,7 +6,7 @@ pause     all state on NVMe, a checkpoint at every step on the same file system,
           Steps with and without take turns; from the end of a step to the end of the next.
 save      the same state in memory to a portable checkpoint, until it is synced, beside
           torch.save, safetensors and torch.distributed.checkpoint of the same tensors (synced, too)
-          and beside as many bytes written with O_DIRECT and synced, without anything else.
+          and beside as many bytes written to a new file with O_DIRECT and synced, and nothing else.
 load      back into memory that is in use already, of files that are not in the page cache.
 
 Sides take turns in each round; medians. `nvme` is the portable save of state that is on NVMe.
@@ -191,10 +191,10 @@ class Sides:
             engine.close()
 
 
-def raw_save(disk: MixedDisk, nbytes: int) -> None:
-    """Write as many bytes with O_DIRECT and many requests in flight, and sync."""
-    disk.seconds(0, nbytes)
-    disk.sync()
+def raw_save(disk: MixedDisk, path: Path) -> None:
+    """Write as many bytes to a new file with O_DIRECT and many requests in flight, and sync."""
+    disk.write_new(path)
+    path.unlink()
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -215,7 +215,7 @@ def measure_speed(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         for number in range(options.rounds + 1):
             for side in (*SIDES, RAW):
                 if side == RAW:
-                    save = timed(partial(raw_save, disk, sides.nbytes))
+                    save = timed(partial(raw_save, disk, Path(folder) / RAW))
                     load = disk.seconds(sides.nbytes, 0)
                 else:
                     save = timed(partial(sides.save, side))
