@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ def _whole(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """List the parts, or run the one that `arguments` name; return the exit code."""
+    # Before torch is imported: a process that forks its trials must have one thread.
+    os.environ["OMP_NUM_THREADS"] = "1"
     given = list(sys.argv[1:] if arguments is None else arguments)
     names = part_names()
     listed = "\n".join(f"  {name:12} {first}" for name, first in names.items())
