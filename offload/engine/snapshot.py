@@ -29,7 +29,13 @@ from offload.engine.state_access import COMPLETIONS, StateAccess, scalar_state
 from offload.engine.state_map import StateMap
 from offload.errors import BudgetError, CheckpointError
 from offload.partition.layout import UPDATED_CLASSES
-from offload.partition.snapshot import BlockKey, MappedTensor, Version, version_of
+from offload.partition.snapshot import (
+    BlockKey,
+    MappedTensor,
+    Version,
+    block_nbytes,
+    version_of,
+)
 from offload.tiers.host import HostLease
 from offload.tiers.pins import Pin
 from offload.tiers.transfer import Transfer
@@ -75,7 +81,7 @@ class Snapshot:
 
     def nbytes(self, key: BlockKey) -> int:
         """Bytes of a block."""
-        return self._parts.store.block(key.bucket, key.state_class).layout.chunk_nbytes[key.chunk]
+        return block_nbytes(self._parts.store, key)
 
     @property
     def has_checksums(self) -> bool:

@@ -24,7 +24,7 @@ from offload.optim.chunk_update import OptimizerUpdate
 from offload.optim.loss_scale import LossScale
 from offload.optim.rules import scale_field
 from offload.partition.parameters import ParameterState
-from offload.partition.snapshot import BlockKey, MappedTensor
+from offload.partition.snapshot import BlockKey, MappedTensor, block_nbytes
 from offload.schedule.plan import Plan
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
@@ -210,7 +210,7 @@ class StatefulEngine(ABC):
 
     def block_nbytes(self, key: BlockKey) -> int:
         """Bytes of a chunk block."""
-        return self._parts.store.block(key.bucket, key.state_class).layout.chunk_nbytes[key.chunk]
+        return block_nbytes(self._parts.store, key)
 
     def start_replacing(self, key: BlockKey, *, wait: bool) -> Replacement | None:
         """Memory for a block that is replaced as a whole, inside of `replacing_state`.
@@ -272,7 +272,7 @@ class StatefulEngine(ABC):
         With gradients, if some have arrived that no step has used.
 
         Raises:
-            EngineStateError: the engine is closed, or a step is pending.
+            EngineStateError: the engine is closed, a step is pending, or a gradient was lost.
             StorageError: an edit or a gradient could not be written home.
         """
         self._check_ready("a snapshot")

@@ -84,6 +84,11 @@ class Version:
     release: Callable[[], None]
 
 
+def block_nbytes(store: BlockStore, key: BlockKey) -> int:
+    """Bytes of a chunk block."""
+    return store.block(key.bucket, key.state_class).layout.chunk_nbytes[key.chunk]
+
+
 def version_of(store: BlockStore, block: Block, chunk: int, lend: Lend) -> Version | None:
     """What the home of a chunk says now; None: it needs staging, and `lend` has none at present.
 
