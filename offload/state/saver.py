@@ -12,14 +12,13 @@
     retire    checkpoints that retention gives up are removed, and what only they had pinned is free
 
 A checkpoint that refers to extents keeps them pinned while the process lives, or until it is
-removed. Whether it is gone is told by the number of names that its backing files have: a folder
-that was moved away, or copied by hard links, keeps its extents.
+removed. Whether it is gone is told by the number of names that its backing files have beside their
+anchors ([Note: anchors]): a folder that was moved away, or copied by hard links, keeps its extents.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 import weakref
 from collections import Counter
@@ -29,14 +28,13 @@ from functools import partial
 from pathlib import Path
 
 from offload.errors import CheckpointError, OffloadError
-from offload.native import IoEngine, IoFile
+from offload.native import IoEngine
 from offload.schedule.executor import Background
 from offload.state import durable, folders, manifest
 from offload.state.manifest import Manifest
 from offload.state.saving import CheckpointWriter, Linked, Request
 from offload.state.source import SnapshotSource
 from offload.state.trimming import trim
-from offload.tiers import pins
 
 # Who chose that a checkpoint is saved under this name: nobody, the one who called, or that too
 # under a tag of his own.
@@ -81,7 +79,6 @@ class Saver:
         self._known: dict[Path, _Known] = {}  # by the folder of the checkpoint
         self._trimmed: set[Path] = set()  # directories that have been looked at for leftovers
         self._linked: list[Linked] = []
-        self._doubtful: set[IoFile] = set()
         self.under_way: Path | None = None
         self.path: Path | None = None
         _living.add(self)
@@ -112,7 +109,11 @@ class Saver:
         return 1 + max((known.sequence for known in self._look(root).values()), default=0)
 
     def num_linked(self, root: Path, retention: Retention) -> int:
-        """How many checkpoints refer to extents when there is one more in a directory."""
+        """How many checkpoints refer to extents when there is one more in a directory.
+
+        Lets go of the extents of those that are gone.
+        """
+        self._forget_removed()
         counted = [
             link
             for link in self._linked
@@ -137,9 +138,7 @@ class Saver:
                 it was the very last sync that failed.
         """
         self._forget_removed()
-        writer = CheckpointWriter(
-            self._io, snapshot, request, self._deadline_seconds, self._doubtful
-        )
+        writer = CheckpointWriter(self._io, snapshot, request, self._deadline_seconds)
         writer.begin()
         path = self.under_way = request.root / request.tag
 
@@ -215,11 +214,9 @@ class Saver:
     def _forget_removed(self) -> None:
         """Let go of the extents of checkpoints that are gone."""
         there = [link for link in self._linked if link.is_there()]
-        names = Counter(pins.file_identity(file) for link in there for file in link.files)
+        names = Counter(file.identity for link in there for file in link.files)
         for link in [link for link in self._linked if link not in there]:
-            if any(
-                os.fstat(file.fd).st_nlink > names[pins.file_identity(file)] for file in link.files
-            ):
+            if any(file.num_names() > names[file.identity] for file in link.files):
                 there.append(link)  # it has another name somewhere
             else:
                 link.release()

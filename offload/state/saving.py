@@ -16,7 +16,7 @@ import torch
 
 from offload import __version__
 from offload.errors import DiskFullError, StorageError
-from offload.native import IoEngine, IoFile, Ticket
+from offload.native import IoEngine, Ticket
 from offload.partition.layout import SLOT_ALIGNMENT_BYTES, round_up
 from offload.partition.snapshot import BlockKey, MappedTensor, Version
 from offload.partition.staging import StagingLease
@@ -25,9 +25,8 @@ from offload.state.data_file import DEPTH, DataFileWriter
 from offload.state.manifest import ZEROS, BlockRecord, Manifest, PieceRecord, TensorRecord
 from offload.state.safetensors_stream import bytes_of
 from offload.state.source import SnapshotSource
-from offload.tiers import pins
 from offload.tiers.extents import round_up_to_page
-from offload.tiers.pins import Pin
+from offload.tiers.pins import BackingFile, Pin
 from offload.tiers.transfer import Transfer
 
 # Bytes of the manifest to reserve for one tensor or block when the free space is checked.
@@ -69,7 +68,7 @@ class Linked:
     """
 
     folder: Path
-    files: Sequence[IoFile]
+    files: Sequence[BackingFile]
     origin: str
     release: Callable[[], None]
 
@@ -82,7 +81,7 @@ class Linked:
                 status = (self.folder / manifest.data_file_name(number)).stat()
             except OSError:
                 return False
-            if (status.st_dev, status.st_ino) != pins.file_identity(file):
+            if (status.st_dev, status.st_ino) != file.identity:
                 return False
         return True
 
@@ -133,10 +132,8 @@ class CheckpointWriter:
         snapshot: SnapshotSource,
         request: Request,
         deadline_seconds: float,
-        doubtful: set[IoFile],
     ) -> None:
         self.linked: Linked | None = None
-        self._doubtful = doubtful  # files of which an fsync has failed; one more would say nothing
         self._io = io
         self._snapshot = snapshot
         self._request = request
@@ -145,7 +142,7 @@ class CheckpointWriter:
         self._unpinning = contextlib.ExitStack()  # of what is linked
         self._records: list[BlockRecord] = []
         self._index: dict[BlockKey, int] = {}
-        self._files: list[IoFile] = []  # linked; number 0 is the checkpoint's own file
+        self._files: list[BackingFile] = []  # linked; number 0 is the checkpoint's own file
         self._linked: dict[tuple[int, int], int] = {}  # backing file -> its number here
         self._to_copy: deque[_Copy] = deque()
         self._reading: deque[_Copy] = deque()
@@ -216,11 +213,11 @@ class CheckpointWriter:
             self.give_up()
             raise
 
-    def _sync(self, file: IoFile) -> None:
+    def _sync(self, file: BackingFile) -> None:
         try:
-            self._io.fsync(file)
+            self._io.fsync(file.io)
         except OSError:
-            self._doubtful.add(file)
+            file.is_doubtful = True  # one more fsync would say nothing
             raise
 
     def _own_bytes(self) -> int:
@@ -276,13 +273,13 @@ class CheckpointWriter:
         pin = version.pin
         if pin is None or self._request.portable or not self._snapshot.has_checksums:
             return None
-        identity = pins.file_identity(pin.file)
+        identity = pin.file.identity
         if identity not in self._linked:
-            if identity[0] != self._device or pin.file in self._doubtful:
+            if pin.file.device != self._device:
                 return None
             number = 1 + len(self._files)
             try:
-                pins.link(pin.file, self._pending / manifest.data_file_name(number))
+                pin.file.link(self._pending / manifest.data_file_name(number))
             except OSError:
                 return None
             self._linked[identity] = number
@@ -363,7 +360,7 @@ class CheckpointWriter:
     def _clone(self, copy: _Copy) -> bool:
         """Share an extent, if the file system can."""
         pin = copy.pin
-        offset = self._own.clone(pin.file, pin.extent.offset, copy.nbytes)
+        offset = self._own.clone(pin.file.io, pin.extent.offset, copy.nbytes)
         if offset is None:
             return False
         self._records[copy.index] = BlockRecord(0, offset, copy.nbytes, pin.seed, pin.checksum)
@@ -402,7 +399,7 @@ class CheckpointWriter:
         request = self._request
         tensors = [self._tensor_record(tensor) for tensor in self._snapshot.tensors]
         files = [self._own.nbytes]
-        files += [os.fstat(file.fd).st_size for file in self._files]
+        files += [os.fstat(file.io.fd).st_size for file in self._files]
         content = Manifest(
             tag=request.tag,
             sequence=request.sequence,

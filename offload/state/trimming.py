@@ -3,7 +3,9 @@
 A backing file holds more than a checkpoint needs: room for the next versions, and state that no
 checkpoint has. A process that ends gives that back to the disk; of one that was killed it stays
 until somebody else saves there. The file is locked as long as its process lives, and touched only
-if every name that it has is known: other checkpoints may need other parts of it.
+if every name that it has is known: other checkpoints may need other parts of it. The anchor of a
+killed process ([Note: anchors]) is not known here, because no checkpoint says where it is: the next
+run on the path of the tier has removed it before it saves. As long as nobody runs there, it stays.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from offload.tiers.pins import BackingFile
 from offload.tiers.records import checksum_seed
 from offload.tiers.run_folder import (
     StorePath,
@@ -41,7 +42,7 @@ class BackingFiles:
     def __init__(self, paths: Sequence[str | os.PathLike[str]], io: AsyncIo) -> None:
         self.paths: list[StorePath] = []
         self._io = io
-        self._files: list[IoFile] = []
+        self._files: list[BackingFile] = []
         self._salts: list[bytes] = []  # by file
         try:
             self.paths.extend(map(StorePath, paths))
@@ -50,7 +51,7 @@ class BackingFiles:
             raise
         warn_of_memory(self.paths)
 
-    def __getitem__(self, index: int) -> IoFile:
+    def __getitem__(self, index: int) -> BackingFile:
         return self._files[index]
 
     def bytes_free(self) -> int:
@@ -79,7 +80,7 @@ class BackingFiles:
         indices = {}
         for home, file in files.items():
             indices[home] = len(self._files)
-            self._files.append(file)
+            self._files.append(BackingFile(file, self.paths[home]))
             self._salts.append(secrets.token_bytes(_SALT_BYTES))
         return indices
 
@@ -89,15 +90,20 @@ class BackingFiles:
 
     def give_back(self, extent: Extent) -> None:
         """Give the blocks of an extent back to the disk. Raises OSError: it cannot."""
-        give_back_range(self._files[extent.file].fd, extent.offset, extent.nbytes)
+        give_back_range(self._files[extent.file].io.fd, extent.offset, extent.nbytes)
 
     def trim(self, kept: Iterable[Extent]) -> None:
-        """Of files that have got a name, only these extents stay on the disk."""
+        """Of files that have got a name, only these extents stay on the disk.
+
+        To be called before `close`: no other name of theirs than a checkpoint's stays.
+        """
+        for path in self.paths:
+            path.remove_run_folder()
         ranges: dict[int, list[tuple[int, int]]] = {}
         for extent in kept:
             ranges.setdefault(extent.file, []).append((extent.offset, extent.nbytes))
         for index, file in enumerate(self._files):
-            keep_ranges(file.fd, ranges.get(index, ()))
+            keep_ranges(file.io.fd, ranges.get(index, ()))
 
     def close(self) -> None:
         """Give all files up, and close the paths. A forked child leaves everything alone.
@@ -105,5 +111,5 @@ class BackingFiles:
         Descriptors outlive this while a request on them is in flight.
         """
         for file in self._files:
-            file.close()
+            file.io.close()
         close_paths(self.paths)

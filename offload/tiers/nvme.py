@@ -358,7 +358,13 @@ class NvmeStore:
                 self._wait_for(blocker, record, limit)
 
     def device_of(self, record: Record) -> int | None:
-        """`st_dev` of the disk that the record was dealt to; None: its files cannot get a name."""
+        """`st_dev` of the disk that has the record in a file that can get a name; None: it cannot.
+
+        Of one that was never written, the disk that it was dealt to.
+        """
+        with self._lock:
+            if record.current is not None:
+                return self._files[record.current.file].device
         path = self._files.paths[record.home]
         return path.device if path.can_link else None
 
@@ -458,7 +464,7 @@ class NvmeStore:
                     self._flip(record, extent, checksum)
                 else:
                     pool.put_back(extent)
-        path = self._files[extent.file].path
+        path = self._files[extent.file].io.path
         if failure is not None:
             return named_error(failure, record, transfer.operation, extent, path)
         if transfer.operation == "read" and checksum != transfer.expected:
@@ -488,7 +494,7 @@ class NvmeStore:
         Queueing does not block, and the extent, the request and the list of what is in flight must
         change together.
         """
-        file = self._files[extent.file]
+        file = self._files[extent.file].io
         seed = None
         if self._checksum:
             seed = self._files.seed(extent, generation)

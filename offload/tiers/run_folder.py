@@ -6,11 +6,13 @@ A backing file has no name: O_TMPFILE, so its blocks are free when its last desc
 also by SIGKILL, unless a checkpoint has given it a name. It is locked with flock as long as its
 process lives: what is in it and in no checkpoint is that process's.
 
-Where the file system has no O_TMPFILE the file is made in a run folder `offload-<pid>-<random>`
-(0700) and unlinked at once; a kill in between, or a file system that cannot unlink open files,
-leaves the folder. The folder holds a file `lock` that its process keeps locked with flock: whoever
-can take the lock of a folder knows that its process is gone and sweeps it. That holds across
-containers and reused process numbers, so jobs share a path safely (P7).
+A run folder `offload-<pid>-<random>` (0700) has names of files that belong to this process alone:
+the anchors of those that a checkpoint refers to ([Note: anchors]), made with the first of them.
+Where the file system has no O_TMPFILE, files are made there and unlinked at once; a file system
+that cannot unlink open files keeps them. The folder goes when the store closes; a kill leaves it.
+It holds a file `lock` that its process keeps locked with flock: whoever can take the lock of a
+folder knows that its process is gone and sweeps it. That holds across containers and reused process
+numbers, so jobs share a path safely (P7).
 
 A creator and a sweeper can meet between mkdir, open and flock. The creator therefore looks again,
 with the lock in hand, whether the lock file is still there, and starts over with a new name if not.
@@ -25,6 +27,7 @@ import fcntl
 import os
 import re
 import secrets
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,6 +59,8 @@ class StorePath:
         self.path = os.fspath(path)
         self._pid = os.getpid()
         self._run_folder: RunFolder | None = None
+        self._making_folder = threading.Lock()  # a checkpoint is written beside training
+        self._has_unnamed_files = True
         try:
             # The user's own path may go through links; nothing below it may.
             self._fd = os.open(os.path.realpath(path, strict=True), _FOLDER_FLAGS)
@@ -76,8 +81,8 @@ class StorePath:
 
     @property
     def can_link(self) -> bool:
-        """Whether files here can be given a name (`pins.link`), as far as is known."""
-        return self._run_folder is None
+        """Whether files here can be given a name, as far as is known."""
+        return self._has_unnamed_files
 
     def bytes_free(self) -> int:
         """Bytes that a user without privileges may still allocate here.
@@ -122,17 +127,42 @@ class StorePath:
             raise _refusal(error, "allocate", self.path, nbytes) from error
         return fd
 
-    def close(self) -> None:
-        """Remove the run folder, if there is one. A forked child leaves everything alone."""
-        if self._fd < 0 or os.getpid() != self._pid:
-            return
+    def anchor(self, fd: int) -> None:
+        """Let a file of this path have a name in the run folder; see [Note: anchors].
+
+        Raises:
+            OSError: that is not possible.
+        """
+        self._open_run_folder().anchor(fd)
+
+    def is_anchored(self, fd: int) -> bool:
+        """Whether a file has its anchor."""
+        return self._run_folder is not None and self._run_folder.is_anchored(fd)
+
+    def remove_run_folder(self) -> None:
+        """Remove the run folder, if there is one, and with it the anchors.
+
+        A forked child leaves everything alone.
+        """
         if self._run_folder is not None:
             self._run_folder.close()
+
+    def close(self) -> None:
+        """Also remove the run folder. A forked child leaves everything alone."""
+        if self._fd < 0 or os.getpid() != self._pid:
+            return
+        self.remove_run_folder()
         os.close(self._fd)
         self._fd = -1
 
+    def _open_run_folder(self) -> RunFolder:
+        with self._making_folder:
+            if self._run_folder is None:
+                self._run_folder = RunFolder(self._fd)
+            return self._run_folder
+
     def _create(self) -> int:
-        if self._run_folder is None:
+        if self._has_unnamed_files:
             # Without O_EXCL, which would forbid to link it.
             flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
             try:
@@ -140,14 +170,20 @@ class StorePath:
             except OSError as error:
                 if error.errno not in _NO_TMPFILE:
                     raise
-            self._run_folder = RunFolder(self._fd)
-        return self._run_folder.create()
+            self._has_unnamed_files = False
+        return self._open_run_folder().create()
 
 
 def disk_of(path: Path) -> int:
     """`st_dev` of the file system on which a file of this path would be made."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if each.exists()).stat().st_dev
+
+
+def link(fd: int, name: str, folder_fd: int) -> None:
+    """Give an open file a name in a folder. Raises OSError."""
+    # With a folder it is linkat(2), which alone can follow the link that stands for the file.
+    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder_fd, follow_symlinks=True)
 
 
 def give_back_range(fd: int, offset: int, nbytes: int) -> None:
@@ -261,6 +297,18 @@ class RunFolder:
             os.unlink(name, dir_fd=self._fd)
         return fd
 
+    def anchor(self, fd: int) -> None:
+        """Give a file a name here, unless it has one."""
+        if not self.is_anchored(fd):
+            link(fd, _anchor_name(fd), self._fd)
+
+    def is_anchored(self, fd: int) -> bool:
+        """Whether a file has a name here: somebody may have removed it."""
+        with contextlib.suppress(OSError):
+            there = os.stat(_anchor_name(fd), dir_fd=self._fd, follow_symlinks=False)
+            return os.path.samestat(there, os.fstat(fd))
+        return False
+
     def close(self) -> None:
         """Remove the folder; a second call, or one in a forked child, does nothing.
 
@@ -272,6 +320,10 @@ class RunFolder:
         os.close(self._fd)
         os.close(self._lock_fd)
         self._fd = -1
+
+
+def _anchor_name(fd: int) -> str:
+    return f"extents-{os.fstat(fd).st_ino}"
 
 
 def sweep(parent_fd: int) -> list[str]:

@@ -436,7 +436,7 @@ def test_damaged_state_is_found_by_whoever_needs_it(tmp_path: Path) -> None:
 def flip(engine: Any, record: Any) -> None:
     """Turn one bit of a record on the disk."""
     extent = record.current
-    path = f"/proc/self/fd/{engine._parts.nvme._files[extent.file].fd}"
+    path = f"/proc/self/fd/{engine._parts.nvme._files[extent.file].io.fd}"
     descriptor = os.open(path, os.O_RDWR)
     (byte,) = os.pread(descriptor, 1, extent.offset)
     os.pwrite(descriptor, bytes([byte ^ 1]), extent.offset)

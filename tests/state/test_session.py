@@ -264,7 +264,7 @@ def damage(engine: OffloadEngine, state_class: str, bucket: int = 0) -> None:
     nvme = engine._parts.nvme
     record = engine._parts.store.block(bucket, state_class).records[0]
     extent = record.current
-    path = f"/proc/self/fd/{nvme._files[extent.file].fd}"
+    path = f"/proc/self/fd/{nvme._files[extent.file].io.fd}"
     descriptor = os.open(path, os.O_RDWR)
     (byte,) = os.pread(descriptor, 1, extent.offset)
     os.pwrite(descriptor, bytes([byte ^ 1]), extent.offset)

@@ -185,7 +185,7 @@ def test_a_wrong_buffer_is_an_assertion(io: IoEngine, tmp_path: Path) -> None:
 def flip(store: NvmeStore, records: list[Record]) -> None:
     extent = records[0].current
     assert extent is not None
-    fd = store._files[extent.file].fd
+    fd = store._files[extent.file].io.fd
     (byte,) = os.pread(fd, 1, extent.offset + 1000)
     os.pwrite(fd, bytes([byte ^ 4]), extent.offset + 1000)
 
@@ -194,7 +194,7 @@ def swap(store: NvmeStore, records: list[Record]) -> None:
     first, second = (record.current for record in records)
     assert first is not None
     assert second is not None
-    fd = store._files[first.file].fd
+    fd = store._files[first.file].io.fd
     one, other = os.pread(fd, PAGE, first.offset), os.pread(fd, PAGE, second.offset)
     os.pwrite(fd, other, first.offset)
     os.pwrite(fd, one, second.offset)
@@ -203,7 +203,7 @@ def swap(store: NvmeStore, records: list[Record]) -> None:
 def zero(store: NvmeStore, records: list[Record]) -> None:
     extent = records[0].current
     assert extent is not None
-    os.pwrite(store._files[extent.file].fd, bytes(PAGE), extent.offset)
+    os.pwrite(store._files[extent.file].io.fd, bytes(PAGE), extent.offset)
 
 
 @pytest.mark.parametrize("damage", [flip, swap, zero])
@@ -322,7 +322,7 @@ def test_a_truncated_file_is_an_error(io: IoEngine, tmp_path: Path) -> None:
             write(store, record, 1)
         last = max(records, key=lambda record: record.current.offset if record.current else 0)
         assert last.current is not None
-        os.ftruncate(store._files[0].fd, last.current.offset + 100)
+        os.ftruncate(store._files[0].io.fd, last.current.offset + 100)
         with pytest.raises(StorageError, match=f"read of {last.name}") as caught:
             read(store, last)
         assert caught.value.errno == errno.EIO

@@ -88,7 +88,7 @@ def use(store: NvmeStore, value: int) -> None:
 def test_files_are_private_and_leave_nothing(io: IoEngine, tmp_path: Path, file_kind: str) -> None:
     with NvmeStore([tmp_path], io) as store:
         use(store, 1)
-        status = os.fstat(store._files[0].fd)
+        status = os.fstat(store._files[0].io.fd)
         assert stat.S_IMODE(status.st_mode) == 0o600
         assert status.st_nlink == 0
         assert status.st_blocks * 512 >= 2 * PAGE
