@@ -443,8 +443,10 @@ class NvmeStore:
         try:
             wait_all(in_flight)
         finally:
-            self._files.trim(extent for extent, count in self._pins.items() if count)
-            self._finalizer()
+            try:
+                self._files.trim(extent for extent, count in self._pins.items() if count)
+            finally:
+                self._finalizer()
 
     def finish(
         self, transfer: StoreTransfer, checksum: int, failure: StorageError | None

@@ -59,7 +59,8 @@ class StorePath:
         self.path = os.fspath(path)
         self._pid = os.getpid()
         self._run_folder: RunFolder | None = None
-        self._making_folder = threading.Lock()  # a checkpoint is written beside training
+        self._lock = threading.Lock()  # of the run folder: a checkpoint is written beside training
+        self._is_closing = False
         self._has_unnamed_files = True
         try:
             # The user's own path may go through links; nothing below it may.
@@ -140,12 +141,11 @@ class StorePath:
         return self._run_folder is not None and self._run_folder.is_anchored(fd)
 
     def remove_run_folder(self) -> None:
-        """Remove the run folder, if there is one, and with it the anchors.
-
-        A forked child leaves everything alone.
-        """
-        if self._run_folder is not None:
-            self._run_folder.close()
+        """Remove the run folder, if there is one, and with it the anchors; there will be none."""
+        with self._lock:
+            self._is_closing = True
+            if self._run_folder is not None:
+                self._run_folder.close()
 
     def close(self) -> None:
         """Also remove the run folder. A forked child leaves everything alone."""
@@ -156,7 +156,9 @@ class StorePath:
         self._fd = -1
 
     def _open_run_folder(self) -> RunFolder:
-        with self._making_folder:
+        with self._lock:
+            if self._is_closing:
+                raise OSError(errno_codes.EBADF, f"{self.path} is being closed")
             if self._run_folder is None:
                 self._run_folder = RunFolder(self._fd)
             return self._run_folder

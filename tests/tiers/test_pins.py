@@ -14,6 +14,7 @@ import torch
 
 from offload.native import IoEngine
 from offload.tiers import run_folder
+from offload.tiers.backing_files import BackingFiles
 from offload.tiers.nvme import NvmeStore
 from offload.tiers.pins import BackingFile
 from offload.tiers.records import Record
@@ -27,6 +28,7 @@ NAME_A_FILE = """
 import os, sys, torch
 from pathlib import Path
 from offload.native import IoEngine
+from offload.tiers.backing_files import BackingFiles
 from offload.tiers.nvme import NvmeStore
 folder = Path(sys.argv[1])
 io = IoEngine(backend="python", threads=1)
@@ -172,6 +174,29 @@ def test_a_doubtful_file_gets_no_more_names(store: NvmeStore) -> None:
     record, file = written(store)
     file.is_doubtful = True
     assert store.device_of(record) is None
+
+
+def test_no_anchor_is_made_behind_a_store_that_closes(store: NvmeStore, folder: Path) -> None:
+    """A save may be under way beside a close that was interrupted."""
+    _, file = written(store)
+    store._files.trim([])
+    file.link(folder.parent / "name")
+    assert list(folder.iterdir()) == []
+    assert file.num_names() == 1
+
+
+def test_an_interrupted_close_leaves_no_anchor(
+    store: NvmeStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    _, file = written(store)
+    file.link(folder.parent / "name")
+    monkeypatch.setattr(BackingFiles, "trim", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.close()
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("is_deleted", [False, True])

@@ -137,6 +137,7 @@ def before_each_call(chains: Chains, calls: Sequence[str], **options: Any) -> Ro
         number = 1
         while _is_killed_before(chains, call, number, **options):
             number += 1
+            _judge_left(chains, most=1)
             if call in CALLS and not options:
                 chains.undisturbed(num_steps=1)  # the very next save sweeps
         chains.row.trials -= 1  # the last one was not killed
