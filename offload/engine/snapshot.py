@@ -10,7 +10,8 @@ in whatever thread, while the next forward and backward run:
     capture    a block's pending update is made; then an extent on NVMe is pinned, and memory is
                the home itself
     barrier    the next thing that overwrites a home (an optimizer step, an edit, a load) waits
-               for `BlockStore.captured`: all is captured, and the memory has been copied
+               for `BlockStore.captured`: all is captured, and the memory has been copied. A
+               forked child is refused instead
 
 What is on NVMe stays readable through its pins until `release`, whatever is written meanwhile.
 """
@@ -18,7 +19,6 @@ What is on NVMe stays readable through its pins until `release`, whatever is wri
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import Counter
 from collections.abc import Sequence
 
@@ -28,6 +28,7 @@ from offload.engine.build import Parts
 from offload.engine.state_access import COMPLETIONS, StateAccess, scalar_state
 from offload.engine.state_map import StateMap
 from offload.errors import BudgetError, CheckpointError
+from offload.partition.captured import Captured
 from offload.partition.layout import UPDATED_CLASSES
 from offload.partition.snapshot import (
     BlockKey,
@@ -77,7 +78,7 @@ class Snapshot:
         self.blocks = sorted(every.keys() - set(self.exposed))
         self._edits = {key.bucket: self._edits_of(key) for key in self.blocks}
         # From here on the barrier is closed; nothing above may fail behind it.
-        self._captured = parts.store.captured = threading.Event()
+        self._captured = parts.store.captured = Captured()
 
     def nbytes(self, key: BlockKey) -> int:
         """Bytes of a block."""

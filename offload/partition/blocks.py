@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 import torch
 
 from offload.errors import BudgetError, DeadlineError, OffloadError
+from offload.partition.captured import Captured
 from offload.partition.late import LateTransfers
 from offload.partition.layout import (
     UPDATED_CLASSES,
@@ -91,7 +92,7 @@ class BlockStore:
         self._void: set[tuple[int, str, int]] = set()  # on NVMe, and not to be read any more
         self._copies: dict[int, DeviceLease] = {}  # of weights, by bucket
         # Set, unless a snapshot still needs homes as they are: see [Note: Snapshot].
-        self.captured = threading.Event()
+        self.captured: threading.Event = Captured()
         self.captured.set()
         self._lock = threading.RLock()  # of the maps of writes and copies, and of `_void`
 

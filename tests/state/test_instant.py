@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -13,10 +14,18 @@ import torch
 from torch import nn
 
 import offload
-from offload.errors import BudgetError, CheckpointError, DiskFullError, StorageError
+from offload.engine.promotion import Promotion
+from offload.errors import (
+    BudgetError,
+    CheckpointError,
+    DiskFullError,
+    EngineStateError,
+    StorageError,
+)
 from offload.native import IoEngine
 from offload.state import durable, folders, manifest
 from offload.state.data_file import DataFileWriter
+from offload.state.saver import Saver
 from offload.state.saving import CheckpointWriter
 from offload.tiers.backing_files import BackingFiles
 
@@ -646,3 +655,77 @@ def test_no_descriptor_stays_when_a_lock_cannot_be_taken(tmp_path, monkeypatch):
             with pytest.raises(StorageError), folders.pending_folder(tmp_path, "tag"):
                 pass
     assert sorted(path.name for path in Path("/proc/self/fd").iterdir()) == before
+
+
+class HeldCapture:
+    """Holds the saver's thread where it has state to copy still."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        honest = CheckpointWriter._write_copies
+
+        def held(writer):
+            self.reached.set()
+            assert self.open.wait(60)
+            return honest(writer)
+
+        monkeypatch.setattr(CheckpointWriter, "_write_copies", held)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_what_its_parent_saves(tmp_path, monkeypatch):
+    """The thread that would end the snapshot is not the child's."""
+    capture = HeldCapture(monkeypatch)
+    with make_engine(tmp_path, "host") as engine:
+        train(engine, 1)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        assert capture.reached.wait(60)
+        engine.backward(engine(torch.randn(4, WIDTH)))
+        value = {"weight": torch.ones(WIDTH)}
+        uses = (engine.step, lambda: engine.set_state("layers.1.bias", value), engine._end_saves)
+        for use in uses:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                status = 1
+                try:
+                    use()
+                except EngineStateError as error:
+                    status = 0 if "its child" in str(error) else 2
+                finally:
+                    os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, use
+        capture.open.set()
+        assert engine.step()
+        engine.wait_for_checkpoint()
+    step, _ = loaded_state(tmp_path, tmp_path / "ckpt")
+    assert step == 1
+
+
+def test_what_is_unfrozen_gets_its_place_when_no_checkpoint_has_host_memory(tmp_path, monkeypatch):
+    """If it is refused in the end, the memory that was added for it must be nobody's."""
+    gate = Gate(monkeypatch)
+    busy = []
+    wait_quietly, reserve = Saver.wait_quietly, Promotion._reserve
+
+    def open_and_wait(saver):
+        gate.open.set()
+        wait_quietly(saver)
+
+    def watched(promotion, *arguments):
+        busy.append(engine._saver.is_busy)
+        reserve(promotion, *arguments)
+
+    monkeypatch.setattr(Saver, "wait_quietly", open_and_wait)
+    monkeypatch.setattr(Promotion, "_reserve", watched)
+    with make_engine(tmp_path, "host") as engine:
+        train(engine, 1)
+        engine.save_checkpoint(tmp_path / "ckpt")
+        assert gate.reached.wait(60)
+        engine.module.frozen.requires_grad_(True)
+        try:
+            train(engine, 1)
+        finally:
+            gate.open.set()
+        assert busy == [False]
+        engine.wait_for_checkpoint()
