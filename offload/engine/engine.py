@@ -127,7 +127,7 @@ class Engine(AccumulatingEngine):
         )
         if parts.tiles is not None:
             parts.tiles.arriving = self._slots.arriving
-        self._promotion = Promotion(parts, self.optimizer)
+        self._promotion = Promotion(parts, self.optimizer, self._end_saves)
         self._pressure = HostPressure(parts, self._promotion, self._end_saves)
         self._handles += chunk_head(self.module, config)
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,10 +53,17 @@ _REMEDY = "freeze with requires_grad_(False), or make room and initialize again"
 
 
 class Promotion:
-    """Notices unfrozen parameters and makes them trainable; see [Note: Promotion]."""
+    """Notices unfrozen parameters and makes them trainable; see [Note: Promotion].
 
-    def __init__(self, parts: Parts, optimizer: OffloadOptimizer) -> None:
+    `end_saves` waits for whatever has host memory beside training: growth that is undone must not
+    have been leased from.
+    """
+
+    def __init__(
+        self, parts: Parts, optimizer: OffloadOptimizer, end_saves: Callable[[], None]
+    ) -> None:
         self._parts = parts
+        self._end_saves = end_saves
         self._optimizer = optimizer
         self._frozen = [state for state in parts.parameters if not state.trainable]
         self._owners = {paged.state.index: paged.owner for paged in parts.paged}
@@ -97,6 +104,7 @@ class Promotion:
             self._warn_of([state for state in unfrozen if id(state.parameter) not in grouped])
         promoted = sorted([*chosen, *joining], key=lambda state: state.index)
         if promoted:
+            self._end_saves()
             self._parts.updates.settle()
             self._promote(promoted, joining)
         return promoted
