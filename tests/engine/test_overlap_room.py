@@ -225,7 +225,7 @@ def test_extents_for_held_versions_make_way(left: int, tmp_path: Path) -> None:
 
 def _blocks_bytes(store: Any) -> int:
     """What the disks have given to the files."""
-    return sum(os.fstat(file.fd).st_blocks * 512 for file in store._files)
+    return sum(os.fstat(file.io.fd).st_blocks * 512 for file in store._files)
 
 
 def test_extents_stay_where_a_file_system_gives_nothing_back(

@@ -409,7 +409,7 @@ class _Runs:
 
 def _backing_file(engine: Any, draw: random.Random) -> tuple[int, bytes]:
     """A descriptor of one of the files of the NVMe tier, and what it holds."""
-    file = draw.choice(engine._parts.nvme._files._files)
+    file = draw.choice(engine._parts.nvme._files._files).io
     nbytes = os.fstat(file.fd).st_size
     return file.fd, os.pread(file.fd, nbytes, 0)
 
