@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, Self
@@ -38,6 +37,7 @@ from offload.engine.gradients import GradientHome
 from offload.engine.guards.guard import METADATA
 from offload.errors import EngineStateError, GuardError
 from offload.partition.parameters import ParameterState
+from offload.tiers.uninterrupted import UninterruptedLock
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 
@@ -105,7 +105,7 @@ class _Slot:
     def __init__(self, slots: GradientSlots, state: ParameterState) -> None:
         self.state = state
         self._slots = slots
-        self._lock = threading.RLock()
+        self._lock = UninterruptedLock(reentrant=True)
         self._is_shown = False  # `p.grad` has said that there is a gradient at home
         self._departed: DepartedGradient | None = None
         self._after: RemovableHandle | None = None  # runs after the user's hooks, if there are any

@@ -41,7 +41,7 @@ from offload.engine.guards.windows import (
 )
 from offload.engine.loss.chunked_head import Handle, chunk_head
 from offload.engine.optimizer import Closure, OffloadOptimizer
-from offload.engine.paging.pages import PagedParameter, come_and_go, forget, paged_by_owner
+from offload.engine.paging.pages import come_and_go, forget, paged_by_owner
 from offload.engine.pressure import HostPressure
 from offload.engine.promotion import Promotion
 from offload.engine.report import StepMeter
@@ -60,6 +60,7 @@ from offload.optim.loss_scale import LossScale
 from offload.optim.schedulers import adopt_group, make_lr_scheduler
 from offload.partition.parameters import ParameterState
 from offload.telemetry import StepReport
+from offload.tiers.uninterrupted import uninterrupted
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -186,9 +187,10 @@ class Engine(AccumulatingEngine):
                 self._after_backward()
                 self._parts.gradients.collect()
             except BaseException:
-                self._unwind()
-                self._after_backward()
-                self._forget_gradients()
+                with uninterrupted():
+                    self._unwind()
+                    self._after_backward()
+                    self._forget_gradients()
                 raise
             finally:
                 self._in_backward = False
@@ -227,20 +229,21 @@ class Engine(AccumulatingEngine):
                 f"step(closure) with {type(self._parts.rule).__name__}, which uses gradients",
                 remedy="call engine.optimizer.step(closure), or set optimizer.name = 'mezo'",
             )
-        if not self._step_is_due:
-            self.micro_steps += 1
-            if self.micro_steps % self.config.training.gradient_accumulation_steps:
-                return False
-            self._step_is_due = True
-        try:
-            self.optimizer.step()
-        except NonFiniteError:
+        with uninterrupted():
+            if not self._step_is_due:
+                self.micro_steps += 1
+                if self.micro_steps % self.config.training.gradient_accumulation_steps:
+                    return False
+                self._step_is_due = True
+            try:
+                self.optimizer.step()
+            except NonFiniteError:
+                self._step_is_due = False
+                self._clear_gradients()
+                raise
             self._step_is_due = False
             self._clear_gradients()
-            raise
-        self._step_is_due = False
-        self._clear_gradients()
-        return self._end_boundary()
+            return self._end_boundary()
 
     def _end_boundary(self) -> bool:
         taken = not self.optimizer.step_was_skipped
@@ -272,6 +275,7 @@ class Engine(AccumulatingEngine):
 
     # -- the end -----------------------------------------------------------------------------------
 
+    @uninterrupted()
     def close(self) -> None:
         """Wait for what is in flight, then free every tier. The module is of no use afterwards.
 
@@ -287,7 +291,8 @@ class Engine(AccumulatingEngine):
             handle.remove()
         self._slots.remove()
         # A touch of a parameter stays an error for as long as the module lives.
-        weakref.finalize(self.module, _forget_all, tuple(self._parts.paged))
+        for parameter in self._parts.paged:
+            weakref.finalize(self.module, forget, parameter)
         with self._parts.closing:
             self._parts.updates.close()
             self._parts.store.drain()
@@ -592,8 +597,3 @@ class Engine(AccumulatingEngine):
                 remedy="call step() until it returns: it completes the step; if it cannot, "
                 "load a checkpoint",
             )
-
-
-def _forget_all(parameters: Sequence[PagedParameter]) -> None:
-    for parameter in parameters:
-        forget(parameter)

@@ -19,7 +19,6 @@ wanted; then it is written home. It is read again if more arrives later in the s
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from offload.partition.layout import Bucket, ClassLayout, Segment, segments
 from offload.partition.parameters import ParameterState
 from offload.partition.staging import Staged
 from offload.schedule.executor import ComputePool
+from offload.tiers.uninterrupted import UninterruptedLock
 
 if TYPE_CHECKING:
     from offload.optim.overlapped import OverlappedStep
@@ -110,7 +110,7 @@ class GradientHome:
         self._max_open_chunks = max_open_chunks
         self._open: OrderedDict[Key, _OpenChunk] = OrderedDict()
         self._written: set[Key] = set()
-        self._lock = threading.Lock()
+        self._lock = UninterruptedLock()
         self._segments: dict[Key, tuple[Segment, ...]] = {}
         self.updates: OverlappedStep | None = None  # is told of every gradient
         self._arrived: deque[ParameterState] = deque()  # of whom it has to be told

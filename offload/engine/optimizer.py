@@ -13,6 +13,7 @@ from torch import nn
 from offload.errors import EngineStateError
 from offload.optim.rules import RULES
 from offload.optim.zeroth_order import ZerothOrderRule
+from offload.tiers.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from offload.config import OptimizerSection
@@ -81,7 +82,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.step_was_skipped = not self._take_step()
+        with uninterrupted():
+            self.step_was_skipped = not self._take_step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -95,7 +97,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 "zero_grad(set_to_none=False): offloaded gradients are not kept as zeros",
                 remedy="call zero_grad()",
             )
-        self._forget_gradients()
+        with uninterrupted():
+            self._forget_gradients()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters that no group has yet; what it leaves open is as in the others.

@@ -40,7 +40,6 @@ from offload.errors import (
     StorageError,
     format_bytes,
 )
-from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import Block
 from offload.partition.demotion import Demotion
 from offload.schedule.demotion import demotion_order, least_demotion, with_homes_on_nvme
@@ -48,6 +47,7 @@ from offload.schedule.footprint import STATE_CLASSES
 from offload.schedule.placement import Home
 from offload.schedule.plan import Plan
 from offload.telemetry import ShrinkReport
+from offload.tiers.uninterrupted import uninterrupted
 
 MARGIN_BYTES = 64 << 20
 _LEAST_SECONDS = 1.0  # between two looks of forwards that belong to no step

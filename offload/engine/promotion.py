@@ -40,12 +40,12 @@ from offload.engine.planning import plan_module, scratch_bytes, with_overhead
 from offload.errors import DoesNotFitError, OffloadError, format_bytes, listed
 from offload.optim.generic import GenericRule
 from offload.optim.rules import refused_setting
-from offload.optim.uninterrupted import uninterrupted
 from offload.optim.zeroth_order import ZerothOrderRule
 from offload.partition.layout import Bucket
 from offload.partition.parameters import ParameterState
 from offload.partition.tensor_layout import TensorLayout
 from offload.schedule.plan import Plan
+from offload.tiers.uninterrupted import uninterrupted
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _TRAINABLE_DTYPES = ("fp32", "bf16", "fp16")

@@ -33,12 +33,12 @@ import torch
 from offload.engine.planning import PERTURBED_CHUNKS, perturbed_bytes
 from offload.errors import GuardError, NonFiniteError, OffloadError, StorageError, listed
 from offload.optim.chunk_update import ChunkWork, StepSettings
-from offload.optim.uninterrupted import uninterrupted
 from offload.optim.zeroth_order import ZerothOrderUpdate
 from offload.partition.blocks import Block
 from offload.partition.residency import Residency
 from offload.partition.staging import Staged
 from offload.tiers.transfer import CompletedTransfer, Transfer
+from offload.tiers.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from offload.engine.build import Parts

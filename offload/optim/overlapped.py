@@ -35,7 +35,6 @@ from offload.optim.complete_chunks import CompleteChunks, Key
 from offload.optim.held import HeldChunks, LoadingChunk
 from offload.optim.streamed import StreamedStep
 from offload.optim.turns import Turns
-from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import Block, BlockStore
 from offload.partition.layout import UPDATED_CLASSES, Bucket, Segment
 from offload.partition.parameters import ParameterState
@@ -44,6 +43,7 @@ from offload.schedule.footprint import OverlapRoom
 from offload.telemetry import RetryLog
 from offload.tiers.host import HostArena
 from offload.tiers.transfer import Transfer
+from offload.tiers.uninterrupted import let_signals_in, uninterrupted
 
 _READ_AHEAD = 4  # chunks; what is written takes the rest of the flow
 # Steps in which nothing is held after one in which an assumption was wrong.
@@ -496,6 +496,7 @@ class OverlappedStep:
         for chunk in bucket.chunks:
             key = (index, chunk.index)
             while self._is_left(key):
+                let_signals_in()
                 if key in self._loading:
                     self._loading[key].expedite()
                     self._advance(None if self._pump is None else 0)

@@ -28,18 +28,17 @@ cannot be taken back: the step ends, the same bits in every placement, and then 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 
 from offload.errors import NonFiniteError, OffloadError
 from offload.optim.chunk_update import ChunkUpdate, ChunkWork, StepSettings
-from offload.optim.uninterrupted import uninterrupted
 from offload.partition.blocks import BlockStore
 from offload.partition.layout import UPDATED_CLASSES, Bucket, Chunk, Segment, segments
 from offload.partition.parameters import ParameterState
 from offload.schedule.update_site import NUM_SLOTS
 from offload.telemetry import LaneMeter
+from offload.tiers.uninterrupted import UninterruptedLock, let_signals_in, uninterrupted
 
 
 class StreamedStep:
@@ -67,7 +66,7 @@ class StreamedStep:
         self._has_run = False  # the rest is left to others
         self._not_finite: ParameterState | None = None
         self._step = 0  # the number of the step under way
-        self._lock = threading.Lock()  # of what has been updated and settled
+        self._lock = UninterruptedLock()  # of what has been updated and settled
         for bucket in buckets:
             if bucket.trainable:
                 self.admit(bucket)
@@ -98,7 +97,9 @@ class StreamedStep:
         started: deque[ChunkWork] = deque()
         try:
             while waiting or under_way or started:
-                self._read_ahead(waiting, under_way, started)
+                let_signals_in()
+                with uninterrupted():
+                    self._read_ahead(waiting, under_way, started)
                 on_device = bool(under_way) and self._updater.runs_on_device(under_way[0].bucket)
                 if not under_way or (on_device and len(started) == NUM_SLOTS):
                     self._finish(started[0], settings)

@@ -20,11 +20,11 @@ way back is simpler: a bucket is not pending any more only when the host has see
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator
 
 from offload.tiers.device import DeviceTier
+from offload.tiers.uninterrupted import UninterruptedLock, uninterrupted
 
 
 class Turns:
@@ -40,8 +40,8 @@ class Turns:
         self.seconds = 0.0
         self._device = device
         # Who is not the pump holds both; the pump passes through the first, and works in the other.
-        self._entrance = threading.Lock()
-        self._lock = threading.Lock()
+        self._entrance = UninterruptedLock()
+        self._lock = UninterruptedLock()
         self._mark = device.mark()
 
     @contextlib.contextmanager
@@ -63,16 +63,17 @@ class Turns:
     @contextlib.contextmanager
     def if_free(self) -> Iterator[bool]:
         """`caller`, or at once False where another thread has the turn."""
-        if not self._entrance.acquire(blocking=False):
-            yield False
-            return
-        started = time.perf_counter()
-        try:
-            with self._working():
-                yield True
-        finally:
-            self.seconds += time.perf_counter() - started
-            self._entrance.release()
+        with uninterrupted():
+            if not self._entrance.acquire(blocking=False):
+                yield False
+                return
+            started = time.perf_counter()
+            try:
+                with self._working():
+                    yield True
+            finally:
+                self.seconds += time.perf_counter() - started
+                self._entrance.release()
 
     @contextlib.contextmanager
     def pump(self) -> Iterator[None]:

@@ -43,6 +43,7 @@ from offload.tiers.host import HostArena, HostLease
 from offload.tiers.nvme import NvmeStore, Record
 from offload.tiers.pins import Pin
 from offload.tiers.transfer import CompletedTransfer, Transfer, Urgency
+from offload.tiers.uninterrupted import UninterruptedLock
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +95,8 @@ class BlockStore:
         # Set, unless a snapshot still needs homes as they are: see [Note: Snapshot].
         self.captured: threading.Event = Captured()
         self.captured.set()
-        self._lock = threading.RLock()  # of the maps of writes and copies, and of `_void`
+        # Of the maps of writes and copies, and of `_void`.
+        self._lock = UninterruptedLock(reentrant=True)
 
     def add(self, bucket: Bucket, state_class: str, layout: BlockLayout, home: str) -> None:
         """Take the memory of a block at a tier in memory, or note that `reserve_records` will.

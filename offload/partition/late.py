@@ -10,19 +10,19 @@ never does. So a disk that is slow for a while costs no memory for good.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Sequence
 
 from offload.errors import OffloadError
 from offload.partition.staging import Staged, release_all
 from offload.tiers.transfer import Transfer
+from offload.tiers.uninterrupted import UninterruptedLock
 
 
 class LateTransfers:
     """Transfers that nobody waits for; see [Note: Late transfers]. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = UninterruptedLock()
         self._kept: list[tuple[tuple[Transfer, ...], Callable[[], object]]] = []
 
     def __bool__(self) -> bool:

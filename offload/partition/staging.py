@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 
 from offload.errors import OffloadError
 from offload.tiers.transfer import CompletedTransfer, Transfer
+from offload.tiers.uninterrupted import UninterruptedLock
 
 ZEROED_LANE = "cpu"
 
@@ -66,7 +66,7 @@ class _SharedLease:
     def __init__(self, lease: StagingLease) -> None:
         self._lease = lease
         self._num_holders = 1
-        self._lock = threading.Lock()
+        self._lock = UninterruptedLock()
 
     @property
     def tensor(self) -> torch.Tensor:

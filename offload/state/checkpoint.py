@@ -28,6 +28,7 @@ from offload.state.saving import Request
 from offload.state.source import StateSource, persistent_buffers
 from offload.state.stored import StoredCheckpoint
 from offload.tiers.run_folder import disk_of
+from offload.tiers.uninterrupted import uninterrupted
 
 # Sections of the config that decide the numbers; the others may differ between save and load.
 _NUMERIC_SECTIONS = ("precision", "training", "optimizer", "lr_scheduler")
@@ -88,26 +89,28 @@ def save_checkpoint(
     values = {**_collect_values(engine, client_state), "origin": origin}
     portable = config.portable if portable is None else portable
     retention = _retention(engine, by_itself=by_itself)
-    snapshot = engine.snapshot()
-    try:
-        buffers = persistent_buffers(engine.module)
-        copies = {
-            ("buffer", name, "buffer"): buffer.detach().cpu().clone() for name, buffer in buffers
-        }
-        if not portable:
-            snapshot.reserve_beside_pins(disk_of(root), saver.num_linked(root, retention))
-        request = Request(
-            root=root,
-            tag=name,
-            sequence=saver.next_sequence(root),
-            values=values,
-            copies={**snapshot.copies, **copies},
-            portable=portable,
-        )
-        return saver.save(snapshot, request, retention, asynchronous=config.asynchronous)
-    except BaseException:
-        snapshot.end_capture()
-        raise
+    with uninterrupted():  # else the barrier might stay closed
+        snapshot = engine.snapshot()
+        try:
+            buffers = persistent_buffers(engine.module)
+            copies = {
+                ("buffer", name, "buffer"): buffer.detach().cpu().clone()
+                for name, buffer in buffers
+            }
+            if not portable:
+                snapshot.reserve_beside_pins(disk_of(root), saver.num_linked(root, retention))
+            request = Request(
+                root=root,
+                tag=name,
+                sequence=saver.next_sequence(root),
+                values=values,
+                copies={**snapshot.copies, **copies},
+                portable=portable,
+            )
+            return saver.save(snapshot, request, retention, asynchronous=config.asynchronous)
+        except BaseException:
+            snapshot.end_capture()
+            raise
 
 
 def _retention(engine: StateSource, *, by_itself: bool) -> Retention:

@@ -28,6 +28,7 @@ from offload.state.source import SnapshotSource
 from offload.tiers.extents import round_up_to_page
 from offload.tiers.pins import BackingFile, Pin
 from offload.tiers.transfer import Transfer
+from offload.tiers.uninterrupted import let_signals_in
 
 # Bytes of the manifest to reserve for one tensor or block when the free space is checked.
 _MANIFEST_BYTES_PER_ENTRY = 256
@@ -182,6 +183,7 @@ class CheckpointWriter:
         """
         with self._giving_up():
             for key in self._snapshot.blocks:
+                let_signals_in()  # of a save that is not asynchronous
                 self._capture(key)
             copies = self._write_copies()
             self._settle(0)
@@ -343,6 +345,7 @@ class CheckpointWriter:
         """Copy extents: shared with their file where the file system can, else read and written."""
         can_clone = self._snapshot.has_checksums
         while self._to_copy:
+            let_signals_in()
             copy = self._to_copy[0]
             can_clone = can_clone and self._clone(copy)
             if not can_clone:

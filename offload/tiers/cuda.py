@@ -8,7 +8,6 @@ when a later call finds that its end event has passed.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from contextlib import AbstractContextManager
 from typing import cast
@@ -25,6 +24,7 @@ from offload.tiers.transfer import (
     LaneTotals,
     Transfer,
 )
+from offload.tiers.uninterrupted import UninterruptedLock
 
 _POLL_SECONDS = 50e-6  # an event can be polled or waited for without end; P6 wants a deadline
 
@@ -45,7 +45,7 @@ class CudaTransfer(Transfer):
         self.end = end
         self._begin = begin
         self._tier = tier
-        self._lock = threading.Lock()
+        self._lock = UninterruptedLock()
         self._buffers: tuple[torch.Tensor, ...] = buffers
         self._settled = False
         self._error: OffloadError | None = None

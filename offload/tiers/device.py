@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -37,6 +36,7 @@ from offload.tiers.transfer import (
     TicketTransfer,
     Transfer,
 )
+from offload.tiers.uninterrupted import UninterruptedLock
 
 _construct_storage = cast(
     "Callable[[int, torch.device, int], torch.UntypedStorage] | None",
@@ -59,7 +59,7 @@ class DeviceTier(ABC):
         self.host_addressable = host_addressable
         self.used_bytes = 0
         self.peak_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = UninterruptedLock()
         self._owners = OwnerBytes()
         self._held_bytes = 0
         self._free: dict[int, list[torch.Tensor]] = {}  # by size, oldest first

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +44,7 @@ from offload.errors import BudgetError, format_bytes
 from offload.tiers.extents import PAGE_BYTES, FreeRanges, round_up_to_page
 from offload.tiers.memory import map_shared
 from offload.tiers.owners import OwnerBytes
+from offload.tiers.uninterrupted import UninterruptedLock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,8 +171,8 @@ class HostArena:
         self.used_bytes = 0
         self.peak_bytes = 0
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._left = threading.Condition(self._lock)
+        self._lock = UninterruptedLock()
+        self._left = self._lock.condition()
         self._num_visitors = self._num_waiting = 0
         self._owners = OwnerBytes()
         self._io: RegistersMemory | None = None

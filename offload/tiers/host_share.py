@@ -7,11 +7,11 @@ share only the share breaks.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from offload.errors import OffloadError
 from offload.tiers.extents import PAGE_BYTES, FreeRanges, round_up_to_page
+from offload.tiers.uninterrupted import UninterruptedLock
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class HostShare:
         self._segment = arena.grow(self.nbytes) if apart else None
         self._lease = arena.lease(self.nbytes, owner)
         self._free = FreeRanges(self.nbytes)
-        self._lock = threading.Lock()
+        self._lock = UninterruptedLock()
 
     def take(self, nbytes: int) -> HostPiece | None:
         """A piece of `nbytes`, rounded up to pages; None: no free range is that long."""

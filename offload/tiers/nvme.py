@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 import weakref
 from collections import Counter
@@ -40,6 +39,7 @@ from offload.tiers.transfer import (
     Urgency,
     wait_all,
 )
+from offload.tiers.uninterrupted import UninterruptedLock
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -77,19 +77,19 @@ class NvmeStore:
         self._deadline_seconds = deadline_seconds
         self._checksum = checksum
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = UninterruptedLock()
         self._closed = False
         self._files = BackingFiles(paths, io)
         # Runs at exit too; does nothing in a forked child.
         self._finalizer = weakref.finalize(self, self._files.close)
-        self._reserving = threading.Lock()  # one `reserve` at a time; taken before `_lock`
+        self._reserving = UninterruptedLock()  # one `reserve` at a time; taken before `_lock`
         self._dealer = RoundRobin(len(paths))
         self._pools: dict[int, ExtentPool] = {}  # by extent bytes
         self._in_flight: dict[int, dict[Transfer, None]] = {}  # by extent bytes, oldest first
         self._num_holdable: Counter[int] = Counter()  # by extent bytes: shadows left to take
         self._num_beside_pins: Counter[int] = Counter()  # the same: extents for later versions
         self._pins: Counter[Extent] = Counter()
-        self._unpinned = threading.Condition(self._lock)
+        self._unpinned = self._lock.condition()
         self._num_unpinning = 0  # who will unpin something soon
         self.used_bytes = 0
         self.peak_bytes = 0

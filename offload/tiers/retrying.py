@@ -15,7 +15,6 @@ write may be forgotten by then (P1). EINTR and EAGAIN of a system call are heale
 from __future__ import annotations
 
 import errno as errno_codes
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from offload.errors import DeadlineError, OffloadError, StorageError
 from offload.tiers.disks import disk_of
 from offload.tiers.transfer import Urgency
+from offload.tiers.uninterrupted import UninterruptedLock
 
 if TYPE_CHECKING:
     from offload.native.core import CopyLane
@@ -137,7 +137,7 @@ class RetryingTicket:
         self._num_left = retries
         self._num_tries = 1
         self._log = log
-        self._lock = threading.Lock()  # of what follows
+        self._lock = UninterruptedLock()  # of what follows
         self._again_at: float | None = None  # the last try has failed; when the next one starts
         self._ticket = start(urgency=urgency)
 

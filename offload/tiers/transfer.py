@@ -26,7 +26,6 @@ a fault says so with `Transfer.expedite`.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from offload.errors import DeadlineError, OffloadError, StorageError
 from offload.native.core import BULK_URGENCY, URGENCY_CLASS_SHIFT
 from offload.tiers.disks import disk_of
+from offload.tiers.uninterrupted import UninterruptedLock
 
 if TYPE_CHECKING:
     from offload.native.files import IoFile
@@ -189,7 +189,7 @@ class TicketTransfer(Transfer):
         self._what = what
         self._deadline_seconds = deadline_seconds
         self._urgency = urgency
-        self._lock = threading.Lock()  # settling happens once; taken before any other lock
+        self._lock = UninterruptedLock()  # settling happens once; taken before any other lock
         self._ticket: Ticket | None = ticket  # None = settled
         self._buffers = buffers
         self._error: StorageError | None = None

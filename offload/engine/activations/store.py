@@ -24,7 +24,6 @@ only adds the copy to a queue, which the next call of the store empties.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import warnings
 import weakref
@@ -46,6 +45,7 @@ from offload.telemetry import ActivationReport
 from offload.tiers.extents import round_up_to_page
 from offload.tiers.host_share import HostPiece, HostShare
 from offload.tiers.memory import HeapTrimmer
+from offload.tiers.uninterrupted import UninterruptedLock
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 _MOST_RECENT = 4
@@ -151,7 +151,7 @@ class ActivationStore:
         self._min_bytes = min_bytes
         self._device_bytes = device_bytes
         self._prefetch_depth = prefetch_depth
-        self._lock = threading.RLock()
+        self._lock = UninterruptedLock(reentrant=True)
         self._closed = False
         self._num_copies = 0
         self._counts: Counter[str] = Counter()

@@ -16,7 +16,6 @@ is the one whose next use in the trace is farthest away, or else the one used lo
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from offload.schedule.lookahead import Actions
 from offload.schedule.trace import CLOSE, OPEN, EventKind
 from offload.tiers.device import DeviceLease
 from offload.tiers.transfer import Urgency
+from offload.tiers.uninterrupted import UninterruptedLock
 
 _TILED_REMEDY = (
     "; only nn.functional.linear and embedding take a tiled parameter by tiles, and only the "
@@ -68,7 +68,7 @@ class Pager:
         self.faults = 0
         self._store = store
         self._staging_depth = staging_depth
-        self.lock = threading.RLock()
+        self.lock = UninterruptedLock(reentrant=True)
         self._clock = 0
         self._present: dict[WeightPage, None] = {}  # the paged ones that hold a lease, in order
         self._loading: dict[WeightPage, PageIn] = {}  # those of them that are on their way

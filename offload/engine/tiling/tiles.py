@@ -19,7 +19,6 @@ Tiles never change: the same tiles give the same bits wherever the parameter is 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from offload.partition.arrays import field_tensor
 from offload.partition.blocks import Block, BlockStore
 from offload.partition.staging import Staged
 from offload.tiers.transfer import Transfer, Urgency
+from offload.tiers.uninterrupted import UninterruptedLock
 
 if TYPE_CHECKING:
     from offload.engine.paging.pager import Pager
@@ -64,7 +64,7 @@ class TileSlots:
         self._store = store
         self._prefetch = prefetch
         self._leases = [store.device.lease(slot_bytes, "tiles") for _ in range(NUM_SLOTS)]
-        self._lock = threading.Lock()
+        self._lock = UninterruptedLock()
 
     @contextlib.contextmanager
     def lent(

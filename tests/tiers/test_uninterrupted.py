@@ -1,0 +1,133 @@
+"""Ctrl-C inside a block that is to be done whole takes effect at its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from offload.tiers.uninterrupted import UninterruptedLock, let_signals_in, uninterrupted
+from tests.threads import run_in_threads
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_waits_for_the_end() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        interrupt()
+        with uninterrupted():
+            interrupt()
+        done.append(1)
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+def test_an_error_passes() -> None:
+    with pytest.raises(ValueError, match="of the block"), uninterrupted():
+        raise ValueError("of the block")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_that_does_not_raise_is_called_at_the_end() -> None:
+    calls: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: calls.append(number))
+    try:
+        with uninterrupted():
+            interrupt()
+            interrupt()
+            assert calls == []
+        assert calls == [signal.SIGINT] * 2
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            interrupt()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_other_threads_have_nothing_to_hold_back() -> None:
+    done = []
+
+    def work() -> None:
+        with uninterrupted():
+            done.append(signal.getsignal(signal.SIGINT))
+
+    run_in_threads(work)
+    assert done == [signal.default_int_handler]
+
+
+def test_a_lock_holds_signals_back() -> None:
+    lock, done = UninterruptedLock(reentrant=True), []
+    with pytest.raises(KeyboardInterrupt), lock:
+        with lock:
+            interrupt()
+        done.append(1)
+    assert done == [1]
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1])
+def test_whatever_has_a_handler_is_held_back(number: signal.Signals) -> None:
+    def handle(*_: object) -> None:
+        raise TimeoutError
+
+    previous, done = signal.signal(number, handle), []
+    try:
+        with pytest.raises(TimeoutError), uninterrupted():
+            signal.raise_signal(number)
+            done.append(1)
+        assert done == [1]
+        assert signal.getsignal(number) is handle
+    finally:
+        signal.signal(number, previous)
+
+
+def test_signals_come_in_where_they_may() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        let_signals_in()
+        interrupt()
+        done.append(1)
+        let_signals_in()
+        done.append(2)
+    assert done == [1]
+    let_signals_in()
+
+
+def test_the_third_signal_is_not_held_back() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        interrupt()
+        interrupt()
+        done.append(1)
+        interrupt()
+        done.append(2)
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with uninterrupted():
+        done.append(3)  # nothing of it is left
+
+
+def test_a_function_is_uninterrupted() -> None:
+    done = []
+
+    @uninterrupted()
+    def work() -> None:
+        interrupt()
+        done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == [1]
