@@ -595,7 +595,4 @@ class OverlappedStep:
         self._store.late.release(list(staged.values()), self._store.deadline_seconds)
 
     def _blocks(self, bucket: Bucket) -> list[Block]:
-        return [
-            self._store.block(bucket.index, state_class)
-            for state_class in self._store.classes(bucket.index)
-        ]
+        return [self._store.block(bucket.index, c) for c in self._store.classes(bucket.index)]
