@@ -16,6 +16,7 @@ third signal of a kind is not held back any more: whoever insists ends what hang
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 
@@ -40,6 +41,7 @@ _NUMBERS = tuple(
 _MOST_HELD = 2  # signals of a kind in a block
 
 # Of the main thread only; nothing else reads or writes these.
+_main_thread = threading.main_thread().ident
 _depth = 0  # blocks it is in
 _handlers: dict[int, Callable[[int, FrameType | None], object]] = {}  # of who is held back
 _held: list[tuple[int, FrameType | None]] = []  # what came meanwhile
@@ -101,7 +103,7 @@ class UninterruptedLock:
 def hold_back() -> None:
     """Begin a block; `let_go` has to end it."""
     global _depth  # noqa: PLW0603  the signals are the process's
-    if threading.get_ident() != threading.main_thread().ident:
+    if threading.get_ident() != _main_thread:
         return
     if not _depth:
         try:
@@ -123,7 +125,7 @@ def let_go() -> None:
         BaseException: what the handlers raise.
     """
     global _depth  # noqa: PLW0603
-    if threading.get_ident() != threading.main_thread().ident:
+    if threading.get_ident() != _main_thread:
         return
     _depth -= 1
     if not _depth:
@@ -139,7 +141,7 @@ def let_signals_in() -> None:
     Raises:
         BaseException: what the handlers raise.
     """
-    if _held and threading.get_ident() == threading.main_thread().ident:
+    if _held and threading.get_ident() == _main_thread:
         _deliver(_handlers)
 
 
@@ -169,3 +171,15 @@ def _restore() -> None:
     finally:
         if _handlers:
             _restore()
+
+
+def _after_fork() -> None:
+    """The thread that has forked is the child's main thread."""
+    global _main_thread, _depth
+    if threading.get_ident() != _main_thread:
+        _main_thread, _depth = threading.get_ident(), 0
+        _held.clear()
+        _restore()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -131,3 +132,26 @@ def test_a_function_is_uninterrupted() -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert done == [1]
+
+
+def test_a_thread_that_forks_leaves_its_block_to_the_parent() -> None:
+    """The main thread is in a block while another one forks: the child is in none."""
+    statuses = []
+
+    def fork() -> None:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                with contextlib.suppress(KeyboardInterrupt), uninterrupted():
+                    interrupt()
+                    status = 2
+                if status == 2 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                    status = 0
+            finally:
+                os._exit(status)
+        statuses.append(os.waitpid(pid, 0)[1])
+
+    with uninterrupted():
+        run_in_threads(fork)
+    assert statuses == [0]

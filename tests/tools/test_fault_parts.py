@@ -55,6 +55,11 @@ def test_signals(tmp_path: Path) -> None:
     assert [row["trials"] for row in rows("signals", tmp_path, "--trials=10")] == [6, 4, 1]
 
 
+def test_interrupts(tmp_path: Path) -> None:
+    found = rows("interrupts", tmp_path, "--trials=2", "--only=goes on")
+    assert [row["trials"] for row in found] == [2, 2]
+
+
 @pytest.mark.slow
 def test_peers_without_deepspeed(tmp_path: Path) -> None:
     found = rows("peers", tmp_path, "--trials=3")
@@ -63,7 +68,8 @@ def test_peers_without_deepspeed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "part", ["errors", "flips", "hostile", "kill", "power", "pressure", "signals", "slopes"]
+    "part",
+    ["errors", "flips", "hostile", "interrupts", "kill", "power", "pressure", "signals", "slopes"],
 )
 def test_broken_saves_are_seen(tmp_path: Path, part: str) -> None:
     assert len(rows(part, tmp_path, "--teeth")) > 1
