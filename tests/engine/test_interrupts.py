@@ -74,6 +74,8 @@ def expected(make: Callable[[], Training], num_steps: int = 1) -> list[torch.Ten
 
 
 def check(training: Training, wanted: list[torch.Tensor]) -> None:
+    for page in training.engine._parts.pages:
+        assert (page.pins, page.windows) == (0, 0), "who was cut off still uses it"
     for found, right in zip(training.end(), wanted, strict=True):
         assert torch.equal(found, right)
 

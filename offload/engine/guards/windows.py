@@ -35,6 +35,7 @@ from offload.engine.guards.transforms import active_transform
 from offload.engine.paging.pager import Pager
 from offload.engine.paging.pages import PagedParameter, WeightPage
 from offload.errors import GuardError
+from offload.tiers.uninterrupted import uninterrupted
 
 # The parameters that went plain, whether hooks were pushed, the grad mode. None: under a transform.
 _Entered = tuple[list[PagedParameter], bool, bool]
@@ -58,6 +59,7 @@ class Window:
         self.pager = pager
         self._open = threading.local()
 
+    @uninterrupted()
     def enter(self) -> None:
         """Before the forward: bring the pages in."""
         if active_transform() is not None:
@@ -73,6 +75,7 @@ class Window:
             parameter.wear_plain()
         self._stack().append((plain, push_page_hooks(), grad_mode))
 
+    @uninterrupted()
     def leave(self) -> None:
         """After the forward, also one that has failed."""
         stack = self._stack()
@@ -93,6 +96,7 @@ class Window:
             parameter.proven.add(grad_mode)
         self.pager.close_window(self.pages)
 
+    @uninterrupted()
     def unwind(self) -> None:
         """Leave as often as this thread has entered: the forward was cut off by an interrupt."""
         while self._stack():
@@ -120,6 +124,7 @@ class GatheredWindow(Window):
         super().__init__(module, name, parameters, pager)
         self._pinned = 0
 
+    @uninterrupted()
     def enter(self) -> None:
         """Before the forward: bring everything in and pin it."""
         self.pager.pin(self.pages, f"gathered module {self.name}")
@@ -130,6 +135,7 @@ class GatheredWindow(Window):
             raise
         self._pinned += 1
 
+    @uninterrupted()
     def leave(self) -> None:
         """After the forward: without gradients nothing needs the pages any more."""
         entered = bool(self._stack())
@@ -138,6 +144,7 @@ class GatheredWindow(Window):
             self._pinned -= 1
             self.pager.unpin(self.pages)
 
+    @uninterrupted()
     def release(self) -> None:
         """The backward is over."""
         while self._pinned:
@@ -171,6 +178,7 @@ class FusedWindow(Window):
         self._open.is_ahead = False
         return is_ahead
 
+    @uninterrupted()
     def enter(self) -> None:
         """Before the forward: if the kernel may run, bring everything in and pin it."""
         if self._take_ahead():
@@ -189,12 +197,14 @@ class FusedWindow(Window):
             raise
         self._entered().append(True)
 
+    @uninterrupted()
     def leave(self) -> None:
         """After the forward."""
         if self._entered() and self._entered().pop():
             super().leave()
             self.pager.unpin(self.pages)
 
+    @uninterrupted()
     def unwind(self) -> None:
         """Leave as often as this thread has entered."""
         self._take_ahead()
