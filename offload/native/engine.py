@@ -296,8 +296,9 @@ class IoEngine:
             StorageError: the data may be lost.
         """
         core = self._living_core()
+        descriptors = _descriptors(file)  # kept open until the call has ended
         try:
-            core.fsync(_descriptors(file).buffered)
+            core.fsync(descriptors.buffered)
         except OSError as error:
             raise StorageError(operation="fsync", path=file.path, errno=error.errno) from error
 

@@ -27,7 +27,6 @@ from offload.state.saver import Retention, Saver
 from offload.state.saving import Request
 from offload.state.source import StateSource, persistent_buffers
 from offload.state.stored import StoredCheckpoint
-from offload.tiers.run_folder import disk_of
 from offload.tiers.uninterrupted import uninterrupted
 
 # Sections of the config that decide the numbers; the others may differ between save and load.
@@ -98,7 +97,8 @@ def save_checkpoint(
                 for name, buffer in buffers
             }
             if not portable:
-                snapshot.reserve_beside_pins(disk_of(root), saver.num_linked(root, retention))
+                num_versions = saver.num_linked(root, retention)
+                snapshot.reserve_beside_pins(saver.device_of(root), num_versions)
             request = Request(
                 root=root,
                 tag=name,

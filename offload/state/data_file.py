@@ -13,19 +13,21 @@ import fcntl
 import itertools
 import os
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 
 import torch
 
-from offload.errors import CheckpointError, OffloadError, listed
-from offload.native import IoEngine, IoFile, Ticket
+from offload.errors import CheckpointError, DeadlineError, OffloadError, listed
+from offload.native import DiskCalls, IoEngine, IoFile, Ticket
 from offload.state import durable, manifest
 from offload.state.manifest import ZEROS, BlockRecord, Manifest
 from offload.tiers.extents import round_up_to_page
 from offload.tiers.host import HostArena
+from offload.tiers.run_folder import allocate
 from offload.tiers.transfer import DEFAULT_DEADLINE_SECONDS
 
 # In flight at once: enough to keep a disk busy while the next are prepared.
@@ -37,20 +39,22 @@ _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range
 class DataFileWriter:
     """The data file that is the checkpoint's own: blocks one after the other.
 
-    Room for `capacity_bytes` is allocated at once, more when it is needed. Errors leave the file to
-    whoever removes its folder.
+    Room for `capacity_bytes` is allocated at once, more when it is needed. System calls are made
+    by `disk`. Errors leave the file to whoever removes its folder.
 
     Raises:
         DiskFullError, StorageError: it cannot be created, or a write failed.
     """
 
-    def __init__(self, io: IoEngine, path: Path, capacity_bytes: int) -> None:
+    def __init__(self, io: IoEngine, disk: DiskCalls, path: Path, capacity_bytes: int) -> None:
         self.path = path
         self.nbytes = 0
         self._io = io
+        self._disk = disk
         self._allocated_bytes = 0
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._file = io.open(str(path), flags=flags, mode=durable.PRIVATE_FILE_MODE)
+        create = partial(io.open, str(path), flags=flags, mode=durable.PRIVATE_FILE_MODE)
+        self._file = disk.make("create", path, create, discard=IoFile.close)
         try:
             self._allocate(capacity_bytes)
         except BaseException:
@@ -79,7 +83,9 @@ class DataFileWriter:
         fields = (source.fd, offset, nbytes, target)
         arguments = b"".join(ctypes.c_uint64(value) for value in fields)
         try:
-            fcntl.ioctl(self._file.fd, _FICLONERANGE, arguments)
+            self._on_disk("clone", lambda fd: fcntl.ioctl(fd, _FICLONERANGE, arguments))
+        except DeadlineError:
+            raise
         except OSError:
             return None  # another file system, or one that cannot
         return self._take(nbytes)
@@ -87,12 +93,17 @@ class DataFileWriter:
     def finish(self) -> None:
         """Give up what was allocated in vain, and sync. No write may be in flight."""
         with durable.storage_errors("truncate", self.path, what=self.path.name):
-            os.ftruncate(self._file.fd, self.nbytes)
-        self._io.fsync(self._file)
+            self._on_disk("truncate", lambda fd: os.ftruncate(fd, self.nbytes))
+        self._disk.make("fsync", self.path, partial(self._io.fsync, self._file))
 
     def close(self) -> None:
         """Close the file; its descriptors outlive that while a write is in flight."""
         self._file.close()
+
+    def _on_disk(self, operation: str, call: Callable[[int], object]) -> None:
+        descriptors = self._file.descriptors  # open until the call has ended
+        assert descriptors is not None
+        self._disk.make(operation, self.path, lambda: call(descriptors.buffered))
 
     def _take(self, nbytes: int) -> int:
         offset = round_up_to_page(self.nbytes)
@@ -101,10 +112,11 @@ class DataFileWriter:
         return offset
 
     def _allocate(self, nbytes: int) -> None:
-        if nbytes <= self._allocated_bytes:
+        missing = nbytes - self._allocated_bytes
+        if missing <= 0:
             return
         with durable.storage_errors("allocate", self.path, what="checkpoint", nbytes=nbytes):
-            os.posix_fallocate(self._file.fd, 0, nbytes)
+            self._on_disk("allocate", lambda fd: allocate(fd, self._allocated_bytes, missing))
         self._allocated_bytes = nbytes
 
 
@@ -122,6 +134,7 @@ class DataFileReader:
         self._content = content
         self._own_io: IoEngine | None = None
         self._io = io
+        self._disk = DiskCalls(DEFAULT_DEADLINE_SECONDS)
         self._files: OrderedDict[int, IoFile] = OrderedDict()  # last used last
 
     def start(self, index: int, tensor: torch.Tensor) -> Reading:
@@ -211,6 +224,7 @@ class DataFileReader:
         """Close the files."""
         while self._files:
             self._files.popitem()[1].close()
+        self._disk.close()
         if self._own_io is not None:
             self._own_io.close()
             self._own_io = None
@@ -231,7 +245,8 @@ class DataFileReader:
         if len(self._files) == _MAX_OPEN_FILES:
             self._files.popitem(last=False)[1].close()
         path = self._folder / manifest.data_file_name(index)
-        file = self._engine.open(str(path), flags=os.O_RDONLY | os.O_NONBLOCK)
+        open_file = partial(self._engine.open, str(path), flags=os.O_RDONLY | os.O_NONBLOCK)
+        file = self._disk.make("open", path, open_file, discard=IoFile.close)
         try:
             with durable.storage_errors("read", path, what=path.name):
                 nbytes = durable.regular_file_nbytes(file.fd)

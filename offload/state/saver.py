@@ -28,13 +28,14 @@ from functools import partial
 from pathlib import Path
 
 from offload.errors import CheckpointError, OffloadError
-from offload.native import IoEngine
+from offload.native import DiskCalls, IoEngine
 from offload.schedule.executor import Background
 from offload.state import durable, folders, manifest
 from offload.state.manifest import Manifest
 from offload.state.saving import CheckpointWriter, Linked, Request
 from offload.state.source import SnapshotSource
 from offload.state.trimming import trim
+from offload.tiers.run_folder import disk_of
 
 # Who chose that a checkpoint is saved under this name: nobody, the one who called, or that too
 # under a tag of his own.
@@ -76,9 +77,10 @@ class Saver:
         self._io = io
         self._deadline_seconds = deadline_seconds
         self._background = Background("offload-checkpoint")
+        self._disk = DiskCalls(deadline_seconds)
         self._known: dict[Path, _Known] = {}  # by the folder of the checkpoint
         self._trimmed: set[Path] = set()  # directories that have been looked at for leftovers
-        self._linked: list[Linked] = []
+        self._linked: list[Linked] = []  # touched by calls of `_disk` only
         self.under_way: Path | None = None
         self.path: Path | None = None
         _living.add(self)
@@ -104,16 +106,40 @@ class Saver:
         """Wait until the last checkpoint is durable or has failed; its user is told of that."""
         self._background.join()
 
+    def device_of(self, root: Path) -> int:
+        """`st_dev` of the disk of a directory, which may be missing.
+
+        Raises:
+            OSError: the system does not tell.
+        """
+        return self._disk.make("stat", root, partial(disk_of, root))
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and end the threads.
+
+        Raises:
+            BudgetError, CheckpointError, StorageError: it could not be saved.
+        """
+        try:
+            self.wait()
+        finally:
+            self._disk.close()
+
     def next_sequence(self, root: Path) -> int:
-        """A number greater than that of every checkpoint in a directory."""
-        return 1 + max((known.sequence for known in self._look(root).values()), default=0)
+        """A number greater than that of every checkpoint in a directory.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        found = self._disk.make("list", root, partial(self._look, root))
+        return 1 + max((known.sequence for known in found.values()), default=0)
 
     def num_linked(self, root: Path, retention: Retention) -> int:
         """How many checkpoints refer to extents when there is one more in a directory.
 
         Lets go of the extents of those that are gone.
         """
-        self._forget_removed()
+        self._disk.make("look at", root, self._forget_removed)
         counted = [
             link
             for link in self._linked
@@ -137,8 +163,11 @@ class Saver:
             BudgetError, CheckpointError, DiskFullError, StorageError: nothing of it is left, unless
                 it was the very last sync that failed.
         """
-        self._forget_removed()
-        writer = CheckpointWriter(self._io, snapshot, request, self._deadline_seconds)
+        self._disk.make("look at", request.root, self._forget_removed)
+        writer = CheckpointWriter(
+            *(self._io, snapshot, request, self._disk, self._deadline_seconds),
+            self._linked.append,
+        )
         writer.begin()
         path = self.under_way = request.root / request.tag
 
@@ -155,8 +184,6 @@ class Saver:
                     raise
                 finally:
                     self.under_way = None
-                    if writer.linked is not None:
-                        self._linked.append(writer.linked)
                 self._retire(request.root, retention)
 
         if asynchronous:
@@ -198,18 +225,18 @@ class Saver:
         """Remove what retention gives up. The new checkpoint stands, whatever happens here."""
         try:
             if retention.most:
-                known = self._look(root)
+                known = self._disk.make("list", root, partial(self._look, root))
                 counted = [f for f, each in known.items() if each.origin in retention.origins]
                 counted.sort(key=lambda folder: known[folder].sequence, reverse=True)
                 for folder in counted[retention.most :]:
-                    folders.retire(folder)
+                    self._disk.make("remove", folder, partial(folders.retire, folder))
+            self._disk.make("look at", root, self._forget_removed)
         except OSError as error:
             warnings.warn(
                 f"an old checkpoint stays, because it cannot be removed: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._forget_removed()
 
     def _forget_removed(self) -> None:
         """Let go of the extents of checkpoints that are gone."""
@@ -220,7 +247,7 @@ class Saver:
                 there.append(link)  # it has another name somewhere
             else:
                 link.release()
-        self._linked = there
+        self._linked[:] = there
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from offload import __version__
-from offload.errors import DiskFullError, StorageError
-from offload.native import IoEngine, Ticket
+from offload.errors import DeadlineError, DiskFullError, StorageError
+from offload.native import DiskCalls, IoEngine, Ticket
 from offload.partition.layout import SLOT_ALIGNMENT_BYTES, round_up
 from offload.partition.snapshot import BlockKey, MappedTensor, Version
 from offload.partition.staging import StagingLease
@@ -123,8 +123,13 @@ class CheckpointWriter:
 
     The first two give everything up if they raise, and let the engine go on.
 
-    Attributes:
-        linked: what it refers to, once it has its name: also if `run` raises after that.
+    Args:
+        io: writes.
+        snapshot, request: what.
+        disk: makes its system calls.
+        deadline_seconds: how long a write, or a wait for memory, may take.
+        note_linked: is told, in whatever thread, what the checkpoint refers to as soon as it has
+            its name; also if `run` raises after that, or before, where the disk hung.
     """
 
     def __init__(
@@ -132,15 +137,20 @@ class CheckpointWriter:
         io: IoEngine,
         snapshot: SnapshotSource,
         request: Request,
+        disk: DiskCalls,
         deadline_seconds: float,
+        note_linked: Callable[[Linked], object],
     ) -> None:
-        self.linked: Linked | None = None
+        self._disk = disk
+        self._note_linked = note_linked
         self._io = io
         self._snapshot = snapshot
         self._request = request
         self._deadline_seconds = deadline_seconds
         self._cleanup = contextlib.ExitStack()
         self._unpinning = contextlib.ExitStack()  # of what is linked
+        self._written: os.stat_result | None = None  # the manifest
+        self._has_settled_pins = False
         self._records: list[BlockRecord] = []
         self._index: dict[BlockKey, int] = {}
         self._files: list[BackingFile] = []  # linked; number 0 is the checkpoint's own file
@@ -159,16 +169,15 @@ class CheckpointWriter:
         """
         request, snapshot = self._request, self._snapshot
         with self._giving_up():
-            durable.make_folder(request.root)
-            folders.sweep(request.root)
-            self._device = request.root.stat().st_dev
+            self._on_disk("create", partial(durable.make_folder, request.root))
+            self._on_disk("sweep", partial(folders.sweep, request.root))
+            self._device = self._on_disk("stat", request.root.stat).st_dev
             own_bytes = self._own_bytes()
             self._check_room(own_bytes)
-            pending = folders.pending_folder(request.root, request.tag)
-            self._pending = self._cleanup.enter_context(pending)
+            self._pending = self._enter_pending()
             path = self._pending / manifest.data_file_name(0)
-            self._own = DataFileWriter(self._io, path, own_bytes)
-            self._cleanup.callback(self._own.close)
+            self._own = DataFileWriter(self._io, self._disk, path, own_bytes)
+            self._cleanup.callback(self._tidy, "close", self._own.close)
             self._cleanup.callback(self._abandon)
             for key in snapshot.exposed:
                 self._capture(key)
@@ -203,8 +212,8 @@ class CheckpointWriter:
         try:
             self._cleanup.close()
         finally:
-            if self.linked is None:
-                self._unpinning.close()
+            # Behind a rename that hangs, which may still give it its name.
+            self._tidy("look at", self._settle_pins)
             self._snapshot.end_capture()
 
     @contextlib.contextmanager
@@ -215,9 +224,27 @@ class CheckpointWriter:
             self.give_up()
             raise
 
+    def _on_disk(
+        self,
+        operation: str,
+        call: Callable[[], _T],
+        discard: Callable[[_T], object] | None = None,
+    ) -> _T:
+        return self._disk.make(operation, self._request.root, call, discard=discard)
+
+    def _tidy(self, operation: str, call: Callable[[], object]) -> None:
+        self._disk.tidy(operation, self._request.root, call)
+
+    def _enter_pending(self) -> Path:
+        pending = folders.pending_folder(self._request.root, self._request.tag)
+        leave = partial(pending.__exit__, None, None, None)
+        path = self._on_disk("create", pending.__enter__, lambda _: leave())
+        self._cleanup.callback(self._tidy, "remove", leave)
+        return path
+
     def _sync(self, file: BackingFile) -> None:
         try:
-            self._io.fsync(file.io)
+            self._on_disk("fsync", partial(self._io.fsync, file.io))
         except OSError:
             file.is_doubtful = True  # one more fsync would say nothing
             raise
@@ -240,7 +267,7 @@ class CheckpointWriter:
         snapshot = self._snapshot
         num_entries = len(snapshot.tensors) + len(snapshot.blocks) + len(self._request.copies)
         needed = own_bytes + _MANIFEST_BYTES_PER_ENTRY * num_entries
-        free = durable.free_bytes(self._request.root)
+        free = self._on_disk("statvfs", partial(durable.free_bytes, self._request.root))
         if needed > free:
             raise DiskFullError(
                 path=self._request.root,
@@ -280,8 +307,11 @@ class CheckpointWriter:
             if pin.file.device != self._device:
                 return None
             number = 1 + len(self._files)
+            path = self._pending / manifest.data_file_name(number)
             try:
-                pin.file.link(self._pending / manifest.data_file_name(number))
+                self._on_disk("link", partial(pin.file.link, path))
+            except DeadlineError:
+                raise
             except OSError:
                 return None
             self._linked[identity] = number
@@ -309,12 +339,13 @@ class CheckpointWriter:
 
     def _abandon(self) -> None:
         """Let go of everything; what a transfer still reads or fills, when it has ended."""
+        limit = time.monotonic() + self._deadline_seconds  # for all: a disk that hangs costs one
         for copy in (*self._reading, *self._to_copy):
-            copy.end(self._deadline_seconds)
+            copy.end(max(limit - time.monotonic(), 0))
         while self._writing:
             _, ticket, release, _ = self._writing.popleft()
             with contextlib.suppress(OSError):
-                ticket.wait(self._deadline_seconds)
+                ticket.wait(max(limit - time.monotonic(), 0))
             if ticket.done():
                 release()
 
@@ -414,22 +445,33 @@ class CheckpointWriter:
             values={**request.values, **plain.encode(dict(late_values), where="optimizer")},
         )
         path = self._pending / manifest.MANIFEST_NAME
-        durable.write_file(path, manifest.encode(content))
-        written = path.stat()
-        try:
-            final = folders.publish(self._pending, request.root, request.tag)
-        finally:
-            self._note_published(request.root / request.tag, written)
+        data = manifest.encode(content)
+        self._on_disk("write", partial(durable.write_file, path, data))
+        self._written = self._on_disk("stat", path.stat)
+        self._on_disk("rename", self._rename)
         with contextlib.suppress(StorageError):
-            folders.write_hint(final.parent, final.name)
+            self._on_disk("write", partial(folders.write_hint, request.root, request.tag))
 
-    def _note_published(self, final: Path, written: os.stat_result) -> None:
+    def _rename(self) -> None:
+        try:
+            folders.publish(self._pending, self._request.root, self._request.tag)
+        finally:
+            self._settle_pins()
+
+    def _settle_pins(self) -> None:
         """If the checkpoint has its name, also after an error, its extents are its own."""
-        with contextlib.suppress(OSError):
-            there = (final / manifest.MANIFEST_NAME).stat()
-            if (there.st_dev, there.st_ino) == (written.st_dev, written.st_ino) and self._files:
-                origin = str(self._request.values["origin"])
-                self.linked = Linked(final, self._files, origin, self._unpinning.close)
+        if self._has_settled_pins:
+            return
+        self._has_settled_pins = True
+        final = self._request.root / self._request.tag
+        if self._written is not None and self._files:
+            with contextlib.suppress(OSError):
+                there = (final / manifest.MANIFEST_NAME).stat()
+                if (there.st_dev, there.st_ino) == (self._written.st_dev, self._written.st_ino):
+                    origin = str(self._request.values["origin"])
+                    self._note_linked(Linked(final, self._files, origin, self._unpinning.close))
+                    return
+        self._unpinning.close()
 
     def _tensor_record(self, tensor: MappedTensor) -> TensorRecord:
         return TensorRecord(

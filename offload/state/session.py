@@ -100,7 +100,7 @@ class OffloadEngine(Engine):
         """
         with contextlib.ExitStack() as closing:
             closing.callback(super().close)
-            self._saver.wait()
+            self._saver.close()
 
     def _end_saves(self) -> None:
         self._saver.wait_quietly()

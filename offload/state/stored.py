@@ -12,12 +12,13 @@ from typing import Self, TypeVar
 
 import torch
 
-from offload.errors import CheckpointError
-from offload.native import IoEngine
+from offload.errors import CheckpointError, DeadlineError
+from offload.native import DiskCalls, IoEngine
 from offload.state import folders
 from offload.state.data_file import DataFileReader
 from offload.state.manifest import Manifest, TensorRecord
 from offload.state.saver import wait_for_saves
+from offload.tiers.transfer import DEFAULT_DEADLINE_SECONDS
 
 # Blocks of which several tensors are pieces are read once, if these are asked for in a row.
 _MAX_CACHED_BYTES = 64 << 20
@@ -63,9 +64,12 @@ class StoredCheckpoint:
 
         Raises:
             DamagedError: with that error.
+            DeadlineError: as it is: a disk that hangs says nothing about the checkpoint.
         """
         try:
             yield
+        except DeadlineError:
+            raise
         except (CheckpointError, OSError) as error:
             raise DamagedError(error) from error
 
@@ -156,7 +160,10 @@ def first_whole(
         StorageError: the one of the tag cannot be read.
     """
     wait_for_saves(root)
-    found, damaged = folders.candidates(root, tag) if root.is_dir() else ([], [])
+    with DiskCalls(DEFAULT_DEADLINE_SECONDS) as disk:
+        found, damaged = disk.make(
+            "list", root, lambda: folders.candidates(root, tag) if root.is_dir() else ([], [])
+        )
     for folder, content in found:
         with StoredCheckpoint(folder, content, io) as stored:
             try:

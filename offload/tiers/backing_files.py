@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from offload.native import DiskCalls
 from offload.tiers.pins import BackingFile
 from offload.tiers.records import checksum_seed
 from offload.tiers.run_folder import (
@@ -30,7 +32,8 @@ _SALT_BYTES = 8
 class BackingFiles:
     """Files on one or several paths, by index in the order in which they were made.
 
-    Not thread-safe, but for reading what has been made.
+    Not thread-safe, but for reading what has been made. A disk that hangs when files are made is an
+    error after `deadline_seconds`.
 
     Attributes:
         paths: the folders, as the user gave them.
@@ -39,15 +42,20 @@ class BackingFiles:
         StorageError: a path does not exist, or is not usable.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], io: AsyncIo) -> None:
+    def __init__(
+        self, paths: Sequence[str | os.PathLike[str]], io: AsyncIo, deadline_seconds: float
+    ) -> None:
         self.paths: list[StorePath] = []
         self._io = io
+        self._disk = DiskCalls(deadline_seconds)
         self._files: list[BackingFile] = []
         self._salts: list[bytes] = []  # by file
         try:
-            self.paths.extend(map(StorePath, paths))
+            for path in paths:
+                look = partial(StorePath, path)
+                self.paths.append(self._disk.make("open", path, look, discard=StorePath.close))
         except BaseException:
-            close_paths(self.paths)
+            self.close()
             raise
         warn_of_memory(self.paths)
 
@@ -72,7 +80,8 @@ class BackingFiles:
         try:
             for home, nbytes in needed.items():
                 path = self.paths[home]
-                files[home] = self._io.from_fd(path.create(nbytes), path.path)
+                create = partial(self._create, path, nbytes)
+                files[home] = self._disk.make("allocate", path.path, create, discard=_close)
         except BaseException:
             for file in files.values():
                 file.close()
@@ -83,6 +92,9 @@ class BackingFiles:
             self._files.append(BackingFile(file, self.paths[home]))
             self._salts.append(secrets.token_bytes(_SALT_BYTES))
         return indices
+
+    def _create(self, path: StorePath, nbytes: int) -> IoFile:
+        return self._io.from_fd(path.create(nbytes), path.path)
 
     def seed(self, extent: Extent, generation: int) -> int:
         """The CRC seed of a version; see [Note: checksum seeds]."""
@@ -97,19 +109,40 @@ class BackingFiles:
 
         To be called before `close`: no other name of theirs than a checkpoint's stays.
         """
-        for path in self.paths:
-            path.remove_run_folder()
         ranges: dict[int, list[tuple[int, int]]] = {}
         for extent in kept:
             ranges.setdefault(extent.file, []).append((extent.offset, extent.nbytes))
-        for index, file in enumerate(self._files):
-            keep_ranges(file.io.fd, ranges.get(index, ()))
+        # The descriptors stay open while a disk that hangs has not answered.
+        held = [file.io.descriptors for file in self._files]
+
+        def trim() -> None:
+            for path in self.paths:
+                path.remove_run_folder()
+            for index, descriptors in enumerate(held):
+                if descriptors is not None:
+                    keep_ranges(descriptors.buffered, ranges.get(index, ()))
+
+        self._disk.tidy("trim", self._where, trim)
 
     def close(self) -> None:
         """Give all files up, and close the paths. A forked child leaves everything alone.
 
         Descriptors outlive this while a request on them is in flight.
         """
-        for file in self._files:
-            file.io.close()
-        close_paths(self.paths)
+        files = self._files
+
+        def close() -> None:
+            while files:
+                files.pop().io.close()
+            close_paths(self.paths)
+
+        self._disk.tidy("close", self._where, close)
+        self._disk.close()
+
+    @property
+    def _where(self) -> str:
+        return ", ".join(path.path for path in self.paths)
+
+
+def _close(file: IoFile) -> None:
+    file.close()

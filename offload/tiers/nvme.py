@@ -79,7 +79,7 @@ class NvmeStore:
         self._pid = os.getpid()
         self._lock = UninterruptedLock()
         self._closed = False
-        self._files = BackingFiles(paths, io)
+        self._files = BackingFiles(paths, io, deadline_seconds)
         # Runs at exit too; does nothing in a forked child.
         self._finalizer = weakref.finalize(self, self._files.close)
         self._reserving = UninterruptedLock()  # one `reserve` at a time; taken before `_lock`

@@ -34,6 +34,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from offload.errors import DiskFullError, StorageError
+from offload.native.disk_calls import report_progress
 
 _RUN_FOLDER_NAME = re.compile(r"offload-\d+-[0-9a-f]{16}")
 _BACKING_FILE_NAME = re.compile(r"extents-\d+")
@@ -45,6 +46,7 @@ _NO_ROOM = (errno_codes.ENOSPC, errno_codes.EDQUOT)
 _MAX_ATTEMPTS = 16
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 _WHAT = "the NVMe tier"  # in messages
+_ALLOCATION_BYTES = 4 << 30  # at once: some take long for it
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 
@@ -111,9 +113,7 @@ class StorePath:
         except OSError as error:
             raise _refusal(error, "create", self.path) from error
         try:
-            # Allocated, not truncated to size, which would promise blocks that are not there
-            # (P12). Where the file system cannot do it, glibc writes to every block.
-            os.posix_fallocate(fd, 0, nbytes)
+            allocate(fd, 0, nbytes)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)  # a failed fallocate keeps the blocks it got, as long as the file lives
@@ -186,6 +186,22 @@ def link(fd: int, name: str, folder_fd: int) -> None:
     """Give an open file a name in a folder. Raises OSError."""
     # With a folder it is linkat(2), which alone can follow the link that stands for the file.
     os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder_fd, follow_symlinks=True)
+
+
+def allocate(fd: int, offset: int, nbytes: int) -> None:
+    """Give a part of a file its blocks, which truncating it to size would only promise (P12).
+
+    Where the file system cannot do it, glibc writes to every block.
+
+    Raises:
+        OSError: ENOSPC, say; some of it may be allocated.
+    """
+    end = offset + nbytes
+    while offset < end:
+        piece = min(end - offset, _ALLOCATION_BYTES)
+        os.posix_fallocate(fd, offset, piece)
+        report_progress()
+        offset += piece
 
 
 def give_back_range(fd: int, offset: int, nbytes: int) -> None:

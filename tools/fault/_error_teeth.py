@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from fault._os_layer import calls_in_place
 from offload.native import fallback
 from offload.optim import streamed
 from offload.partition import late
@@ -132,6 +133,7 @@ TEETH = (
     Tooth("a failed fsync is passed over", _fsync_is_passed_over, "EIO", home="host"),
     Tooth("a failed fsync is repeated", _fsync_is_repeated, "EIO", home="host"),
     Tooth("a descriptor is left open", _a_descriptor_is_left, "EIO", home="host"),
+    Tooth("what hangs is waited for", calls_in_place, "hangs", home="host"),
     Tooth("errors are not translated", _errors_are_not_translated, "EIO", home="host"),
     Tooth("EINTR is not repeated", _interrupted_is_not_repeated, "EINTR", backend="python"),
     Tooth("a failed write is committed", _a_failed_write_is_committed, "EIO", backend="threads"),

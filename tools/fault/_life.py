@@ -25,6 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fault import _tiny
+from fault._os_layer import calls_in_place
 from offload.errors import CheckpointError, OffloadError
 from offload.state import folders, stored
 
@@ -32,6 +33,10 @@ _R = TypeVar("_R")
 Checking = Callable[[], AbstractContextManager[object]]  # the trial's own reads are not disturbed
 _MOST_TRIES = 4
 NUM_STEPS = 3
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Life:
     warned: list[warnings.WarningMessage] = field(default_factory=list)
     leases: dict[str, dict[str, int]] = field(default_factory=dict)
     checking: Checking = nullcontext
+    after_error: Callable[[], None] = _nothing
 
     def attempt(self, name: str, call: Callable[[], _R]) -> _R:
         """Make the call until it succeeds; what it raises must be an `OffloadError`."""
@@ -65,6 +71,7 @@ class Life:
             except Exception as error:
                 _forget_frames(error)
                 self.errors.append((name, error))
+                self.after_error()
                 if not isinstance(error, OffloadError):
                     self.problems.append(f"{name} raised {error!r}, which is no OffloadError")
                 if left == 0:
@@ -72,9 +79,15 @@ class Life:
         raise AssertionError("unreachable")
 
 
-def live(make: Callable[[], Any], folder: Path, *, checking: Checking = nullcontext) -> Life:
+def live(
+    make: Callable[[], Any],
+    folder: Path,
+    *,
+    checking: Checking = nullcontext,
+    after_error: Callable[[], None] = _nothing,
+) -> Life:
     """Live through [Note: life] with checkpoints in `folder`, which does not exist afterwards."""
-    life = Life(checking=checking)
+    life = Life(checking=checking, after_error=after_error)
     files, tasks = _tiny.open_files(), _tiny.num_threads()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -110,6 +123,7 @@ def _train(life: Life, engine: Any, folder: Path) -> None:
     if engine.global_steps != NUM_STEPS - 1:
         life.problems.append(f"loading goes back to step {engine.global_steps}")
     _step(life, engine)
+    life.after_error()  # what nobody was told of has passed as well
     with life.checking():
         folders.sweep(folder)  # as the next save does
         left = [path.name for path in folder.glob(".*")]
@@ -215,7 +229,8 @@ def main() -> None:
     # All in one thread: a fault comes once in each.
     alone: dict[str, Any] = {"io": {"backend": "threads"}, "checkpoint": {"asynchronous": False}}
     config = _tiny.settings(folder / "nvme", home=home, **alone)
-    life = live(lambda: _tiny.engine(config), folder / "checkpoints")
+    with calls_in_place():
+        life = live(lambda: _tiny.engine(config), folder / "checkpoints")
     errors = [
         {"call": name, "type": type(error).__name__, "message": str(error)}
         for name, error in life.errors

@@ -1,4 +1,4 @@
-"""The system calls that Python code makes on some folders: counted, and one of them failed.
+"""The system calls that Python code makes on some folders: counted, and one of them failed or hung.
 
 [Note: os layer] While an `OsLayer` is active, the functions of `os` and `fcntl` that touch files
 are wrapped. A call counts when one of its paths or descriptors lies in a watched folder. Python
@@ -13,11 +13,15 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from unittest import mock
+
+from offload.native import DiskCalls
 
 READS = ("pread", "preadv", "read")
 WRITES = ("pwrite", "pwritev", "write")
@@ -31,6 +35,9 @@ _CALLS = (
     *("stat", "lstat", "fstat", "statvfs", "fstatvfs"),
 )
 _LOCKS = ("flock", "ioctl")  # of fcntl
+_HANG_SECONDS = 10.0  # nobody waits so long
+_FREED_SECONDS = 0.1
+_NEVER_HANG = ("fstat", "fstatvfs", "flock")  # they ask the kernel, not the disk
 _TWO_NAMES = ("rename", "replace", "link", "copy_file_range")
 
 
@@ -47,16 +54,23 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a call: an error in its place or after it, or half or none of its bytes."""
+    """What happens to a call: an error in its place or after it, half or none of its bytes.
+
+    Or it hangs until it is freed.
+    """
 
     name: str
     errno: int = 0
     late: bool = False  # the call is made, and its answer is the error
     half: bool = False
     zero: bool = False
+    hangs: bool = False
 
     def concerns(self, call: Call) -> bool:
         """Whether it can happen to this call at all."""
+        if self.hangs:
+            is_config = call.name == "stat" and call.path.endswith("/nvme")  # looks at its paths
+            return call.name not in _NEVER_HANG and not is_config
         if self.half or self.zero:
             return call.name in TRANSFERS
         if self.late:
@@ -72,12 +86,15 @@ class OsLayer:
         roots: the watched folders, without symbolic links.
         hit: the call that the fault happened to.
         repeated: files whose fsync was tried again after it had failed, without a new write.
+        waits: calls that hung, and for which somebody waited for very long.
     """
 
     def __init__(self, folders: Sequence[Path], *, fault: Fault | None = None, nth: int = 0):
         self.calls: list[Call] = []
         self.hit: Call | None = None
         self.repeated: list[str] = []
+        self.waits: list[str] = []
+        self._freed = threading.Event()
         self.roots = tuple(os.path.realpath(folder) for folder in folders)
         self._fault = fault
         self._nth = nth
@@ -103,12 +120,18 @@ class OsLayer:
         while self._originals:
             setattr(*self._originals.pop())
 
+    def free(self) -> None:
+        """Let the call that hangs go on, and its thread come to an end with it."""
+        self._freed.set()
+        time.sleep(_FREED_SECONDS)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Neither count nor disturb what this thread does meanwhile."""
         self._pauses.on = True
         try:
-            yield
+            with calls_in_place():
+                yield
         finally:
             self._pauses.on = False
 
@@ -126,6 +149,9 @@ class OsLayer:
             return original(*args, **options) if fault is None else act(fault, path, args, options)
 
         def act(fault: Fault, path: str, args: Any, options: Any) -> Any:
+            if fault.hangs:
+                self._hang(name, path)
+                return original(*args, **options)
             if fault.zero:
                 return b"" if name in ("pread", "read") else 0
             if fault.half:
@@ -144,12 +170,18 @@ class OsLayer:
         is_file = stat.S_ISREG(self._original("fstat")(descriptor).st_mode)
         if is_file and identity in self._unsynced:
             self.repeated.append(path)
-        if fault is None or fault.late:
+        if fault is not None and fault.hangs:
+            self._hang("fsync", path)
+        if fault is None or fault.late or fault.hangs:
             original(descriptor)
-        if fault is not None:
+        if fault is not None and not fault.hangs:
             if is_file:
                 self._unsynced.add(identity)
             raise OSError(fault.errno, os.strerror(fault.errno), path)
+
+    def _hang(self, name: str, path: str) -> None:
+        if not self._freed.wait(_HANG_SECONDS):
+            self.waits.append(f"{name} {path}")
 
     def _count(self, call: Call) -> Fault | None:
         with self._lock:
@@ -176,6 +208,11 @@ class OsLayer:
             if any(path == root or path.startswith(root + "/") for root in self.roots):
                 return path
         return None
+
+
+def calls_in_place() -> contextlib.AbstractContextManager[object]:
+    """While entered, disk calls are made in the thread that asks for them."""
+    return mock.patch.object(DiskCalls, "_offer", lambda _, call: call.run())
 
 
 def _path_of(argument: Any, folder: int | None) -> str:

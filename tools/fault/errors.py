@@ -4,7 +4,8 @@ A tiny training (build, step, save, load) runs once without a fault, and its I/O
 counted. Then it runs once for each attempt and each kind of fault, with that attempt failing:
 
     engine    the I/O engine's own hook, on every backend: reads and writes of the NVMe tier
-    files     the calls of Python code on folders: checkpoints, and opening the NVMe tier
+    files     the calls of Python code on folders: checkpoints, and opening the NVMe tier; here
+              each call also hangs, and whoever waits for it must give it up in time
     strace    the same seen from the kernel's side, an example of each system call
 
 Wanted: an interrupted, refused (EAGAIN) or short transfer is healed, and with `io.retries` an EIO
@@ -42,6 +43,7 @@ from offload.engine import build
 from offload.errors import CheckpointError, StorageError
 from offload.native import IoEngine, IoFile
 from offload.native.engine import BACKENDS
+from offload.state import data_file, stored
 
 CLASSES = ("engine", "files", "strace")
 HOMES = ("nvme", "host")
@@ -66,7 +68,9 @@ FILE_FAULTS = (
     Fault("EIO, but done", errno.EIO, late=True),
     Fault("half", half=True),
     Fault("zero bytes", zero=True),
+    Fault("hangs", errno.ETIMEDOUT, hangs=True),
 )
+_DEADLINE_SECONDS = 0.3  # where something hangs
 # System call, what happens to its first call about the folder, and what must come of it: the caller
 # is told, or it is healed. None: either; what was not vital may fail.
 STRACED = (
@@ -213,18 +217,25 @@ class Sweep:
     def _through_files(
         self, home: str, fault: Fault | None, nth: int
     ) -> tuple[_life.Life, OsLayer]:
-        with OsLayer([self.folder], fault=fault, nth=nth) as layer:
-            life = self._live(home, checking=layer.paused)
+        hangs = fault is not None and fault.hangs
+        with (
+            OsLayer([self.folder], fault=fault, nth=nth) as layer,
+            _short_deadlines() if hangs else contextlib.nullcontext(),
+        ):
+            life = self._live(
+                home,
+                checking=layer.paused,
+                after_error=layer.free,
+                deadline_seconds=_DEADLINE_SECONDS if hangs else 60.0,
+            )
         return life, layer
 
     def _live(
-        self, home: str, checking: _life.Checking = contextlib.nullcontext, retries: int = 0
+        self, home: str, *, retries: int = 0, deadline_seconds: float = 60.0, **watching: Any
     ) -> _life.Life:
-        io = {"backend": "threads", "retries": retries}
+        io = {"backend": "threads", "retries": retries, "deadline_seconds": deadline_seconds}
         config = _tiny.settings(self.folder / "nvme", home=home, io=io)
-        return _life.live(
-            lambda: _tiny.engine(config), self.folder / "checkpoints", checking=checking
-        )
+        return _life.live(lambda: _tiny.engine(config), self.folder / "checkpoints", **watching)
 
     def _spread(self, count: int) -> list[int]:
         """Which of the attempts 1 to `count` to disturb."""
@@ -233,6 +244,17 @@ class Sweep:
         return sorted(
             {1 + place * (count - 1) // max(1, self.most - 1) for place in range(self.most)}
         )
+
+
+@contextlib.contextmanager
+def _short_deadlines() -> Iterator[None]:
+    """Of loads, which have the default one."""
+    with contextlib.ExitStack() as patches:
+        for module in (data_file, stored):
+            patches.enter_context(
+                mock.patch.object(module, "DEFAULT_DEADLINE_SECONDS", _DEADLINE_SECONDS)
+            )
+        yield
 
 
 def _require_calm(life: _life.Life) -> None:
@@ -270,6 +292,7 @@ def _engine_problems(life: _life.Life, calm: _life.Life, kind: str) -> list[str]
 def _file_problems(life: _life.Life, calm: _life.Life, fault: Fault, layer: OsLayer) -> list[str]:
     problems = life.problems + _life.differences(life, calm)
     problems += [f"fsync of {path} was repeated" for path in layer.repeated]
+    problems += [f"nobody gave {call} up" for call in layer.waits]
     call = layer.hit
     if call is None:  # what is written beside the training makes its calls in no fixed order
         return problems
@@ -291,11 +314,13 @@ def _unclear(name: str, error: BaseException, fault: Fault, call: Call, root: st
     code = fault.errno or errno.EIO
     missing = []
     if isinstance(error, StorageError):
-        wanted = ("operation", "path") if call.name == "open" else ("operation", "path", "what")
+        wanted = ["operation", "path"]
+        if call.name != "open" and not fault.hangs:
+            wanted.append("what")
         missing += [each for each in wanted if not getattr(error, each)]
         if error.errno != code:
             missing.append(f"errno {code}")
-        if call.name in TRANSFERS and error.nbytes is None:
+        if call.name in TRANSFERS and error.nbytes is None and not fault.hangs:
             missing.append("bytes")
     elif not isinstance(error, CheckpointError):
         return []  # no OffloadError: a problem already
