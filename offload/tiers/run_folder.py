@@ -376,10 +376,17 @@ def _sweep_one(parent_fd: int, name: str) -> bool:
 
 
 def _remove_folder(parent_fd: int, name: str, folder_fd: int | None) -> None:
-    """Unlink what run folders contain, the lock last, and the folder if it is empty then."""
+    """Unlink what run folders contain, the lock last, and the folder if it is empty then.
+
+    If that cannot be seen, all of it stays for the next sweep.
+    """
     if folder_fd is not None:
-        with os.scandir(folder_fd) as entries:
-            names = [entry.name for entry in entries if _BACKING_FILE_NAME.fullmatch(entry.name)]
+        try:
+            with os.scandir(folder_fd) as entries:
+                found = [entry.name for entry in entries]
+        except OSError:
+            return
+        names = [name for name in found if _BACKING_FILE_NAME.fullmatch(name)]
         for file_name in (*names, _LOCK_NAME):
             with contextlib.suppress(OSError):
                 os.unlink(file_name, dir_fd=folder_fd)

@@ -500,3 +500,23 @@ def test_free_bytes_that_nobody_tells(tmp_path, monkeypatch):
         with pytest.raises(StorageError, match="statvfs of the NVMe tier"):
             path.bytes_free()
     path.close()
+
+
+def test_a_folder_that_cannot_be_seen_into_is_left_to_the_next_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = StorePath(tmp_path)
+    fd = path.create(1 << 16)
+    path.anchor(fd)
+    (folder,) = tmp_path.iterdir()
+
+    def refuse(_: object) -> object:
+        raise OSError(errno.EIO, "no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        path.close()
+    os.close(fd)
+    assert len(list(folder.iterdir())) == 2, "the anchor, and the lock that tells that it is left"
+    StorePath(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
