@@ -1,10 +1,18 @@
-"""Ctrl-C at the n-th line of some code: every place where an interrupt may come, one by one."""
+"""Ctrl-C at the n-th line of some code: every place where an interrupt may come, one by one.
+
+The line of a `with` is left out. Python traces it once more before `__exit__`, and what is raised
+there would leave that out; a signal never comes there (only behind calls and jumps), but before the
+call, where `__exit__` is made.
+"""
 
 from __future__ import annotations
 
+import ast
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -41,8 +49,8 @@ class InterruptAt:
         return self._line if wanted and not self.came and not _is_in_del(frame) else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
-        del frame, arg
-        if event != "line" or self.came:
+        del arg
+        if event != "line" or self.came or is_with(frame):
             return self._line
         self._left -= 1
         if self._left == 0:
@@ -50,6 +58,22 @@ class InterruptAt:
             sys.settrace(None)
             signal.raise_signal(signal.SIGINT)
         return self._line
+
+
+def is_with(frame: FrameType) -> bool:
+    """Whether the line is that of a `with`."""
+    return frame.f_lineno in _with_lines(frame.f_code.co_filename)
+
+
+@functools.cache
+def _with_lines(path: str) -> set[int]:
+    return {
+        line
+        for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
+        if isinstance(node, ast.With)
+        for item in node.items
+        for line in range(node.lineno, 1 + (item.context_expr.end_lineno or 0))
+    }
 
 
 def _is_in_del(frame: FrameType | None) -> bool:

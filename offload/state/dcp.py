@@ -46,6 +46,15 @@ def _ignored(*_: Any) -> None:
     """For a value that nobody needs."""
 
 
+_IGNORED = Constructor(_ignored)
+
+
+def _member(owner: Any, name: Any) -> None:
+    """What Python before 3.11.4 writes for a member of an enumeration: `getattr(class, name)`."""
+    if owner is not _IGNORED or type(name) is not str:
+        raise ValueError("an attribute of something that is no known enumeration")
+
+
 _NAMES = {
     **TENSOR_NAMES,
     **class_names(
@@ -55,12 +64,13 @@ _NAMES = {
     ),
     **class_names("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     **class_names(_OLD_MODULE, "TensorProperties"),
-    (_MODULE, "_MEM_FORMAT_ENCODING"): Constructor(_ignored),
-    (_OLD_MODULE, "MEM_FORMAT_ENCODING"): Constructor(_ignored),
-    ("torch.serialization", "_get_layout"): Constructor(_ignored),
+    (_MODULE, "_MEM_FORMAT_ENCODING"): _IGNORED,
+    (_OLD_MODULE, "MEM_FORMAT_ENCODING"): _IGNORED,
+    ("builtins", "getattr"): Constructor(_member),
+    ("torch.serialization", "_get_layout"): _IGNORED,
     # Where the directory was when it was written.
-    ("pathlib", "PosixPath"): Constructor(_ignored),
-    ("pathlib._local", "PosixPath"): Constructor(_ignored),
+    ("pathlib", "PosixPath"): _IGNORED,
+    ("pathlib._local", "PosixPath"): _IGNORED,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ class Training:
 @pytest.fixture(params=[True, False], ids=["overlapped", "by itself"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Training]:
     return lambda: Training(tmp_path, overlapped=request.param)
+
+
+@pytest.fixture(autouse=True)
+def torch_calls_guards_afterwards() -> Iterator[None]:
+    yield
+    assert torch._C._is_torch_function_enabled()
 
 
 def expected(make: Callable[[], Training], num_steps: int = 1) -> list[torch.Tensor]:

@@ -190,6 +190,35 @@ def test_other_classes_are_refused(tmp_path):
         DcpDirectory(tmp_path / "a")
 
 
+def member_of(owner, name):
+    """As Python 3.11.2 pickles a member of an enumeration."""
+
+    class Member:
+        def __reduce__(self):
+            return getattr, (owner, name)
+
+    return Member()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "is_known"),
+    [
+        (torch_metadata._MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT", True),
+        (torch_metadata._MEM_FORMAT_ENCODING, 3, False),
+        (torch_metadata.Metadata, "planner_data", False),
+        (None, "__class__", False),
+    ],
+)
+def test_members_of_enumerations_as_older_pythons_write_them(tmp_path, owner, name, is_known):
+    grid(tmp_path / "a", QUARTERS)
+    forged(tmp_path / "a", lambda c: setattr(c, "planner_data", member_of(owner, name)))
+    if is_known:
+        DcpDirectory(tmp_path / "a").close()
+    else:
+        with pytest.raises(CheckpointError, match="no known enumeration"):
+            DcpDirectory(tmp_path / "a")
+
+
 def test_keys_without_any_known_name(tmp_path):
     dcp.save({"x.y": torch.ones(2), "z": 1}, checkpoint_id=tmp_path / "a", no_dist=True)
     with DcpDirectory(tmp_path / "a") as directory:

@@ -51,8 +51,7 @@ class Training:
         if num_good < _STEPS - 1 or not self._stage("step", self._step):
             self._close()
             return
-        self.bits = _tiny.fingerprint(self._engine)
-        if not is_saved:
+        if not self._stage("read", self._read) or not is_saved:
             self._close()
             return
         self._stage("close", self._engine.close)
@@ -60,7 +59,7 @@ class Training:
         if not self._stage("build", self._build) or not self._stage("load", self._load):
             return
         if self._stage("step", self._step):
-            self.bits = _tiny.fingerprint(self._engine)
+            self._stage("read", self._read)
         self._close()
 
     def _stage(self, name: str, call: Callable[[], None]) -> bool:
@@ -93,6 +92,9 @@ class Training:
 
     def _load(self) -> None:
         self._engine.load_checkpoint(self.checkpoints)
+
+    def _read(self) -> None:
+        self.bits = _tiny.fingerprint(self._engine)
 
     def _close(self) -> None:
         began = time.monotonic()
