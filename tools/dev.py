@@ -3,6 +3,7 @@
     python3 tools/dev.py demo           train a small model with its state on disk, and export it
     python3 tools/dev.py test           the default tests        (--slow: the slow ones)
     python3 tools/dev.py lint           ruff, mypy, clang-format
+    python3 tools/dev.py docs           build docs/ into build/docs, warnings as errors
     python3 tools/dev.py bench          list the benchmarks      (bench NAME: run one)
     python3 tools/dev.py faults         list the fault suites    (faults PART: run one)
     python3 tools/dev.py install        only set up
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test = commands.add_parser("test", help="run the tests; further arguments go to pytest")
     test.add_argument("--slow", action="store_true", help="run the slow tests instead")
     commands.add_parser("lint", help="ruff check, ruff format, mypy, clang-format")
+    commands.add_parser("docs", help="build docs/ into build/docs; a warning is an error")
     bench = commands.add_parser("bench", help="list the benchmarks, or run one")
     bench.add_argument("name", nargs="?", help="name of a file in tools/bench, without .py")
     faults = commands.add_parser("faults", help="list the crash and fault suites, or run one")
@@ -89,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return test_suite(slow=options.slow, further=further)
         if options.command == "lint":
             return lint()
+        if options.command == "docs":
+            return documentation()
         if options.command == "bench":
             return benchmark(options.name, further)
         if options.command == "faults":
@@ -141,6 +145,16 @@ def lint() -> int:
             failed.append(name)
     say(f"failed: {', '.join(failed)}" if failed else "lint: all good")
     return 1 if failed else 0
+
+
+def documentation() -> int:
+    """Build the pages as a site."""
+    set_up("hf", "test", "docs")
+    site = ROOT / "build" / "docs"
+    failed = run("-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(site))
+    if not failed:
+        say(f"docs: {(site / 'index.html').relative_to(ROOT)}")
+    return failed
 
 
 def benchmark(name: str | None, further: Sequence[str]) -> int:
