@@ -249,6 +249,31 @@ def import_(config: str, source: str, out: str, optimizer: bool | None, strict: 
     click.echo(f"{imported}\nsaved as {saved}")
 
 
+@main.command()
+@click.argument("source", metavar="DS_JSON", type=click.Path(exists=True, dir_okay=False))
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write the TOML to a new file.")
+@click.option(
+    "--set",
+    "values",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help='What a key\'s "auto" stands for, e.g. optimizer.params.lr=1e-4; may be repeated.',
+)
+@click.option(
+    "--world-size",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Processes that train_batch_size is divided by.",
+)
+def translate(source: str, out: str | None, values: tuple[str, ...], world_size: int) -> None:
+    """Turn a configuration of DeepSpeed into one of offload; say what became of every key."""
+    from offload.cli.translating import run
+
+    pairs = dict(value.partition("=")[::2] for value in values)
+    click.echo(run(source, out, pairs, world_size), nl=False)
+
+
 def _list_files(folder: str) -> None:
     for path in sorted(Path(folder).iterdir()):
         click.echo(path)
