@@ -22,7 +22,9 @@ from tests.docs import scenes
 from tests.docs.pages import ROOT, Block, blocks
 
 # Page -> the test module that runs its Python.
-RUN_BY: dict[str, str] = {}
+RUN_BY: dict[str, str] = {
+    "docs/from-deepspeed.md": "tests/integrations/test_deepspeed_docs.py",
+}
 
 # (page, number of the block in it) -> what is there before it.
 SCENES: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {

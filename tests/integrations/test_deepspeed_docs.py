@@ -10,22 +10,24 @@ import torch
 from click.testing import CliRunner
 
 from offload.cli.main import main
-from tests.integrations.doc_blocks import after, blocks
+from tests.docs.pages import blocks
 
 
 def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = blocks("from-deepspeed.md")
-    (configuration,) = [text for language, text in found if language == "json"]
+    page = "docs/from-deepspeed.md"
+    found = [b for b in blocks("diff", "json", "python", "sh") if b.page == page]
+    (configuration,) = [block.text for block in found if block.language == "json"]
     Path("ds_config.json").write_text(configuration)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8))
     names: dict[str, Any] = {
         "model": model,
         "dataset": list(torch.randn(16, 8).to(torch.bfloat16)),
     }
-    for language, text in found:
+    for block in found:
+        language, text = block.language, block.text
         if language == "diff":
-            exec(after(text), names)
+            exec("\n".join(t[1:] for t in text.splitlines() if not t.startswith("-")), names)
             assert names["client_state"] == {"epoch": 1}
             assert names["engine"].global_steps == 2
             names["engine"].destroy()
