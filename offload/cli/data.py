@@ -1,8 +1,8 @@
 """Training data: documents -> tokens in one file -> batches.
 
 [Note: data order]
-Documents are read in order of their names; every `HELD_OUT_EVERY`-th is held out (of fewer
-documents, the last share of the tokens). The tokens of one split stand back to back in one
+Documents are read in order of their names; a share of them is held out, at even distances (of too
+few documents, the last share of the tokens). The tokens of one split stand back to back in one
 memory-mapped file, each document between a begin and an end token. A sequence is a window of that
 file; windows do not overlap. Epoch by epoch they come in an order drawn from (seed, epoch), so
 micro-batch number n is a function of n, and resuming needs no other position.
@@ -19,9 +19,10 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -29,9 +30,10 @@ import torch
 from offload.errors import ChecksumError, OffloadError, StorageError
 from offload.native import crc32c
 
-HELD_OUT_EVERY = 20
+MOST_PROBLEMS = 10
 CHECKED_BYTES = 64 << 10  # microseconds to check; a page fault reads as much ahead
 STDLIB = "stdlib"
+HELD_OUT_SHARE = Fraction(1, 20)
 _SUFFIXES = (".txt", ".jsonl", ".py", ".md")
 # Installed packages are no part of the library, and its tests are mostly tables.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -39,6 +41,8 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 Tokens = np.ndarray[tuple[int], np.dtype[Any]]
 _Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Document = Callable[[], bytes]  # reads one document's text, UTF-8
+Marks = np.ndarray[tuple[int], np.dtype[np.bool_]]  # one a token
+Spans = Sequence[tuple[int, int]]  # of characters: first, one past the last
 
 
 class Tokenizer(Protocol):
@@ -49,6 +53,19 @@ class Tokenizer(Protocol):
 
     def encode_document(self, text: bytes) -> Tokens:
         """Ids of a whole document, with its begin and end."""
+
+    def encode_marked(self, text: str, spans: Spans, *, whole: bool) -> tuple[Tokens, Marks]:
+        """Ids of a text, and which of them lie in one of the spans.
+
+        With `whole`, a begin and an end are added, as of a document; the end counts with the last
+        character. Else the text has them.
+
+        Raises:
+            ValueError: it cannot be encoded.
+        """
+
+    def chat(self) -> tuple[str | None, dict[str, Any]]:
+        """The chat template, if it has one, and what templates may name: special tokens."""
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of the start of a document."""
@@ -66,6 +83,18 @@ class ByteTokenizer:
 
     def encode_document(self, text: bytes) -> Tokens:
         return np.concatenate([[self.begin], np.frombuffer(text, np.uint8), [self.end]])
+
+    def encode_marked(self, text: str, spans: Spans, *, whole: bool) -> tuple[Tokens, Marks]:
+        del whole  # no text can have this tokenizer's begin and end
+        tokens = self.encode_document(text.encode())
+        marks = np.zeros(len(tokens), np.bool_)
+        for first, last in spans:
+            start, stop = len(text[:first].encode()), len(text[:last].encode())
+            marks[1 + start : 1 + stop + (last == len(text))] = True
+        return tokens, marks
+
+    def chat(self) -> tuple[str | None, dict[str, Any]]:
+        return None, {}
 
     def encode_prompt(self, text: str) -> list[int]:
         return [self.begin, *text.encode()]
@@ -87,6 +116,33 @@ class PretrainedTokenizer:
     def encode_document(self, text: bytes) -> Tokens:
         ends = [] if self.end is None else [self.end]
         return np.array([*self._ids(text.decode(errors="replace")), *ends], np.int64)
+
+    def encode_marked(self, text: str, spans: Spans, *, whole: bool) -> tuple[Tokens, Marks]:
+        if not self._tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self._tokenizer).__name__} does not say which characters a token is of: "
+                "run.train_on needs a fast tokenizer (tokenizer.json)"
+            )
+        text.encode()  # what is no Unicode would end in the tokenizer's own kind of error
+        encoded = self._tokenizer(
+            text, add_special_tokens=whole, return_offsets_mapping=True, verbose=False
+        )
+        ids: list[int] = encoded["input_ids"]
+        marks = [
+            any(start < last and stop > first for first, last in spans)
+            for start, stop in encoded["offset_mapping"]
+        ]
+        if whole and self.end is not None:
+            if ids[-1:] != [self.end]:
+                ids, marks = [*ids, self.end], [*marks, False]
+            marks[-1] = any(last == len(text) for _, last in spans)
+        return np.array(ids, np.int64), np.array(marks, np.bool_)
+
+    def chat(self) -> tuple[str | None, dict[str, Any]]:
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):  # several, by purpose
+            template = template.get("default")
+        return template, dict(self._tokenizer.special_tokens_map)
 
     def encode_prompt(self, text: str) -> list[int]:
         begin = self._tokenizer.bos_token_id
@@ -188,7 +244,9 @@ def documents(source: str) -> list[Document]:
         paths = [folder] if folder.is_file() else []
     if source == STDLIB:
         paths = [p for p in paths if p.suffix == ".py" and _NOT_LIBRARY.isdisjoint(p.parts)]
-    found = [document for path in paths for document in _in_file(path)]
+    problems = Problems()
+    found = [document for path in paths for document in _in_file(path, problems)]
+    problems.raise_if_any()
     if not found:
         raise OffloadError(
             f"run.data = {source!r} has no text",
@@ -197,20 +255,69 @@ def documents(source: str) -> list[Document]:
     return found
 
 
-def _in_file(path: Path) -> Iterator[Document]:
+def _in_file(path: Path, problems: Problems) -> Iterator[Document]:
     if path.suffix != ".jsonl":
         yield path.read_bytes
         return
+    for line in jsonl_lines(path, problems):
+        if isinstance(line.fields.get("text"), str):
+            yield JsonText(path, line.offset)
+        else:
+            problems.add(line.where, "has no field 'text' with a string")
+
+
+@dataclass(slots=True)
+class Problems:
+    """What is wrong with lines of the data: all is said at once, up to `MOST_PROBLEMS`."""
+
+    found: list[str] = field(default_factory=list)
+
+    def add(self, where: str, what: str) -> None:
+        """Take note. Raises OffloadError when there are enough."""
+        self.found.append(f"{where} {what}")
+        if len(self.found) == MOST_PROBLEMS:
+            self.raise_if_any()
+
+    def raise_if_any(self) -> None:
+        """Raise OffloadError with what was found."""
+        if self.found:
+            many = f"{MOST_PROBLEMS} or more" if len(self.found) == MOST_PROBLEMS else ""
+            raise OffloadError(
+                f"the data has {many or len(self.found)} bad line(s):\n  "
+                + "\n  ".join(self.found),
+                remedy="mend or remove them; nothing has been trained",
+            )
+
+
+class JsonLine(NamedTuple):
+    """A line's object, what to call it, and the byte of the file at which it starts."""
+
+    where: str
+    fields: dict[str, Any]
+    offset: int
+
+
+def jsonl_lines(path: Path, problems: Problems) -> Iterator[JsonLine]:
+    """The objects of a file, one a line, one in memory at a time; empty lines are passed over."""
     with path.open("rb") as lines:
         offset = 0
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}:"
             if line.strip():
-                yield _JsonLine(path, offset)
+                try:
+                    fields = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    problems.add(where, f"is no JSON: {error}")
+                else:
+                    if isinstance(fields, dict):
+                        yield JsonLine(where, fields, offset)
+                    else:
+                        problems.add(where, f"is no JSON object but {type(fields).__name__}")
             offset += len(line)
 
 
 @dataclass(frozen=True, slots=True)
-class _JsonLine:
+class JsonText:
     """The field `text` of the line that starts at `offset`, read when called."""
 
     path: Path
@@ -228,16 +335,32 @@ class _JsonLine:
                 ) from error
 
 
-def pack(found: Sequence[Document], tokenizer: Tokenizer, folder: Path) -> Split:
-    """Tokenize documents into files in `folder`, one document in memory at a time."""
+def is_held_out(number: int, share: Fraction) -> bool:
+    """Whether document or example `number`, counted from 1, is one of the share to hold out."""
+    return number * share // 1 > (number - 1) * share // 1
+
+
+def pack(
+    found: Sequence[Document],
+    tokenizer: Tokenizer,
+    folder: Path,
+    validation: Fraction | Sequence[Document] = HELD_OUT_SHARE,
+) -> Split:
+    """Tokenize documents into files in `folder`, one document in memory at a time.
+
+    `validation` is the share of them to hold out, or the documents that are the held-out ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if len(found) < HELD_OUT_EVERY:
-        every = _pack_file(found, tokenizer, folder / "all.tokens")
-        tokens = every.tokens
-        cut = len(tokens) - len(tokens) // HELD_OUT_EVERY
-        return Split(tokens[:cut], tokens[cut:], every, replace(every, first=cut))
-    held_out = found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    train = [d for i, d in enumerate(found, start=1) if i % HELD_OUT_EVERY]
+    if isinstance(validation, Fraction):
+        if len(found) * validation < 1:
+            every = _pack_file(found, tokenizer, folder / "all.tokens")
+            tokens = every.tokens
+            cut = len(tokens) - int(len(tokens) * validation)
+            return Split(tokens[:cut], tokens[cut:], every, replace(every, first=cut))
+        held_out = [d for i, d in enumerate(found, start=1) if is_held_out(i, validation)]
+        train = [d for i, d in enumerate(found, start=1) if not is_held_out(i, validation)]
+    else:
+        train, held_out = list(found), list(validation)
     packed = _pack_file(train, tokenizer, folder / "train.tokens")
     rest = _pack_file(held_out, tokenizer, folder / "held_out.tokens")
     return Split(packed.tokens, rest.tokens, packed, rest)
@@ -245,19 +368,46 @@ def pack(found: Sequence[Document], tokenizer: Tokenizer, folder: Path) -> Split
 
 def _pack_file(found: Sequence[Document], tokenizer: Tokenizer, path: Path) -> TokenChecks:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    checksums = []
-    piece = np.empty(0, np.uint8)  # the file's last bytes, which have no checksum yet
-    with path.open("wb") as file:
+    with TokenWriter(path, dtype) as writer:
         for document in found:
-            tokens = tokenizer.encode_document(document()).astype(dtype)
-            file.write(tokens.tobytes())
-            piece = np.concatenate([piece, tokens.view(np.uint8)])
-            while len(piece) >= CHECKED_BYTES:
-                checksums.append(_checksum(piece[:CHECKED_BYTES]))
-                piece = piece[CHECKED_BYTES:]
-    if len(piece):
-        checksums.append(_checksum(piece))
-    return TokenChecks(path, np.memmap(path, dtype, mode="r"), tuple(checksums))
+            writer.write(tokenizer.encode_document(document()))
+    return writer.checks()
+
+
+class TokenWriter:
+    """Writes a token file anew, and takes its checksums; see [Note: token checks]."""
+
+    def __init__(self, path: Path, dtype: type[np.unsignedinteger[Any]]) -> None:
+        self._path, self._dtype = path, dtype
+        self._checksums: list[int] = []
+        self._piece = np.empty(0, np.uint8)  # the file's last bytes, which have no checksum yet
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, tokens: Tokens) -> None:
+        """Add tokens at the end."""
+        data = tokens.astype(self._dtype)
+        self._file.write(data.tobytes())
+        piece = np.concatenate([self._piece, data.view(np.uint8)])
+        while len(piece) >= CHECKED_BYTES:
+            self._checksums.append(_checksum(piece[:CHECKED_BYTES]))
+            piece = piece[CHECKED_BYTES:]
+        self._piece = piece
+
+    def checks(self) -> TokenChecks:
+        """What was written, once the file is closed."""
+        rest = [_checksum(self._piece)] if len(self._piece) else []
+        checksums = (*self._checksums, *rest)
+        # An empty file cannot be mapped.
+        tokens = (
+            np.memmap(self._path, self._dtype, mode="r") if checksums else np.empty(0, self._dtype)
+        )
+        return TokenChecks(self._path, tokens, checksums)
 
 
 class Windows:

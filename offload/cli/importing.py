@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from offload.cli.models import opened_model
+from offload.cli.trainable import trainable
 from offload.config import load_config
 from offload.errors import ConfigError
 from offload.state.importing import Imported
@@ -30,7 +31,7 @@ def run(
     if loaded.run is None:
         raise ConfigError(problems=["[run] is missing: it says which model the checkpoint is of"])
     with opened_model(loaded.run) as model:
-        engine = initialize(model, loaded)
+        engine = initialize(trainable(model, loaded), loaded)
     with engine:
         imported = engine.import_checkpoint(source, optimizer=optimizer, strict=strict)
         saved = engine.save_checkpoint(out)

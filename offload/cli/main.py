@@ -67,12 +67,13 @@ def plan(config: str) -> None:
     import torch
 
     from offload.cli.models import build_model
+    from offload.cli.trainable import trainable
     from offload.engine.planning import plan as plan_model
 
     model: torch.nn.Module | str | None = loaded.run.model
-    if model is None:
+    if model is None or loaded.lora is not None or loaded.run.freeze:
         with torch.device("meta"):
-            model = build_model(loaded.run)
+            model = trainable(build_model(loaded.run), loaded)
     made = plan_model(model, loaded)
     click.echo(str(made))
     if not made.fits:
@@ -176,6 +177,11 @@ def report(run_dir: str) -> None:
     help="hf: safetensors; dcp: a new directory that torch.distributed.checkpoint loads.",
 )
 @click.option("--optimizer", is_flag=True, help="With dcp: the optimizer's state and groups, too.")
+@click.option(
+    "--merge",
+    is_flag=True,
+    help="Of a checkpoint with LoRA adapters: the model with them added in, not the adapters.",
+)
 def export(
     checkpoint: str,
     out: str,
@@ -184,8 +190,14 @@ def export(
     base: str | None,
     form: Literal["hf", "dcp"],
     optimizer: bool,
+    merge: bool,
 ) -> None:
-    """Write the weights of CHECKPOINT to OUT, as transformers' from_pretrained reads them."""
+    """Write the weights of CHECKPOINT to OUT, as transformers' from_pretrained reads them.
+
+    Of a checkpoint with LoRA adapters: the adapters, as peft reads them, or with --merge the model.
+    """
+    if merge and (form == "dcp" or base is not None):
+        raise click.UsageError("--merge is of safetensors, not with --format dcp or --delta")
     if form == "hf" and optimizer:
         raise click.UsageError("--optimizer needs --format dcp: safetensors for use hold weights")
     if form == "dcp":
@@ -205,9 +217,9 @@ def export(
             f"{format_bytes(delta.changed_bytes)} of {format_bytes(delta.total_bytes)}"
         )
     else:
-        from offload.state.export import export_checkpoint
+        from offload.state.merging import export_any
 
-        export_checkpoint(checkpoint, out, tag=tag, dtype=dtype)
+        export_any(checkpoint, out, tag=tag, dtype=dtype, merge=merge)
     _list_files(out)
 
 

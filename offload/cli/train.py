@@ -13,23 +13,28 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from offload.cli.data import PretrainedTokenizer, Split, Tokenizer, Windows, documents, pack
+from offload.cli.batches import Batches, Prepared, prepare
+from offload.cli.data import PretrainedTokenizer, Tokenizer
 from offload.cli.interrupt import EXIT_SIGNAL, StopRequest
 from offload.cli.models import build_tokenizer, opened_model, vocabulary_size
 from offload.cli.progress import Progress, describe_step
-from offload.cli.steps import on_device_of, take_step
+from offload.cli.rows import check_separation, refuse_unpackable
+from offload.cli.steps import count_targets, count_tokens, on_device_of, take_step, weighted
 from offload.cli.summary import Outcome, failed_expectations, print_summary
+from offload.cli.trainable import trainable
+from offload.cli.validation import BEST, Validation
 from offload.config import OffloadConfig, RunSection, load_config
 from offload.errors import ConfigError, OffloadError
+from offload.state.adapters import has_adapters
+from offload.state.merging import save_merged
 from offload.state.session import OffloadEngine, initialize
 from offload.telemetry import JsonlWriter
 
@@ -60,18 +65,20 @@ def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> i
         (output / METRICS_NAME).unlink(missing_ok=True)
     transformers_logging.disable_progress_bar()
     with StopRequest() as stop:
-        engine, tokenizer, split = _start(section, loaded, output)
+        engine, tokenizer, data = _start(section, loaded, output)
         with engine, JsonlWriter(output / METRICS_NAME) as metrics:
-            training = _Training(engine, section, split, metrics)
+            for note in data.notes:
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
+            training = _Training(engine, section, data, metrics)
             outcome = training.run(console, stop)
             if section.export and not stop:
-                engine.save_pretrained(output / "export")
+                training.export(output / "export", console)
         print_summary(console, outcome)
         if stop.signal_number is not None:
             console.print(f"stopped by a signal after step {engine.global_steps}")
             return EXIT_SIGNAL + stop.signal_number
     if section.export:
-        _show_export(console, section, type(engine.module), tokenizer, output / "export")
+        _show_export(console, section, engine.module, tokenizer, output / "export")
     failed = failed_expectations(outcome, section.expect)
     for line in failed:
         console.print(f"does not hold: run.expect.{line}", highlight=False, soft_wrap=True)
@@ -82,18 +89,29 @@ def _run_section(config: OffloadConfig) -> RunSection:
     if config.run is None:
         raise ConfigError(problems=["[run] is missing: it says what to train on which data"])
     if config.run.data is None:
-        raise ConfigError(problems=["run.data is missing: 'stdlib', a file or a folder of text"])
+        raise ConfigError(problems=["run.data is missing: 'stdlib', or a file, folder or data set"])
     return config.run
 
 
 def _start(
     section: RunSection, config: OffloadConfig, output: Path
-) -> tuple[OffloadEngine, Tokenizer, Split]:
+) -> tuple[OffloadEngine, Tokenizer, Prepared]:
     """The engine, and the data in tokens; what is cheap to refuse is refused first."""
-    with opened_model(section) as model:
-        tokenizer = build_tokenizer(section, vocabulary_size(model))
-        split = pack(documents(str(section.data)), tokenizer, output / "data")
-        return initialize(model, config), tokenizer, split
+    with opened_model(section) as given:
+        num_ids = vocabulary_size(given)
+        tokenizer = build_tokenizer(section, num_ids)
+        model = trainable(given, config)
+        if section.packing:
+            refuse_unpackable(model)
+        data = prepare(section, tokenizer, output / "data")
+        engine = initialize(model, config)
+    if data.is_packed:
+        try:
+            check_separation(engine, num_ids)
+        except BaseException:
+            engine.close()
+            raise
+    return engine, tokenizer, data
 
 
 @dataclass(slots=True)
@@ -102,50 +120,64 @@ class _Training:
 
     engine: OffloadEngine
     section: RunSection
-    split: Split
+    data: Prepared
     metrics: JsonlWriter
+    validation: Validation = field(init=False)
 
     def run(self, console: Console, stop: StopRequest) -> Outcome:
         """Take the steps that are left; evaluate before, between and after as configured."""
-        section, engine = self.section, self.engine
+        section, engine, held_out = self.section, self.engine, self.data.held_out
         outcome = Outcome(placed_bytes=engine.plan.bytes)
-        client_state = self._resume()
+        self.validation = Validation.from_client_state(self._resume(), section)
         num_steps = int(section.steps or 0)
-        shape = {"batch": section.batch, "sequence_length": section.sequence_length}
-        split, seed = self.split, section.seed
-        train = Windows(split.train, **shape, seed=seed, checks=split.train_checks)
-        held_out = Windows(split.held_out, **shape, seed=seed, checks=split.held_out_checks)
         self.metrics.write(
             {"kind": "start", "step": engine.global_steps, "placed_bytes": outcome.placed_bytes}
         )
         with Progress(console, steps=num_steps, log_every=section.log_every) as progress:
-            outcome.held_out_before = client_state.get("held_out_before")
-            if outcome.held_out_before is None:
-                outcome.held_out_before = self._evaluate(held_out, progress)
-            engine.client_state = {"held_out_before": outcome.held_out_before}
-            while engine.global_steps + engine.skipped_steps < num_steps and not stop:
-                self._step(train, outcome, progress)
-                number = engine.global_steps + engine.skipped_steps
-                if section.eval_every and number % section.eval_every == 0 and number < num_steps:
-                    self._evaluate(held_out, progress)
-            if not stop:
+            if held_out is not None:
+                outcome.held_out_before = self._evaluate_due(held_out, progress)
+            self._keep_client_state()
+            while self._num_steps() < num_steps and not stop and not self.validation.is_over:
+                self._step(self.data.train, outcome, progress)
+                if held_out is not None and self._num_steps() < num_steps:
+                    self._evaluate_due(held_out, progress)
+            if self.validation.is_over:
+                progress.note(self.validation.describe_end())
+            if not stop and held_out is not None:
                 outcome.held_out_after = self._evaluate(held_out, progress)
-            elif engine.config.checkpoint.every_steps:
+            elif stop and engine.config.checkpoint.every_steps:
                 self._save()
             engine.wait_for_checkpoint()
         self.metrics.write(outcome.to_dict())
         return outcome
 
-    def _step(self, windows: Windows, outcome: Outcome, progress: Progress) -> None:
+    def export(self, folder: Path, console: Console) -> None:
+        """Write the model as it is, or was at its best."""
+        engine, best = self.engine, self.validation.best
+        directory = engine.config.checkpoint.directory
+        if self.section.keep_best and best is not None and best.step != self._num_steps():
+            assert directory is not None
+            engine.load_checkpoint(directory, BEST)
+            text = f"exported is the checkpoint of step {best.step}, whose held-out loss was lowest"
+            console.print(text, highlight=False, soft_wrap=True)
+        lora = engine.config.lora
+        if lora is not None and lora.export == "merged":
+            save_merged(engine, folder)
+        else:
+            engine.save_pretrained(folder)
+
+    def _num_steps(self) -> int:
+        return self.engine.global_steps + self.engine.skipped_steps
+
+    def _step(self, train: Batches, outcome: Outcome, progress: Progress) -> None:
         engine = self.engine
         started = time.perf_counter()
-        number = engine.global_steps + engine.skipped_steps
+        number = self._num_steps()
         count = engine.config.training.gradient_accumulation_steps
-        batches = [windows.shuffled(number * count + micro) for micro in range(count)]
-        losses, taken = take_step(
-            engine, [{"input_ids": batch, "labels": batch} for batch in batches]
-        )
-        tokens = sum(batch.numel() for batch in batches)
+        batches = [train.shuffled(number * count + micro) for micro in range(count)]
+        batches = weighted(batches, engine.module)
+        losses, taken = take_step(engine, batches)
+        tokens = sum(map(count_tokens, batches))
         seconds = time.perf_counter() - started
         report, loss_mean = engine.report(), sum(losses) / len(losses)
         if taken:
@@ -169,22 +201,37 @@ class _Training:
         parts = describe_step(report, loss=loss_mean, tokens_per_second=tokens / seconds)
         progress.step(number + 1, parts if taken else [*parts, "not finite: skipped"])
 
-    def _evaluate(self, windows: Windows, progress: Progress) -> float:
-        """Mean loss over the same held-out batches on every call."""
+    def _evaluate_due(self, held_out: Batches, progress: Progress) -> float | None:
+        """The loss before the first step, evaluated if now is that, or an evaluation is due."""
+        number = self._num_steps()
+        if self.validation.is_due(number):
+            self._evaluate(held_out, progress)
+        return self.validation.before
+
+    def _evaluate(self, held_out: Batches, progress: Progress) -> float:
+        """Mean loss over the targets of the same held-out batches on every call."""
         engine = self.engine
         engine.eval()
+        total, num_targets = 0.0, 0
         with torch.no_grad():
-            batches = (
-                on_device_of(engine, {"input_ids": batch, "labels": batch})
-                for batch in windows.spread(self.section.eval_batches)
-            )
-            losses = [engine(**batch).loss.item() for batch in batches]
+            for batch in held_out.spread(self.section.eval_batches):
+                count = count_targets(batch)
+                total += engine(**on_device_of(engine, batch)).loss.item() * count
+                num_targets += count
         engine.train()
-        loss: float = sum(losses) / len(losses)
-        step = engine.global_steps + engine.skipped_steps
+        loss, step = total / num_targets, self._num_steps()
         self.metrics.write({"kind": "eval", "step": step, "held_out_loss": loss})
         progress.note(f"held-out loss after {step} steps: {loss:.4f}")
+        is_best = self.validation.add(step, loss)
+        self._keep_client_state()
+        if is_best and self.section.keep_best:
+            directory = engine.config.checkpoint.directory
+            assert directory is not None
+            engine.save_checkpoint(directory, BEST, engine.client_state)
         return loss
+
+    def _keep_client_state(self) -> None:
+        self.engine.client_state = self.validation.to_client_state()
 
     def _save(self) -> None:
         """Save what the last step has left, unless that has been done."""
@@ -222,19 +269,28 @@ def _has_checkpoint(config: OffloadConfig) -> bool:
 def _show_export(
     console: Console,
     section: RunSection,
-    model_class: type[nn.Module],
+    module: Any,
     tokenizer: Tokenizer,
     folder: Path,
 ) -> None:
-    """Load the export with transformers and generate from it."""
+    """Load the export with transformers, or peft, and generate from it."""
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.save_pretrained(folder)
-    loader: Any = model_class
-    model, loading = loader.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    base = module.get_base_model() if has_adapters(module) else module
+    is_adapter = (folder / "adapter_config.json").is_file()
+    source = str(section.model) if is_adapter else folder
+    loader: Any = type(base)
+    model, loading = loader.from_pretrained(source, dtype="auto", output_loading_info=True)
     wrong = [key for name in ("missing_keys", "unexpected_keys") for key in loading[name]]
     if wrong:
-        raise OffloadError(f"the export in {folder} does not match its model: {sorted(wrong)[:8]}")
-    console.print(f"exported to {folder}; transformers loads it", highlight=False, soft_wrap=True)
+        raise OffloadError(f"the export in {source} does not match its model: {sorted(wrong)[:8]}")
+    reader = "transformers"
+    if is_adapter:
+        from peft import PeftModel
+
+        model, reader = PeftModel.from_pretrained(model, folder), "peft"
+    text = f"exported to {folder}; {reader} loads it"
+    console.print(text, highlight=False, soft_wrap=True)
     if not model.can_generate() or section.generate_tokens == 0:
         return
     torch.manual_seed(section.seed)

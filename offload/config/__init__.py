@@ -35,6 +35,7 @@ from offload.config.sections import (
     GuardSection,
     HostTierSection,
     IoSection,
+    LoraSection,
     LrSchedulerSection,
     NvmeTierSection,
     OptimizerGroupSection,
@@ -61,6 +62,7 @@ __all__ = [
     "GuardSection",
     "HostTierSection",
     "IoSection",
+    "LoraSection",
     "LrSchedulerSection",
     "NvmeTierSection",
     "OffloadConfig",
@@ -116,6 +118,8 @@ class OffloadConfig(Section):
     """Weights that come to the device in parts."""
     guard: GuardSection = GuardSection()
     """How touches of absent parameters are caught."""
+    lora: LoraSection | None = None
+    """Adapters for `offload train`; not used by `initialize`."""
     run: RunSection | None = None
     """What `offload train` does; not used by `initialize`."""
 

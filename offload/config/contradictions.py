@@ -45,6 +45,8 @@ def contradictions(config: Plain) -> list[str]:
         _unaligned_blocks,
         _head_without_chunks,
         _run_without_steps,
+        _run_without_evaluation,
+        _adapters_of_nothing,
     )
     return [problem for rule in rules for problem in rule(config)]
 
@@ -230,3 +232,36 @@ def _run_without_steps(config: Plain) -> list[str]:
     if run and "steps" not in run:
         return ["run.steps is missing: the number of optimizer steps to train"]
     return []
+
+
+def _run_without_evaluation(config: Plain) -> list[str]:
+    run = section_of(config, "run")
+    lacking = [
+        need
+        for need, is_there in (
+            ("run.eval_every above 0", run.get("eval_every")),
+            ("held-out data (run.validation)", run.get("validation", 0.05)),
+        )
+        if not is_there
+    ]
+    return [
+        f"run.{key} needs {' and '.join(lacking)}: it follows the held-out loss"
+        for key in ("keep_best", "patience")
+        if run.get(key) and lacking
+    ]
+
+
+def _adapters_of_nothing(config: Plain) -> list[str]:
+    """What an adapter alone is of no use for, and what [lora] freezes anyway."""
+    lora, run = section_of(config, "lora"), section_of(config, "run")
+    if config.get("lora") is None:
+        return []
+    problems = []
+    if run.get("freeze"):
+        problems.append("run.freeze is of no use with [lora], which freezes the model: remove it")
+    if run.get("hf_config") and run.get("export") and lora.get("export", "adapter") == "adapter":
+        problems.append(
+            "lora.export = 'adapter' of a model with new weights (run.hf_config) fits no other "
+            "model: choose 'merged', or name a folder with weights in run.model"
+        )
+    return problems

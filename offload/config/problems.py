@@ -76,11 +76,11 @@ def _unknown_key(location: Sequence[str], model: type[BaseModel]) -> str:
         section = inner or section  # an index into a tuple of sections keeps the section
     prefix = "".join(f"{part}." for part in parents)
     name = f"{prefix}{key}"
-    siblings = difflib.get_close_matches(key.lower(), section.model_fields, n=1, cutoff=0.6)
-    if siblings:
-        return f"unknown key {name}: did you mean {prefix}{siblings[0]}?"
     everywhere = list(valid_keys(model))
     by_last = {dotted.rpartition(".")[2]: dotted for dotted in reversed(everywhere)}
+    siblings = difflib.get_close_matches(key.lower(), section.model_fields, n=1, cutoff=0.6)
+    if siblings and key.lower() not in by_last:
+        return f"unknown key {name}: did you mean {prefix}{siblings[0]}?"
     elsewhere = difflib.get_close_matches(key.lower(), by_last, n=1, cutoff=0.8)
     if elsewhere:
         return f"unknown key {name}: did you mean {by_last[elsewhere[0]]}?"

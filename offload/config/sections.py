@@ -371,6 +371,25 @@ class ExpectSection(Section):
     """The held-out loss falls by at least this share of what it was before the first step."""
 
 
+class LoraSection(Section):
+    """Adapters for `offload train`, made by the peft library; the model itself is then frozen."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank of the adapters."""
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """Their product is scaled by alpha / r, or alpha / sqrt(r) with `rslora`."""
+    dropout: Fraction = 0.0
+    """Dropout on what goes into an adapter."""
+    targets: Names | Literal["auto", "all-linear"] = "auto"
+    """Names, or ends of names, of the modules that get adapters. `all-linear`: all linear layers
+    but the output's; `auto`: what peft has for this architecture, else `all-linear`."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r), see https://arxiv.org/abs/2312.03732."""
+    export: Literal["adapter", "merged"] = "adapter"
+    """What `run.export` writes: the adapters, as peft loads them, or the model with the adapters
+    added in."""
+
+
 class RunSection(Section):
     """What `offload train` does."""
 
@@ -382,9 +401,28 @@ class RunSection(Section):
     hf_config: dict[str, Any] = {}
     """Fields of the architecture's configuration: a model with new weights, instead of `model`."""
     data: str | None = None
-    """`stdlib` (the source text of Python's standard library), or a file (.txt, .jsonl with a field
-    `text`, .py) or a folder of them. Tokens are those of the tokenizer beside `model`; without
-    one, bytes. One document in 20 is held out."""
+    """`stdlib` (the source text of Python's standard library); a file (.txt, .md, .py, .jsonl) or a
+    folder of them; a folder of `datasets.save_to_disk`; or `datasets:NAME`, as
+    `datasets.load_dataset` finds it offline. Lines of jsonl have `text`, `prompt` and `completion`,
+    or `messages`. Tokens are those of the tokenizer beside `model`; without one, bytes. See
+    docs/fine-tuning.md."""
+    data_split: Annotated[str, Field(min_length=1)] = "train"
+    """Split of a data set of the datasets library."""
+    validation: Annotated[str, Field(min_length=1)] | Fraction = 0.05
+    """What the held-out loss is of: that share of `data`, taken at even distances, or other data,
+    named as `data` is; 0 = none."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Tokens that the loss is of, where the data has `prompt` and `completion`, or `messages`:
+    those of completions and assistants' turns, or all."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """How `messages` become text: a Jinja template, or a file with one. Default: that of the
+    tokenizer."""
+    packing: bool = False
+    """Put several examples into one sequence. No example sees another: positions start anew, and
+    a model that would attend across them is refused before the first step."""
+    too_long: Literal["cut", "drop", "error"] = "cut"
+    """What becomes of an example with more than `sequence_length` tokens; how many there are is
+    said before the first step."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps to train."""
     batch: Annotated[int, Field(ge=1)] = 1
@@ -399,6 +437,14 @@ class RunSection(Section):
     """Steps between evaluations on held-out data; 0 = before the first step and after the last."""
     eval_batches: Annotated[int, Field(ge=1)] = 4
     """Batches of one evaluation."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest held-out loss, under the tag `best`; it is what `export`
+    writes. Needs `eval_every`."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Evaluations in a row without a lower held-out loss after which the run ends early; 0 = it
+    does not. Needs `eval_every`."""
+    freeze: Names = ()
+    """Patterns of names of parameters that are not trained, `*` and `?` as in file names."""
     resume: bool = True
     """Go on from the newest whole checkpoint in `checkpoint.directory`, if there is one that this
     model, optimizer and precision can be loaded from. `false`: start anew, beside what is there."""

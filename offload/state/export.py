@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.state import durable
+from offload.state import adapters, durable
 from offload.state.exported import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -61,10 +61,17 @@ def save_pretrained(
     root = Path(directory)
     durable.make_folder(root, mode=EXPORT_FOLDER_MODE)
     _save_configs(engine.module, root, _compute_dtype(engine))
-    buffers = dict(persistent_buffers(engine.module))
-    read = partial(_read, engine, buffers)
-    write_weights(root, list(_exported(engine)), read, max_shard_bytes)
+    items, read = live_items(engine)
+    write_weights(root, items, read, max_shard_bytes)
     return root
+
+
+def live_items(
+    engine: StateSource,
+) -> tuple[list[Exported], Callable[[Exported], torch.Tensor]]:
+    """The tensors of an engine's export, and what reads one of them."""
+    buffers = dict(persistent_buffers(engine.module))
+    return list(_exported(engine)), partial(_read, engine, buffers)
 
 
 def export_checkpoint(
@@ -118,6 +125,7 @@ def description(engine: StateSource) -> dict[str, Any]:
         "quantized": engine.composite_names(),
         "aliases": engine.aliases(),
         "groups": engine.optimizer_members(),
+        **adapters.description(engine),
     }
 
 

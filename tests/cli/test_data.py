@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.cli.data import CHECKED_BYTES, STDLIB, ByteTokenizer, Windows, documents, pack
+from offload.cli.data import (
+    CHECKED_BYTES,
+    STDLIB,
+    ByteTokenizer,
+    JsonText,
+    Windows,
+    documents,
+    pack,
+)
 from offload.errors import ChecksumError, OffloadError, StorageError
 
 
@@ -42,8 +50,11 @@ def test_few_documents_are_split_by_tokens(tmp_path):
 
 def test_a_line_that_is_no_document_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    with pytest.raises(OffloadError, match=r"a\.jsonl:2: has no field 'text'"):
+        documents(str(tmp_path / "a.jsonl"))
+    found = JsonText(tmp_path / "a.jsonl", 17)  # changed after it was listed
     with pytest.raises(OffloadError, match=r"a\.jsonl: the line at byte 17"):
-        pack(documents(str(tmp_path / "a.jsonl")), ByteTokenizer(), tmp_path / "packed")
+        found()
 
 
 def test_the_standard_library_is_found_without_packages():
