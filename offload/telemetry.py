@@ -20,16 +20,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from offload.timeline import NEVER, Timeline
+
 LANES = ("h2d", "d2h", "nvme_read", "nvme_write", "cpu", "compute")
 
 
 @dataclass(frozen=True, slots=True)
 class TierReport:
-    """Memory of one tier, in bytes. `peak_bytes` is over the life of the engine."""
+    """Memory of one tier, in bytes.
+
+    `peak_bytes` is over the life of the engine, `step_peak_bytes` that of the last step; 0 where
+    it was not recorded.
+    """
 
     budget_bytes: int
     used_bytes: int
     peak_bytes: int
+    step_peak_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,16 +244,22 @@ class _Lane:
 class LaneMeter:
     """Bytes and busy time of lanes, accumulated by any number of threads.
 
-    `clock` returns seconds; a virtual clock gives exact times in tests.
+    `clock` returns seconds; a virtual clock gives exact times in tests. `timeline` is told when
+    what was counted has run, while it is on.
     """
 
     clock: Callable[[], float] = time.perf_counter
+    timeline: Timeline = NEVER
     _lanes: dict[str, _Lane] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
-    def busy(self, lane: str, nbytes: int = 0) -> Iterator[None]:
-        """Count `lane` as busy while the body runs, and `nbytes` when it ends without an error."""
+    def busy(self, lane: str, nbytes: int = 0, *, what: str = "") -> Iterator[None]:
+        """Count `lane` as busy while the body runs, and `nbytes` when it ends without an error.
+
+        `what` it is busy with, for the timeline.
+        """
+        began = self.clock()
         with self._lock:
             entry = self._lanes.setdefault(lane, _Lane())
             if entry.in_flight == 0:
@@ -262,6 +275,8 @@ class LaneMeter:
                 entry.nbytes += moved_bytes
                 if entry.in_flight == 0:
                     entry.closed_seconds += self.clock() - entry.busy_since
+            if self.timeline.is_on:
+                self.timeline.span(lane, what, began, self.clock(), nbytes=moved_bytes)
 
     def add(self, lane: str, nbytes: int, seconds: float) -> None:
         """Count an operation that someone else has timed; its time must not overlap others'."""

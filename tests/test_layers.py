@@ -19,6 +19,7 @@ PACKAGE = ROOT / "offload"
 LAYERS = [
     "errors",
     "config",
+    "timeline",
     "telemetry",
     "native",
     "tiers",
@@ -33,6 +34,7 @@ LAYERS = [
 WITHOUT_TORCH = [
     "errors.py",
     "config/",
+    "timeline.py",
     "telemetry.py",
     "native/",
     "partition/layout.py",

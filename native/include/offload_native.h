@@ -131,6 +131,11 @@ OFFLOAD_API int offload_ticket_done(const offload_ticket* ticket) OFFLOAD_NOEXCE
 OFFLOAD_API int offload_ticket_wait(offload_ticket* ticket, int64_t timeout_ns,
                                     offload_outcome* outcome) OFFLOAD_NOEXCEPT;
 
+/* When the first block was given to the lane and when the request ended, in ns on CLOCK_MONOTONIC;
+ * of a request without bytes when it was started. EAGAIN: it has not ended. */
+OFFLOAD_API int offload_ticket_span(const offload_ticket* ticket, int64_t* began_ns,
+                                    int64_t* ended_ns) OFFLOAD_NOEXCEPT;
+
 /* The request goes on if it has not ended. */
 OFFLOAD_API void offload_ticket_free(offload_ticket* ticket) OFFLOAD_NOEXCEPT;
 

@@ -222,6 +222,18 @@ int offload_ticket_wait(offload_ticket* ticket, int64_t timeout_ns,
   });
 }
 
+int offload_ticket_span(const offload_ticket* ticket, int64_t* began_ns,
+                        int64_t* ended_ns) noexcept {
+  const offload::Request& request = *ticket->request;
+  if (!request.ended.load(std::memory_order_acquire)) return EAGAIN;
+  const auto in_ns = [](offload::Clock::time_point time) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+  };
+  *began_ns = in_ns(request.began_at);
+  *ended_ns = in_ns(request.ended_at);
+  return 0;
+}
+
 void offload_ticket_free(offload_ticket* ticket) noexcept {
   if (!ticket->engine->is_child()) delete ticket;
 }

@@ -76,6 +76,8 @@ class Request {
   std::uint64_t num_taken = 0;  // blocks
   std::uint64_t num_open = 0;   // pieces of work (I/O or checksum of a block) that have not ended
   Outcome outcome;
+  Clock::time_point began_at{};  // when the first block was taken
+  Clock::time_point ended_at{};
   std::condition_variable ended_condition;
 
   // Set last, under the mutex; read without it.

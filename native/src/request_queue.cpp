@@ -15,6 +15,7 @@ bool RequestQueue::push(const std::shared_ptr<Request>& request) {
   if (stopped_) return false;
   if (request->num_blocks() == 0) {
     request->outcome.checksum = request->spec.has_checksum ? request->spec.checksum_seed : 0;
+    request->began_at = request->ended_at = Clock::now();
     request->ended.store(true, std::memory_order_release);
     return true;
   }
@@ -92,6 +93,7 @@ std::optional<Block> RequestQueue::take_locked() {
   }
   turn_ = request.spec.lane ^ 1;
   block.urgency = request.urgency;
+  if (request.num_taken == 0) request.began_at = Clock::now();
   block.index = request.num_taken++;
   block.extent = request.extent(block.index);
   ++request.num_open;
@@ -149,6 +151,7 @@ void RequestQueue::settle_if_ended(Request& request) {
   if (request.outcome.error == 0 && request.spec.has_checksum) {
     request.outcome.checksum = request.joined_checksum();
   }
+  request.ended_at = Clock::now();
   request.ended.store(true, std::memory_order_release);
   request.ended_condition.notify_all();
   if (--num_requests_ == 0) idle_.notify_all();

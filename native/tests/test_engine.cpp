@@ -122,6 +122,9 @@ class Ticket {
     return outcome_;
   }
   bool done() const { return offload_ticket_done(ticket_) != 0; }
+  int span(std::int64_t& began_ns, std::int64_t& ended_ns) const {
+    return offload_ticket_span(ticket_, &began_ns, &ended_ns);
+  }
 
  private:
   offload_ticket* ticket_ = nullptr;
@@ -270,6 +273,26 @@ TEST(wait_has_a_deadline_and_the_request_goes_on) {
     CHECK(!ticket.done());
     CHECK_EQUAL(ticket.wait().error, 0);
     CHECK(std::memcmp(memory.data(), target.data(), kBlockBytes) == 0);
+  }
+}
+
+TEST(span_of_a_request_is_known_when_it_has_ended) {
+  for (const auto& backend : working_backends()) {
+    const Engine engine(backend, "op=read,delay=50");
+    const File file;
+    const Memory memory(4096, 1);
+    CHECK_EQUAL(Ticket(engine, OFFLOAD_WRITE, file, 0, memory.data(), 4096).wait().error, 0);
+    std::int64_t began = 0, ended = 0;
+    Ticket ticket(engine, OFFLOAD_READ, file, 0, memory.data(), 4096);
+    CHECK_EQUAL(ticket.span(began, ended), EAGAIN);
+    CHECK_EQUAL(ticket.wait().error, 0);
+    CHECK_EQUAL(ticket.span(began, ended), 0);
+    CHECK(began > 0);
+    CHECK(ended - began >= kSecond / 20);
+    Ticket nothing(engine, OFFLOAD_READ, file, 0, memory.data(), 0);
+    CHECK_EQUAL(nothing.wait().error, 0);
+    CHECK_EQUAL(nothing.span(began, ended), 0);
+    CHECK_EQUAL(began, ended);
   }
 }
 

@@ -150,6 +150,29 @@ def report(run_dir: str) -> None:
 
 
 @main.command()
+@click.argument("run_dir", type=click.Path(file_okay=False))
+@click.option("--step", type=click.IntRange(min=1), help="Default: the last one recorded.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    help="The file to write; default: trace-step-N.json in RUN_DIR.",
+)
+def trace(run_dir: str, step: int | None, output: str | None) -> None:
+    """Export a recorded step of a run as Chrome trace JSON, which Perfetto opens.
+
+    Steps are recorded by `offload train`: those of run.trace_steps.
+    """
+    from offload.cli.chrome_trace import write_trace
+    from offload.cli.recording import recorded_step
+
+    timeline = recorded_step(run_dir, step)
+    path = Path(output or Path(run_dir) / f"trace-step-{timeline.step}.json")
+    write_trace(timeline, path)
+    click.echo(f"step {timeline.step}, {len(timeline.spans)} spans: {path}")
+
+
+@main.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--tag", help="Which checkpoint of a directory; default: the newest.")

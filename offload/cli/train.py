@@ -1,7 +1,8 @@
 """`offload train CONFIG`: data, model, steps, checkpoints, export, summary.
 
 Writes to the run's output folder: config.json, metrics.jsonl (lines of kind "start", "step",
-"eval" and "summary"), data/ (token files), checkpoints/, export/.
+"eval" and "summary"), timeline.jsonl (the steps of run.trace_steps), data/ (token files),
+checkpoints/, export/.
 
 A run that finds a checkpoint of its own goes on from there: after a crash the same command again is
 all that it takes.
@@ -26,6 +27,7 @@ from offload.cli.data import PretrainedTokenizer, Tokenizer
 from offload.cli.interrupt import EXIT_SIGNAL, StopRequest
 from offload.cli.models import build_tokenizer, opened_model, vocabulary_size
 from offload.cli.progress import Progress, describe_step
+from offload.cli.recording import TIMELINE_NAME, Recorder, steps_to_record
 from offload.cli.rows import check_separation, refuse_unpackable
 from offload.cli.steps import count_targets, count_tokens, on_device_of, take_step, weighted
 from offload.cli.summary import Outcome, failed_expectations, print_summary
@@ -63,13 +65,14 @@ def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> i
     (output / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
     if not _has_checkpoint(loaded):
         (output / METRICS_NAME).unlink(missing_ok=True)
+        (output / TIMELINE_NAME).unlink(missing_ok=True)
     transformers_logging.disable_progress_bar()
     with StopRequest() as stop:
         engine, tokenizer, data = _start(section, loaded, output)
         with engine, JsonlWriter(output / METRICS_NAME) as metrics:
             for note in data.notes:
                 console.print(note, highlight=False, markup=False, soft_wrap=True)
-            training = _Training(engine, section, data, metrics)
+            training = _Training(engine, section, data, metrics, output)
             outcome = training.run(console, stop)
             if section.export and not stop:
                 training.export(output / "export", console)
@@ -122,6 +125,7 @@ class _Training:
     section: RunSection
     data: Prepared
     metrics: JsonlWriter
+    output: Path
     validation: Validation = field(init=False)
 
     def run(self, console: Console, stop: StopRequest) -> Outcome:
@@ -133,12 +137,15 @@ class _Training:
         self.metrics.write(
             {"kind": "start", "step": engine.global_steps, "placed_bytes": outcome.placed_bytes}
         )
+        recorder = self._recorder(num_steps)
         with Progress(console, steps=num_steps, log_every=section.log_every) as progress:
             if held_out is not None:
                 outcome.held_out_before = self._evaluate_due(held_out, progress)
             self._keep_client_state()
             while self._num_steps() < num_steps and not stop and not self.validation.is_over:
+                recorder.begin(self._num_steps() + 1)
                 self._step(self.data.train, outcome, progress)
+                recorder.collect()
                 if held_out is not None and self._num_steps() < num_steps:
                     self._evaluate_due(held_out, progress)
             if self.validation.is_over:
@@ -148,6 +155,7 @@ class _Training:
             elif stop and engine.config.checkpoint.every_steps:
                 self._save()
             engine.wait_for_checkpoint()
+        recorder.collect(now=True)
         self.metrics.write(outcome.to_dict())
         return outcome
 
@@ -165,6 +173,10 @@ class _Training:
             save_merged(engine, folder)
         else:
             engine.save_pretrained(folder)
+
+    def _recorder(self, num_steps: int) -> Recorder:
+        steps = steps_to_record(self.section.trace_steps, self._num_steps() + 1, num_steps)
+        return Recorder(self.engine, self.output / TIMELINE_NAME, steps)
 
     def _num_steps(self) -> int:
         return self.engine.global_steps + self.engine.skipped_steps

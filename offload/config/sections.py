@@ -450,6 +450,12 @@ class RunSection(Section):
     model, optimizer and precision can be loaded from. `false`: start anew, beside what is there."""
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines on a console that is no terminal; the metrics file has every step."""
+    trace_steps: (
+        Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple)]
+        | Literal["auto"]
+    ) = "auto"
+    """Steps whose timeline is recorded, for `offload trace` and `offload report`. `auto`: the fifth
+    that the run takes. None with `[]`. Never changes a number."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward instead of keeping them."""
     export: bool = False

@@ -73,6 +73,7 @@ from offload.tiers.nvme import NvmeStore
 from offload.tiers.retrying import RetryingIo
 from offload.tiers.run_folder import disk_of
 from offload.tiers.transfer import AsyncIo
+from offload.timeline import Timeline
 
 _LOOKAHEAD_PAGES = 3
 SCRATCH_OWNER = "fp32 copies for the optimizer"
@@ -258,6 +259,7 @@ def _reserve_and_move(
         config.tiers.device.kind, machine.device_bytes, io, deadline_seconds=deadline
     )
     closing.callback(device.close)
+    timeline = _open_timeline(device, nvme)
     if not device.host_addressable:
         host.page_lock()
     if collection.resident_bytes:
@@ -276,7 +278,7 @@ def _reserve_and_move(
             store.add(bucket, state_class, layout, plan.tier(bucket.index, state_class))
     device.reserve(plan.working_bytes)
     _reserve_records(store, plan, machine, config.checkpoint)
-    meter = LaneMeter()
+    meter = LaneMeter(timeline=timeline)
     pool = ComputePool(torch.get_num_threads())
     closing.callback(pool.close)
     parameters = _parameter_states(collection, plan)
@@ -354,6 +356,15 @@ def _reserve_and_move(
         machine=machine,
         closing=closing.pop_all(),
     )
+
+
+def _open_timeline(device: DeviceTier, nvme: NvmeStore | None) -> Timeline:
+    """One timeline for all transfers of an engine."""
+    timeline = Timeline()
+    device.timeline = timeline
+    if nvme is not None:
+        nvme.timeline = timeline
+    return timeline
 
 
 def _reserve_records(

@@ -142,7 +142,7 @@ class Engine(AccumulatingEngine):
         """
         self._check_ready("forward")
         self._places.check()
-        with self._meter.computing():
+        with self._meter.computing("forward"):
             try:
                 return self.module(*args, **kwargs)
             except BaseException:
@@ -181,7 +181,7 @@ class Engine(AccumulatingEngine):
     def _running_backward(self) -> Iterator[None]:
         self._in_backward = True
         self._pressure.note_peak(self.global_steps)
-        with self._meter.computing():
+        with self._meter.computing("backward"):
             try:
                 yield
                 self._after_backward()

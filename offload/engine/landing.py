@@ -103,7 +103,8 @@ class LandingRing(Generic[T]):
             return False
         memory, start, lease = place
         try:
-            transfer = self._store.device.start_copy_out(memory, values.view(torch.uint8))
+            source = values.view(torch.uint8)
+            transfer = self._store.device.start_copy_out(memory, source, owner)
         except BaseException:
             self._give_back(start, nbytes, lease)
             raise

@@ -22,6 +22,10 @@ from offload.telemetry import (
 
 if TYPE_CHECKING:
     from offload.engine.build import Parts
+    from offload.tiers.device import DeviceTier
+    from offload.tiers.host import HostArena
+    from offload.tiers.nvme import NvmeStore
+    from offload.timeline import StepTimeline
 
 
 class StepMeter:
@@ -49,8 +53,10 @@ class StepMeter:
         self._is_computing = False
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self, what: str) -> Iterator[None]:
         """Count a block as compute, less the time in which touches waited for transfers.
+
+        `what` it computes, for the timeline, where the waits are spans of their own.
 
         A block inside another is part of it, also in a thread that the outer one waits for.
         """
@@ -64,7 +70,9 @@ class StepMeter:
         finally:
             self._is_computing = False
             waited = self._stall_seconds() - stalled
-            self._meter.add("compute", 0, max(time.perf_counter() - started - waited, 0.0))
+            ended = time.perf_counter()
+            self._meter.add("compute", 0, max(ended - started - waited, 0.0))
+            self._meter.timeline.span("compute", what, started, ended)
 
     def end_step(self) -> None:
         """The step has ended: keep its report."""
@@ -95,13 +103,31 @@ class StepMeter:
         self._faults = self._parts.pager.faults
         self._retries = self._parts.updates.retries.report()
         self._shrinks = self._parts.shrinks
+        self._meter.timeline.end_step()
+        for tier in self._tiers_of_parts().values():
+            tier.step_peak_bytes = tier.used_bytes
+
+    def record(self, step: int) -> None:
+        """Record the timeline of what happens from now on, until the end of step `step`."""
+        tiers = self._tiers_of_parts()
+        self._meter.timeline.start(
+            step, lambda: {name: tier.used_bytes for name, tier in tiers.items()}
+        )
+
+    def recorded(self, *, now: bool) -> StepTimeline | None:
+        """See `Timeline.take`."""
+        return self._meter.timeline.take(now=now)
 
     def report(self, step: int) -> StepReport:
         """The report of the last step; of an empty one before the first."""
         last = self._last
         if last is None:
             return StepReport(0, self._tiers(), {}, 0.0, 0.0, 0, update=self._parts.sites.report())
-        return dataclasses.replace(last, step=step, tiers=self._tiers())
+        tiers = {
+            name: dataclasses.replace(tier, step_peak_bytes=last.tiers[name].step_peak_bytes)
+            for name, tier in self._tiers().items()
+        }
+        return dataclasses.replace(last, step=step, tiers=tiers)
 
     def _stall_seconds(self) -> float:
         activations = self._parts.activations
@@ -129,12 +155,21 @@ class StepMeter:
 
     def _tiers(self) -> dict[str, TierReport]:
         parts = self._parts
-        device, host, nvme = parts.device, parts.host, parts.nvme
-        found = {
-            "device": TierReport(device.budget_bytes, device.used_bytes, device.peak_bytes),
-            # The arena is only as large as the plan needs; this is what it might have been.
-            "host": TierReport(parts.plan.budget_bytes["host"], host.used_bytes, host.peak_bytes),
+        # The arena is only as large as the plan needs; this is what it might have been.
+        budgets = {"device": parts.device.budget_bytes, "host": parts.plan.budget_bytes["host"]}
+        if parts.nvme is not None:
+            budgets["nvme"] = parts.nvme.capacity_bytes
+        return {
+            name: TierReport(budgets[name], tier.used_bytes, tier.peak_bytes, tier.step_peak_bytes)
+            for name, tier in self._tiers_of_parts().items()
         }
-        if nvme is not None:
-            found["nvme"] = TierReport(nvme.capacity_bytes, nvme.used_bytes, nvme.peak_bytes)
+
+    def _tiers_of_parts(self) -> dict[str, DeviceTier | HostArena | NvmeStore]:
+        parts = self._parts
+        found: dict[str, DeviceTier | HostArena | NvmeStore] = {
+            "device": parts.device,
+            "host": parts.host,
+        }
+        if parts.nvme is not None:
+            found["nvme"] = parts.nvme
         return found

@@ -234,16 +234,16 @@ class ZerothOrder:
     def _copy(self, block: Block, chunk: int, staged: Staged, target: torch.Tensor) -> Transfer:
         """Start the copy to the device. A perturbed one does not read `staged` any more."""
         if self._scales is None or not block.bucket.trainable:
-            return self._store.device.start_copy_in(target, staged.tensor)
+            return self._store.device.start_copy_in(target, staged.tensor, block.name)
         ring = self._ring
         place = target if ring is None else ring.take(target.numel(), self._store.deadline_seconds)
-        with self._meter.busy("cpu", target.numel()):
+        with self._meter.busy("cpu", target.numel(), what=block.name):
             self._updater.perturb(
                 block.bucket, chunk, staged.tensor, place, step=self._step, scales=self._scales
             )
         if ring is None:
             return CompletedTransfer("h2d")
-        return ring.put(self._store.device.start_copy_in(target, place))
+        return ring.put(self._store.device.start_copy_in(target, place, block.name))
 
 
 class _Ring:

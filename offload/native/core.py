@@ -97,6 +97,12 @@ class Core(Protocol):
     def wait(self, handle: object, timeout: float) -> Outcome | None:
         """Wait at most `timeout` seconds; None = still in flight."""
 
+    def span(self, handle: object) -> tuple[float, float] | None:
+        """When the first block was begun and the request ended, in seconds on CLOCK_MONOTONIC.
+
+        None: it has not ended, or the core does not know.
+        """
+
     def forget(self, handle: object) -> None:
         """Free a handle; only for ended requests, exactly once."""
 

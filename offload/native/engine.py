@@ -128,6 +128,10 @@ class Ticket:
             )
         return outcome.checksum
 
+    def span(self) -> tuple[float, float] | None:
+        """When it was begun and when it ended, in seconds of time.perf_counter; None: not known."""
+        return self._engine._span(self._entry)
+
     @property
     def _operation(self) -> str:
         request = self._request
@@ -383,6 +387,9 @@ class IoEngine:
     def _wait(self, entry: _Entry, timeout: float) -> Outcome | None:
         self._check_process()
         return self._core.wait(entry.handle, timeout)
+
+    def _span(self, entry: _Entry) -> tuple[float, float] | None:
+        return self._core.span(entry.handle) if self._pid == os.getpid() else None
 
     def _drop(self, entry: _Entry) -> None:
         """A ticket goes away: free its request now, or when it has ended."""

@@ -55,6 +55,8 @@ class _Task:
     short: bool = False
     checksum: int = 0
     ended: bool = False
+    began_at: float = 0.0
+    ended_at: float = 0.0
 
     @property
     def exhausted(self) -> bool:
@@ -159,6 +161,10 @@ class PythonCore:
                 return None
             return Outcome(handle.errno, handle.error_offset, handle.checksum, handle.short)
 
+    def span(self, handle: object) -> tuple[float, float] | None:
+        assert isinstance(handle, _Task)
+        return (handle.began_at, handle.ended_at) if handle.ended else None
+
     def forget(self, handle: object) -> None:
         """Nothing to free: the garbage collector does it."""
 
@@ -218,6 +224,8 @@ class PythonCore:
                     return None
                 self._changed.wait()
             index = task.num_taken
+            if index == 0:
+                task.began_at = time.monotonic()
             task.num_taken += 1
             task.num_open += 1
             if task.exhausted:
@@ -256,6 +264,8 @@ def _settle(task: _Task) -> None:
         for checksum, (_, nbytes, _) in zip(task.checksums, task.blocks, strict=True):
             crc = crc32c_combine_python(crc, checksum, nbytes)
         task.checksum = crc
+    task.ended_at = time.monotonic()
+    task.began_at = task.began_at or task.ended_at  # there was nothing to begin
     task.ended = True
 
 

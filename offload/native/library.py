@@ -90,6 +90,12 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {  # name: result, arguments
 }
 
 
+# Added since that version of the interface: a library that was built before does without them.
+_ADDED: dict[str, tuple[object, ...]] = {
+    "ticket_span": (c_int, c_void_p, POINTER(c_int64), POINTER(c_int64)),
+}
+
+
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or None and the reason."""
     place = importlib.resources.files("offload.native") / _FILE_NAME
@@ -100,6 +106,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         for name, (result, *arguments) in _SIGNATURES.items():
             function = getattr(library, f"offload_{name}")
             function.restype, function.argtypes = result, arguments
+        for name, (result, *arguments) in _ADDED.items():
+            added = getattr(library, f"offload_{name}", None)
+            if added is not None:
+                added.restype, added.argtypes = result, arguments
     except AttributeError as error:
         return None, f"the native library is older than this package: {error}"
     except OSError as error:
@@ -224,6 +234,13 @@ class NativeCore:
             return None
         _check(error)
         return Outcome(outcome.error, outcome.offset, outcome.checksum, bool(outcome.is_short))
+
+    def span(self, handle: object) -> tuple[float, float] | None:
+        read = getattr(self._library, "offload_ticket_span", None)
+        began, ended = c_int64(), c_int64()
+        if read is None or read(handle, ctypes.byref(began), ctypes.byref(ended)):
+            return None
+        return began.value / _NS_PER_SECOND, ended.value / _NS_PER_SECOND
 
     def forget(self, handle: object) -> None:
         self._library.offload_ticket_free(handle)

@@ -146,7 +146,7 @@ class DeviceUpdate(ChunkUpdate):
         with torch.cuda.stream(self._stream):
             for name, result in updated.results.items():
                 staged = work.staged[name]
-                staged.transfer = self._store.device.start_copy_out(staged.tensor, result)
+                staged.transfer = self._store.device.start_copy_out(staged.tensor, result, name)
                 updated.transfers[name] = staged.transfer
 
     def finish(self, work: ChunkWork) -> ParameterState | None:
@@ -215,7 +215,7 @@ class DeviceUpdate(ChunkUpdate):
                 continue
             nbytes = staged.tensor.numel()
             blocks[name] = slot.memory[offset : offset + nbytes]
-            staged.transfer = self._store.device.start_copy_in(blocks[name], staged.tensor)
+            staged.transfer = self._store.device.start_copy_in(blocks[name], staged.tensor, name)
             offset += nbytes
         return blocks
 

@@ -187,7 +187,8 @@ class StreamedStep:
     def compute(self, work: ChunkWork, settings: StepSettings) -> ParameterState | None:
         """Apply the step to a staged chunk; returns a parameter that is not finite afterwards."""
         nbytes = sum(staged.tensor.numel() for staged in work.staged.values())
-        with self._meter.busy("cpu", nbytes):
+        what = f"update of bucket {work.bucket.index}, chunk {work.chunk}"
+        with self._meter.busy("cpu", nbytes, what=what):
             return self._updater.update(work, settings)
 
     def note_updated(

@@ -368,7 +368,8 @@ class BlockStore:
         if self.in_place(block):
             return
         if block.home == "device":
-            staged.transfer = self.device.start_copy_out(staged.tensor, self.home(block, chunk))
+            home = self.home(block, chunk)
+            staged.transfer = self.device.start_copy_out(staged.tensor, home, block.name)
             staged.transfer.expedite(urgency)
         elif block.records[chunk].generation == 0 or self._key(block, chunk) in self._void:
             staged.tensor.zero_()
@@ -390,7 +391,8 @@ class BlockStore:
             self._void.discard(key)
             try:
                 if block.home == "device":
-                    transfer = self.device.start_copy_in(self.home(block, chunk), staged.tensor)
+                    home = self.home(block, chunk)
+                    transfer = self.device.start_copy_in(home, staged.tensor, block.name)
                 else:
                     assert self.nvme is not None
                     transfer = self.nvme.start_write(block.records[chunk], staged.tensor)

@@ -23,6 +23,7 @@ from offload.state import adapters, checkpoint, durable, export
 from offload.state.deferred import placing, refuse_inside
 from offload.state.importing import Imported, import_checkpoint
 from offload.state.saver import Saver
+from offload.timeline import StepTimeline
 
 
 class OffloadEngine(Engine):
@@ -101,6 +102,22 @@ class OffloadEngine(Engine):
         with contextlib.ExitStack() as closing:
             closing.callback(super().close)
             self._saver.close()
+
+    def record_timeline(self) -> None:
+        """Record what every lane does from now until the next step has ended.
+
+        It changes no number. `recorded_timeline` gives it out.
+        """
+        self._check_not_closed()
+        self._meter.record(self.global_steps + 1)
+
+    def recorded_timeline(self, *, now: bool = False) -> StepTimeline | None:
+        """The step that was recorded, once; None where there is none.
+
+        What a step has begun may end in the next: without `now` there is none before that has ended
+        as well.
+        """
+        return self._meter.recorded(now=now)
 
     def _end_saves(self) -> None:
         self._saver.wait_quietly()

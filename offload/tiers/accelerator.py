@@ -79,14 +79,14 @@ class AcceleratorTier(DeviceTier):
         """A block in which this thread queues its work on a stream that nobody computes on."""
 
     @abstractmethod
-    def _copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
+    def _copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane, what: str) -> Transfer:
         """Queue a copy on the stream of its lane."""
 
-    def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
-        return self._start_copy(dst, src, "h2d")
+    def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor, what: str = "") -> Transfer:
+        return self._start_copy(dst, src, "h2d", what)
 
-    def start_copy_out(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
-        return self._start_copy(dst, src, "d2h")
+    def start_copy_out(self, dst: torch.Tensor, src: torch.Tensor, what: str = "") -> Transfer:
+        return self._start_copy(dst, src, "d2h", what)
 
     def enter(self, lease: DeviceLease) -> None:
         current = self._current()
@@ -110,11 +110,13 @@ class AcceleratorTier(DeviceTier):
             self._wait(self._current(), mark)  # A5
             yield
 
-    def _start_copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
+    def _start_copy(
+        self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane, what: str
+    ) -> Transfer:
         assert dst.dtype == src.dtype == torch.uint8
         assert dst.numel() == src.numel(), "copy between different sizes"
         self._wait(self._lane_stream(lane), self._record(self._current()))  # A1
-        return self._copy(dst, src, lane)
+        return self._copy(dst, src, lane, what or f"copy {lane}")
 
     # -- memory ----------------------------------------------------------------------------------
 

@@ -39,8 +39,11 @@ class CudaTransfer(Transfer):
         begin: torch.cuda.Event,
         end: torch.cuda.Event,
         buffers: tuple[torch.Tensor, torch.Tensor],
+        what: str,
     ) -> None:
         self.lane = lane
+        self._what = what
+        self._queued = time.perf_counter()
         self.nbytes = buffers[0].numel()
         self.end = end
         self._begin = begin
@@ -84,8 +87,19 @@ class CudaTransfer(Transfer):
                 self._error.__cause__ = failure
             else:
                 self._tier.count_copy(self.lane, self.nbytes, seconds)
+                self._note_span(seconds)
             self._buffers = ()
             self._settled = True
+
+    def _note_span(self, seconds: float) -> None:
+        """The length is the device's own; the end is when the host has found it."""
+        timeline = self._tier.timeline
+        if timeline.is_on:
+            ended = timeline.clock()
+            began = max(self._queued, ended - seconds)
+            timeline.span(
+                self.lane, self._what, began, ended, nbytes=self.nbytes, queued=self._queued
+            )
 
     def _storage_error(self, kind: type[StorageError], detail: str) -> StorageError:
         return kind(
@@ -177,7 +191,7 @@ class CudaDeviceTier(AcceleratorTier):
     def _wait(self, stream: Stream, event: Event) -> None:
         cast("torch.cuda.Stream", stream).wait_event(cast("torch.cuda.Event", event))
 
-    def _copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
+    def _copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane, what: str) -> Transfer:
         stream = self._streams[lane]
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
@@ -187,7 +201,7 @@ class CudaDeviceTier(AcceleratorTier):
             end.record(stream)
         # torch's allocator must not hand the memory to the compute stream while the copy runs.
         (dst if lane == "h2d" else src).record_stream(stream)
-        transfer = CudaTransfer(self, lane, begin, end, (dst, src))
+        transfer = CudaTransfer(self, lane, begin, end, (dst, src), what)
         self._settle_done()
         with self._lock:
             self._in_flight.append(transfer)

@@ -37,6 +37,7 @@ from offload.tiers.transfer import (
     Transfer,
 )
 from offload.tiers.uninterrupted import UninterruptedLock
+from offload.timeline import NEVER, Timeline
 
 _construct_storage = cast(
     "Callable[[int, torch.device, int], torch.UntypedStorage] | None",
@@ -48,6 +49,7 @@ class DeviceTier(ABC):
     """Memory of one device under a budget; see [Note: device budget]. Thread-safe.
 
     `host_addressable`: whether host code may read and write leases directly.
+    `timeline` is told of copies that have ended, `step_peak_bytes` the peak since it was last set.
     After `close()` no lease or hold can be taken.
     """
 
@@ -58,7 +60,8 @@ class DeviceTier(ABC):
         self.budget_bytes = budget_bytes
         self.host_addressable = host_addressable
         self.used_bytes = 0
-        self.peak_bytes = 0
+        self.peak_bytes = self.step_peak_bytes = 0
+        self.timeline: Timeline = NEVER
         self._lock = UninterruptedLock()
         self._owners = OwnerBytes()
         self._held_bytes = 0
@@ -193,15 +196,16 @@ class DeviceTier(ABC):
         self._give_back(surplus)
 
     @abstractmethod
-    def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
+    def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor, what: str = "") -> Transfer:
         """Start to copy host bytes into device memory, on lane h2d.
 
         `dst` (device) and `src` (host) are uint8, 1-D, of one size. The copy starts after the work
-        that was queued on `dst` before this call; later work needs `make_current_wait`.
+        that was queued on `dst` before this call; later work needs `make_current_wait`. `what` is
+        copied, for messages and the timeline.
         """
 
     @abstractmethod
-    def start_copy_out(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
+    def start_copy_out(self, dst: torch.Tensor, src: torch.Tensor, what: str = "") -> Transfer:
         """Start to copy device bytes to the host, on lane d2h; `dst` is host, `src` device.
 
         Both are uint8, 1-D, of one size. The copy starts after the work that was queued on `src`
@@ -239,6 +243,7 @@ class DeviceTier(ABC):
     def _count(self, nbytes: int) -> None:
         self.used_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        self.step_peak_bytes = max(self.step_peak_bytes, self.used_bytes)
 
     def _shed(self, nbytes: int) -> list[torch.Tensor]:
         """Take from the free list what must go so that `nbytes` more fit; the caller drops it."""
@@ -349,11 +354,11 @@ class CpuDeviceTier(DeviceTier):
         self._in_flight: list[Transfer] = []
         self._registered: set[int] = set()  # addresses, or refused for good
 
-    def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
-        return self._start_copy(dst, src, "h2d")
+    def start_copy_in(self, dst: torch.Tensor, src: torch.Tensor, what: str = "") -> Transfer:
+        return self._start_copy(dst, src, "h2d", what)
 
-    def start_copy_out(self, dst: torch.Tensor, src: torch.Tensor) -> Transfer:
-        return self._start_copy(dst, src, "d2h")
+    def start_copy_out(self, dst: torch.Tensor, src: torch.Tensor, what: str = "") -> Transfer:
+        return self._start_copy(dst, src, "d2h", what)
 
     def make_current_wait(self, transfer: Transfer) -> None:
         transfer.wait()
@@ -382,7 +387,9 @@ class CpuDeviceTier(DeviceTier):
                 self._registered.discard(address)
         surplus.clear()
 
-    def _start_copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
+    def _start_copy(
+        self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane, what: str
+    ) -> Transfer:
         assert dst.dtype == src.dtype == torch.uint8
         assert dst.numel() == src.numel(), "copy between different sizes"
         assert dst.is_contiguous()
@@ -395,9 +402,10 @@ class CpuDeviceTier(DeviceTier):
             ticket,
             lane,
             nbytes,
-            what=f"copy {lane}",
+            what=what or f"copy {lane}",
             buffers=(dst, src),
             deadline_seconds=self._deadline_seconds,
+            timeline=self.timeline,
         )
         with self._lock:
             self._in_flight = [each for each in self._in_flight if not each.done()]

@@ -169,7 +169,7 @@ class HostArena:
         self.budget_bytes = 0
         self.alignment = alignment
         self.used_bytes = 0
-        self.peak_bytes = 0
+        self.peak_bytes = self.step_peak_bytes = 0
         self._pid = os.getpid()
         self._lock = UninterruptedLock()
         self._left = self._lock.condition()
@@ -316,6 +316,7 @@ class HostArena:
                 return None
             self.used_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            self.step_peak_bytes = max(self.step_peak_bytes, self.used_bytes)
             self._owners.add(owner, size)
         return HostLease(self, segment, start, nbytes, owner)
 

@@ -40,6 +40,7 @@ from offload.tiers.transfer import (
     wait_all,
 )
 from offload.tiers.uninterrupted import UninterruptedLock
+from offload.timeline import NEVER
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -92,7 +93,8 @@ class NvmeStore:
         self._unpinned = self._lock.condition()
         self._num_unpinning = 0  # who will unpin something soon
         self.used_bytes = 0
-        self.peak_bytes = 0
+        self.peak_bytes = self.step_peak_bytes = 0
+        self.timeline = NEVER
         self.capacity_bytes = self._files.bytes_free() if capacity_bytes is None else capacity_bytes
 
     def bytes_free(self) -> int:
@@ -146,6 +148,7 @@ class NvmeStore:
             self._dealer = dealer
             self.used_bytes += needed.total()
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            self.step_peak_bytes = max(self.step_peak_bytes, self.used_bytes)
 
     def reserve_held(self, held: Mapping[int, int]) -> None:
         """Allocate what is missing of these shadow extents for held writes; none is taken.

@@ -180,6 +180,12 @@ class RetryingTicket:
                     error.num_tries = self._num_tries
                     raise
 
+    def span(self) -> tuple[float, float] | None:
+        """See `Ticket`; that of the last try."""
+        with self._lock:
+            ticket = self._ticket
+        return ticket.span()
+
     def _current(self, *, waits: bool, deadline: float | None = None) -> Ticket | None:
         """The try under way; None: it is in the pause before one, which is not to be waited for."""
         with self._lock:

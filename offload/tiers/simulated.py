@@ -191,6 +191,9 @@ class SimulatedTicket:
         if self.movement is not None:
             self.movement.urgency = min(self.movement.urgency, urgency)
 
+    def span(self) -> None:
+        """Virtual time is not comparable with that of the rest."""
+
     def wait(self, timeout: float | None = None) -> int:
         """Move the clock on to the end, at most by `timeout` virtual seconds; return the CRC32C.
 

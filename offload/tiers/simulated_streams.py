@@ -198,7 +198,7 @@ class SimulatedAccelerator(AcceleratorTier):
         with self._order:
             _merge(self._clock(cast("str", stream)), cast("Clock", event))
 
-    def _copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane) -> Transfer:
+    def _copy(self, dst: torch.Tensor, src: torch.Tensor, lane: CopyLane, what: str) -> Transfer:
         with self._order:
             self._check_copy(dst, src, lane)
             clock = self._clock(lane)
@@ -213,9 +213,10 @@ class SimulatedAccelerator(AcceleratorTier):
             ticket,
             lane,
             dst.numel(),
-            what=f"copy {lane}",
+            what=what,
             buffers=(dst, src),
             deadline_seconds=self._deadline_seconds,
+            timeline=self.timeline,
         )
         transfer.end, transfer.tier = end, self
         with self._lock:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from offload.errors import StorageError
     from offload.tiers.extents import Extent
     from offload.tiers.records import Record
+    from offload.timeline import Timeline
 
 Operation = Literal["read", "write"]
 
@@ -44,6 +45,7 @@ class StoreTransfer(TicketTransfer):
             buffers=(tensor,),
             deadline_seconds=deadline_seconds,
             urgency=urgency,
+            timeline=store.timeline,
         )
         self.record = record
         self.operation = operation
@@ -57,7 +59,9 @@ class StoreTransfer(TicketTransfer):
 
 
 class Finisher(Protocol):
-    """The store that a transfer belongs to."""
+    """The store that a transfer belongs to, and where its transfers are noted."""
+
+    timeline: Timeline
 
     def finish(
         self, transfer: StoreTransfer, checksum: int, failure: StorageError | None

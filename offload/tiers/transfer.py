@@ -26,6 +26,7 @@ a fault says so with `Transfer.expedite`.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -34,6 +35,7 @@ from offload.errors import DeadlineError, OffloadError, StorageError
 from offload.native.core import BULK_URGENCY, URGENCY_CLASS_SHIFT
 from offload.tiers.disks import disk_of
 from offload.tiers.uninterrupted import UninterruptedLock
+from offload.timeline import NEVER, Timeline
 
 if TYPE_CHECKING:
     from offload.native.files import IoFile
@@ -67,6 +69,9 @@ class Ticket(Protocol):
 
     def wait(self, timeout: float | None = None) -> int:
         """Block until the end; return the CRC32C of the bytes moved, 0 if none was asked for."""
+
+    def span(self) -> tuple[float, float] | None:
+        """When its lane has begun with it and ended, on time.perf_counter; None: nobody knows."""
 
 
 class AsyncIo(Protocol):
@@ -183,9 +188,12 @@ class TicketTransfer(Transfer):
         buffers: tuple[object, ...],
         deadline_seconds: float,
         urgency: int = Urgency.BULK,
+        timeline: Timeline = NEVER,
     ) -> None:
         self.lane = lane
         self.nbytes = nbytes
+        self._timeline = timeline
+        self._started = time.perf_counter()
         self._what = what
         self._deadline_seconds = deadline_seconds
         self._urgency = urgency
@@ -224,8 +232,16 @@ class TicketTransfer(Transfer):
         with self._lock:
             if self._ticket is not None:
                 self._error = self._settled(checksum, failure)
+                if self._timeline.is_on:
+                    self._note_span(ticket)
                 self._ticket = None
                 self._buffers = ()
+
+    def _note_span(self, ticket: Ticket) -> None:
+        began, ended = ticket.span() or (self._started, self._timeline.clock())
+        self._timeline.span(
+            self.lane, self._what, began, ended, nbytes=self.nbytes, queued=self._started
+        )
 
     def _late(self, error: DeadlineError, timeout: float) -> DeadlineError:
         disk = disk_of(error.path) if self.lane.startswith("nvme") else None

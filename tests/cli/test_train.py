@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from offload.cli import train
+from offload.cli.chrome_trace import trace_events
 from offload.cli.interrupt import Interrupted, StopRequest
 from offload.cli.models import opened_model
+from offload.cli.recording import read_timelines
 from offload.config import load_config
 from offload.errors import ConfigError, OffloadError
 from offload.telemetry import read_jsonl
+from tests.cli.test_trace import check_format
 
 SENTENCE = b"the quick brown fox jumps over the lazy dog. "
 
@@ -103,6 +106,22 @@ def test_a_run_from_text_to_an_export_that_generates(tmp_path, text, capsys):
     from transformers import LlamaForCausalLM
 
     assert LlamaForCausalLM.from_pretrained(tmp_path / "run" / "export").dtype == torch.float32
+
+
+def test_the_steps_asked_for_are_recorded_and_change_nothing(tmp_path, text, capsys):
+    losses = []
+    for steps in ([], [2, 3, 6], "auto"):
+        assert train.run(tiny_config(tmp_path, text, trace_steps=steps)) == 0
+        found = read_timelines(tmp_path / "run")
+        assert list(found) == ([5] if steps == "auto" else steps)
+        for timeline in found.values():
+            check_format(trace_events(timeline))
+            lanes = {span.lane for span in timeline.spans}
+            assert lanes >= {"compute", "cpu", "nvme_read", "nvme_write"}
+        losses.append([entry["loss"] for entry in metrics(tmp_path)["step"]])
+    assert losses[0] == losses[1] == losses[2]
+    tiers = metrics(tmp_path)["step"][-1]["report"]["tiers"]
+    assert 0 < tiers["host"]["step_peak_bytes"] <= tiers["host"]["peak_bytes"]
 
 
 def test_both_orders_of_accumulation_train_alike(tmp_path, text, capsys):

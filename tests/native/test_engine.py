@@ -20,6 +20,7 @@ from offload.errors import (
     UnsupportedPlatformError,
 )
 from offload.native import BACKENDS, IoEngine, crc32c
+from offload.native.library import _ADDED, LIBRARY_AVAILABLE
 from tests.threads import run_in_threads
 
 BLOCK = 64 * 1024
@@ -318,3 +319,55 @@ def test_close_has_a_deadline(backend, tmp_path, make_memory):
     assert not ticket.done()
     engine.close()
     assert ticket.wait(30) == 0
+
+
+def test_when_a_request_was_begun_and_ended(backend, tmp_path, make_memory):
+    memory = make_memory(BLOCK, 9)
+    with (
+        IoEngine(backend=backend, fault="op=write,count=1,delay=20") as engine,
+        engine.open(str(tmp_path / "f"), flags=CREATE) as file,
+    ):
+        before = time.perf_counter()
+        ticket = engine.start_write(file, 0, memory.address, BLOCK)
+        assert ticket.span() is None, "it goes on"
+        ticket.wait(30)
+        nothing = engine.start_write(file, 0, memory.address, 0)
+        nothing.wait(30)
+        after = time.perf_counter()
+        if backend != "python" and not _knows_spans(engine):
+            pytest.skip("the native library was built before it had offload_ticket_span")
+        for each, least in ((ticket, 0.02), (nothing, 0.0)):
+            began, ended = each.span()
+            assert before <= began <= began + least <= ended <= after
+
+
+def test_an_older_library_of_the_same_interface_does_not_know_when(
+    tmp_path, make_memory, monkeypatch
+):
+    if not LIBRARY_AVAILABLE:
+        pytest.skip("there is no native library")
+    memory = make_memory(BLOCK, 9)
+    with (
+        IoEngine(backend="threads") as engine,
+        engine.open(str(tmp_path / "f"), flags=CREATE) as file,
+    ):
+        monkeypatch.setattr(engine._core, "_library", Without(engine._core._library))
+        ticket = engine.start_write(file, 0, memory.address, BLOCK)
+        ticket.wait(30)
+        assert ticket.span() is None
+
+
+def _knows_spans(engine):
+    return hasattr(engine._core._library, "offload_ticket_span")
+
+
+class Without:
+    """A library that lacks the functions that were added to its interface."""
+
+    def __init__(self, library):
+        self._library = library
+
+    def __getattr__(self, name):
+        if name.removeprefix("offload_") in _ADDED:
+            raise AttributeError(name)
+        return getattr(self._library, name)

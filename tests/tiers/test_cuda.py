@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from offload.errors import BudgetError, UnsupportedPlatformError
 from offload.native import IoEngine
-from offload.tiers.cuda import CudaDeviceTier, open_device_tier
+from offload.tiers.cuda import CudaDeviceTier, CudaTransfer, open_device_tier
 from offload.tiers.device import CpuDeviceTier
 from offload.tiers.host import HostArena
+from offload.timeline import Timeline
 
 MEBIBYTE = 1 << 20
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -90,3 +94,28 @@ def test_memory_of_the_slab_is_reused_after_every_stream_that_used_it(io: IoEngi
         torch.cuda.synchronize()
         assert [int(each) for each in seen] == [n * 16 * MEBIBYTE for n in range(1, 9)]
         tier.close()
+
+
+def test_a_copy_of_a_recorded_step_is_as_long_as_the_device_says():
+    class PassedEvent:
+        def query(self):
+            return True
+
+        def elapsed_time(self, end):
+            del end
+            return 0.25  # milliseconds
+
+    tier = SimpleNamespace(
+        timeline=Timeline(), deadline_seconds=1.0, count_copy=lambda *counted: None
+    )
+    tier.timeline.start(1, dict)
+    buffers = (torch.zeros(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8))
+    copy = CudaTransfer(tier, "h2d", PassedEvent(), PassedEvent(), buffers, "weights")
+    time.sleep(0.002)
+    copy.wait()
+    copy.wait()
+    tier.timeline.end_step()
+    (span,) = tier.timeline.take(now=True).spans
+    assert (span.lane, span.name, span.nbytes) == ("h2d", "weights", 8)
+    assert span.ended - span.began == pytest.approx(0.25e-3)
+    assert 0 <= span.queued <= span.began

@@ -222,7 +222,7 @@ class AccumulatingEngine(ForwardOnlyEngine):
                 stamps=buffers.stamps,
             ),
         )
-        with self._meter.computing():
+        with self._meter.computing("forward"):
             step.forward()
         before = buffers.stamps()
         losses = step.backward()

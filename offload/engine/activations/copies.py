@@ -90,7 +90,9 @@ class ActivationCopy:
         self._arrivals: list[Transfer] = []  # copies from the piece that may be in flight
         try:
             source = view.bytes_of(tensor)
-            self._transfer: Transfer | None = lanes.device.start_copy_out(self._bytes(), source)
+            self._transfer: Transfer | None = lanes.device.start_copy_out(
+                self._bytes(), source, self.name
+            )
         except BaseException:
             piece.release()
             raise
@@ -177,7 +179,7 @@ class ActivationCopy:
         assert self._piece is not None
         assert self.place not in (Place.LEAVING, Place.READING)
         memory = self.view.new_bytes(self._lanes.device.device)
-        arrival = self._lanes.device.start_copy_in(memory, self._bytes())
+        arrival = self._lanes.device.start_copy_in(memory, self._bytes(), self.name)
         arrival.expedite(Urgency.PLANNED)
         self._arrivals.append(arrival)
         self.arrived = memory

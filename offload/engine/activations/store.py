@@ -551,7 +551,7 @@ class ActivationStore:
         try:
             yield
         finally:
-            self.stall_seconds += time.perf_counter() - started
+            self.stall_seconds += self._lanes.device.timeline.waited("saved tensors", started)
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[int]:

@@ -210,7 +210,7 @@ class PageIn:
         if self._has_landed(staged):
             return
         if self._arrivals is None:
-            copy = self._store.device.start_copy_in(target, staged.tensor)
+            copy = self._store.device.start_copy_in(target, staged.tensor, self._block.name)
         else:
             copy, staged = self._arrivals.land(self._block, chunk, staged, target)
         copy.expedite(self._urgency)

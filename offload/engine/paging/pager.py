@@ -16,7 +16,6 @@ is the one whose next use in the trace is farthest away, or else the one used lo
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -65,8 +64,8 @@ class Pager:
         staging_depth: int,
     ) -> None:
         self.pages = pages
-        self.faults = 0
-        self._store = store
+        self.faults, self.stall_seconds = 0, 0.0
+        self._store, self._timeline = store, store.device.timeline
         self._staging_depth = staging_depth
         self.lock = UninterruptedLock(reentrant=True)
         self._clock = 0
@@ -78,7 +77,6 @@ class Pager:
         self._node_pins = NodePins(self.unpin, self.lock)
         self._window_threads: dict[int, int] = {}
         self._runs = Runs(capacity_bytes=capacity_bytes, lookahead_depth=lookahead_depth)
-        self.stall_seconds = 0.0
         self.arrivals: Arrivals | None = None
         self.updates: OverlappedStep | None = None
         self._closed = False
@@ -265,7 +263,9 @@ class Pager:
         if page.residency is Residency.ON_DEVICE:
             self._store.device.enter(page.held_lease)
             return
-        self.faults += was_absent and page.residency is Residency.HOME
+        if was_absent and page.residency is Residency.HOME:
+            self.faults += 1
+            self._timeline.fault(page.block.name)
         if page in self._wanted:
             self._wanted.remove(page)
         beside = False
@@ -308,7 +308,7 @@ class Pager:
     def _bind(self, page: WeightPage) -> None:
         """Wait for the page and let its parameters use it."""
         page_in = self._loading.pop(page)
-        started = time.perf_counter()
+        started = self._timeline.clock()
         try:
             page_in.finish()
         except BaseException:
@@ -318,7 +318,7 @@ class Pager:
             page.lease = None
             raise
         finally:
-            self.stall_seconds += time.perf_counter() - started
+            self.stall_seconds += self._timeline.waited(page.block.name, started)
         if not page_in.advance():
             self._draining.append(page_in)
         page.move(Residency.ON_DEVICE)

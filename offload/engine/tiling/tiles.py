@@ -253,7 +253,8 @@ class _TileStream:
         chunk = self._staged[piece.chunk]
         source = self._source(chunk.staged.tensor, piece).view(torch.uint8)
         start = piece.start_in_tile * self._block.bucket.itemsize
-        copy = self._store.device.start_copy_in(slot[start : start + source.numel()], source)
+        target = slot[start : start + source.numel()]
+        copy = self._store.device.start_copy_in(target, source, self._block.name)
         copy.expedite(Urgency.PLANNED)
         chunk.copies.append(copy)
         self._copies[number].append(copy)
