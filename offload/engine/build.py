@@ -259,7 +259,6 @@ def _reserve_and_move(
         config.tiers.device.kind, machine.device_bytes, io, deadline_seconds=deadline
     )
     closing.callback(device.close)
-    timeline = _open_timeline(device, nvme)
     if not device.host_addressable:
         host.page_lock()
     if collection.resident_bytes:
@@ -278,7 +277,7 @@ def _reserve_and_move(
             store.add(bucket, state_class, layout, plan.tier(bucket.index, state_class))
     device.reserve(plan.working_bytes)
     _reserve_records(store, plan, machine, config.checkpoint)
-    meter = LaneMeter(timeline=timeline)
+    meter = LaneMeter(timeline=_open_timeline(device, nvme))
     pool = ComputePool(torch.get_num_threads())
     closing.callback(pool.close)
     parameters = _parameter_states(collection, plan)

@@ -258,10 +258,10 @@ def test_a_gradient_that_fails_to_land_stops_the_step(
         assert isinstance(io, SimulatedIo)
         num_started = itertools.count(1)
 
-        def fail_once(dst: torch.Tensor, src: torch.Tensor) -> Any:
+        def fail_once(dst: torch.Tensor, src: torch.Tensor, what: str = "") -> Any:
             if next(num_started) == nth:
                 io._fault = FaultSpec("op=copy,errno=5")
-            return start(dst, src)
+            return start(dst, src, what)
 
         monkeypatch.setattr(opened[0], "start_copy_out", fail_once)
         losses = []

@@ -157,7 +157,9 @@ def test_the_report_has_every_number(tmp_path: Path) -> None:
 def test_the_mixed_speed_of_a_disk_is_that_of_both_directions_together() -> None:
     """Each alone moves 10 bytes/s; reads beside writes get 5 together, not 20."""
     lanes: dict[str, tuple[int, float]] = {"nvme_read": (0, 0.0), "nvme_write": (0, 0.0)}
-    tier = SimpleNamespace(budget_bytes=1, used_bytes=0, peak_bytes=0, lanes=dict)
+    tier = SimpleNamespace(
+        budget_bytes=1, used_bytes=0, peak_bytes=0, step_peak_bytes=0, lanes=dict
+    )
     parts: Any = SimpleNamespace(
         meter=LaneMeter(),
         io=SimpleNamespace(lanes=lambda: lanes),

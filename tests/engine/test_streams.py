@@ -112,7 +112,9 @@ def test_a1_a_copy_out_waits_for_what_it_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        AcceleratorTier, "_start_copy", lambda tier, dst, src, lane: tier._copy(dst, src, lane)
+        AcceleratorTier,
+        "_start_copy",
+        lambda tier, dst, src, lane, what: tier._copy(dst, src, lane, what),
     )
     with pytest.raises(RaceError, match="has not made yet: A1"):
         watched(tmp_path, monkeypatch, "host", _one)
