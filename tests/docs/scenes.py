@@ -95,6 +95,10 @@ def engine(more: str = "") -> Names:
     return names(engine=made)
 
 
+def engine_and_batch() -> Names:
+    return engine() | {"batch": batches(1)[0]}
+
+
 def accumulating() -> Names:
     found = engine("[training]\ngradient_accumulation_steps = 1\n")
     write_config("[training]\ngradient_accumulation_steps = 8\n")

@@ -45,6 +45,7 @@ SCENES: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
     ("docs/saving.md", 0): scenes.engine,
     ("docs/saving.md", 1): scenes.torch_checkpoint,
     ("docs/saving.md", 2): scenes.foreign_checkpoint,
+    ("docs/seeing.md", 0): scenes.engine_and_batch,
     ("docs/training-any-module.md", 0): scenes.named_weights,
 }
 

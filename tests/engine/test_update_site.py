@@ -287,8 +287,8 @@ class Broken:
             device = updater._store.device
             copy = getattr(device, name)
 
-            def breaking(dst: torch.Tensor, src: torch.Tensor) -> Transfer:
-                return self._broken(copy(dst, src), dst, nth)
+            def breaking(dst: torch.Tensor, src: torch.Tensor, what: str = "") -> Transfer:
+                return self._broken(copy(dst, src, what), dst, nth)
 
             with _replaced(device, name, breaking):
                 start(updater, *arguments)
