@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from offload.engine import planning
+
+
+@pytest.fixture(autouse=True)
+def _no_measurements(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `offload bench` has kept of this machine is not found, and not written over."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / uuid.uuid4().hex))
 
 
 @pytest.fixture

@@ -202,8 +202,8 @@ def _copies(
 
 
 @dataclass(frozen=True, slots=True)
-class _Disk:
-    """One path's preallocated file and its part of the arena."""
+class ScratchFile:
+    """One path's preallocated, unnamed file and its part of the arena."""
 
     file: IoFile
     address: int
@@ -217,15 +217,17 @@ def _disks(
     seed = 0 if config.io.checksum else None
     share_bytes = size_bytes // len(folders) // (2 * _BLOCK_MULTIPLE) * (2 * _BLOCK_MULTIPLE)
     with ExitStack() as stack:
-        disks = [stack.enter_context(_disk(io, arena, path, share_bytes)) for path in folders]
+        disks = [
+            stack.enter_context(scratch_file(io, arena, path, share_bytes)) for path in folders
+        ]
         where = f"{', '.join(map(str, folders))} ({io.backend})"
         moved_bytes = share_bytes * len(folders)
         half = share_bytes // 2
 
-        def read(disk: _Disk, nbytes: int) -> Ticket:
+        def read(disk: ScratchFile, nbytes: int) -> Ticket:
             return io.start_read(disk.file, 0, disk.address, nbytes, checksum_seed=seed)
 
-        def write(disk: _Disk, start: int) -> Ticket:
+        def write(disk: ScratchFile, start: int) -> Ticket:
             nbytes = disk.nbytes - start
             address = disk.address + start
             return io.start_write(disk.file, start, address, nbytes, checksum_seed=seed)
@@ -246,7 +248,9 @@ def _disks(
 
 
 @contextmanager
-def _disk(io: IoEngine, arena: HostArena, folder: Path, nbytes: int) -> Iterator[_Disk]:
+def scratch_file(
+    io: IoEngine, arena: HostArena, folder: Path, nbytes: int
+) -> Iterator[ScratchFile]:
     """Open an unnamed file of `nbytes` allocated bytes in `folder`, with memory to match."""
     lease = arena.lease(nbytes, _OWNER)
     noise = torch.frombuffer(bytearray(secrets.token_bytes(_BLOCK_MULTIPLE)), dtype=torch.uint8)
@@ -260,7 +264,7 @@ def _disk(io: IoEngine, arena: HostArena, folder: Path, nbytes: int) -> Iterator
             raise DiskFullError(
                 path=folder, needed_bytes=nbytes, free_bytes=free_bytes, errno=error.errno
             ) from error
-        yield _Disk(file, lease.address, nbytes)
+        yield ScratchFile(file, lease.address, nbytes)
     finally:
         file.close()
 

@@ -53,30 +53,41 @@ def train(config: str) -> None:
 
 
 @main.command()
-@click.argument("config", type=click.Path(dir_okay=False))
-def plan(config: str) -> None:
-    """Show where CONFIG's training state would live, without loading weights."""
-    from offload.config import load_config
-    from offload.errors import ConfigError
+@click.argument("target", type=click.Path())
+@click.option(
+    "--config", type=click.Path(dir_okay=False), help="Where TARGET is a model: the configuration."
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Sequences in one forward pass.")
+@click.option("--sequence-length", type=click.IntRange(min=1), help="Tokens in one sequence.")
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    help="Measure the lanes shortly where `offload bench` has not done it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(
+    target: str,
+    config: str | None,
+    batch: int | None,
+    sequence_length: int | None,
+    measure: bool,
+    as_json: bool,
+) -> None:
+    """Show where training state would live, whether it fits, and what a step would take.
 
-    loaded = load_config(config)
-    if loaded.run is None or (loaded.run.model is None and not loaded.run.hf_config):
-        problem = "run.model and run.hf_config are missing: the model to plan for"
-        raise ConfigError(problems=[problem], source=config)
+    TARGET is a configuration with [run], or a Hugging Face directory or config.json. No weights are
+    loaded. The exit code is 1 if it does not fit.
+    """
+    from offload.cli.plan import Request, run
 
-    import torch
-
-    from offload.cli.models import build_model
-    from offload.cli.trainable import trainable
-    from offload.engine.planning import plan as plan_model
-
-    model: torch.nn.Module | str | None = loaded.run.model
-    if model is None or loaded.lora is not None or loaded.run.freeze:
-        with torch.device("meta"):
-            model = trainable(build_model(loaded.run), loaded)
-    made = plan_model(model, loaded)
-    click.echo(str(made))
-    if not made.fits:
+    asked = Request(
+        Path(target),
+        config=None if config is None else Path(config),
+        batch=batch,
+        sequence_length=sequence_length,
+        may_measure=measure,
+    )
+    if not run(asked, as_json=as_json):
         sys.exit(_FAILURE)
 
 

@@ -111,6 +111,9 @@ class NvmeTierSection(Section):
     paths are relative to the current directory."""
     capacity: SizeOrAuto = "auto"
     """Most bytes to allocate over all paths. `auto`: what the plan needs."""
+    endurance_tbw: Positive | None = None
+    """Terabytes (1e12 bytes) that each path's disk may be written, as its maker rates it (TBW).
+    `offload plan` tells how long it lasts; nothing else reads it."""
 
 
 class TiersSection(Section):

@@ -18,6 +18,7 @@ from offload.engine.activations.room import reserved_host_bytes, with_activation
 from offload.engine.collect import Collected, Collection, collect
 from offload.engine.keep_fp32 import kept_in_fp32
 from offload.engine.optimizer import configured_groups, configured_settings
+from offload.engine.profile import find_profile
 from offload.engine.tiling.selection import known_tiles, plan_tiled
 from offload.engine.update_site import plan_with_update
 from offload.errors import ConfigError, DoesNotFitError, format_bytes
@@ -39,10 +40,10 @@ from offload.partition.layout import (
 from offload.partition.tensor_layout import StateTensorSpec, TensorLayout
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import Machine, OverlapRoom, Staging
+from offload.schedule.forecast import StepKind, Workload, forecast_step
 from offload.schedule.overlap import flow_bytes, overlap_room, room_left, with_overlap
 from offload.schedule.plan import (
     Plan,
-    Workload,
     extend_plan,
     layout_state,
     plan_buckets,
@@ -64,6 +65,9 @@ PERTURBED_CHUNKS = 2
 def plan(
     model_or_path: nn.Module | str | os.PathLike[str],
     config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig | None = None,
+    *,
+    speeds: LaneSpeeds | None = None,
+    workload: Workload | None = None,
 ) -> Plan:
     """Plan the training state of a model; needs no weights and allocates none.
 
@@ -71,6 +75,9 @@ def plan(
         model_or_path: a module, which may be on the meta device, or a Hugging Face directory or
             `config.json`, of which only the configuration is read.
         config: as of `initialize`.
+        speeds: of the lanes; by default those that `offload bench` has kept, else conservative
+            ones.
+        workload: what a step computes; by default its transfers and updates only.
 
     Returns:
         The plan; `plan.fits` tells whether the budgets suffice, `str(plan)` is a table.
@@ -87,7 +94,50 @@ def plan(
     collection = collect(module, loaded.precision.compute, kept=kept, allow_meta=True)
     rule, groups, *_ = choose_rule(collection, loaded, None)
     machine = describe_machine(loaded, free_nvme_bytes(loaded))
-    return plan_module(collection, loaded, machine, rule, groups)
+    planned = plan_module(collection, loaded, machine, rule, groups)
+    if speeds is None and workload is None:
+        return planned
+    return with_forecast(planned, loaded, machine, speeds or known_speeds(loaded), workload)
+
+
+def known_speeds(config: OffloadConfig) -> LaneSpeeds:
+    """The lane speeds that `offload bench` has kept for this configuration, else conservative."""
+    profile = find_profile(config).profile
+    return LaneSpeeds() if profile is None else profile.lane_speeds()
+
+
+def with_forecast(
+    planned: Plan,
+    config: OffloadConfig,
+    machine: Machine,
+    speeds: LaneSpeeds,
+    workload: Workload | None = None,
+) -> Plan:
+    """The plan with a forecast at these speeds, of the step as it is taken: maybe overlapped."""
+    blocks = [
+        {state_class: layout.chunk_nbytes for state_class, layout in classes.items()}
+        for classes in planned.layouts
+    ]
+    kind = StepKind(
+        machine.host_addressable,
+        config.training.gradient_accumulation_steps,
+        frozenset(
+            bucket.index
+            for bucket, classes in zip(planned.buckets, planned.layouts, strict=True)
+            if bucket.trainable and "gradients" not in classes
+        ),
+        planned.working_bytes,
+        planned.overlap.flow_bytes > 0,
+    )
+    forecast = forecast_step(
+        planned.buckets,
+        blocks,
+        planned.placement.tier_of,
+        kind,
+        speeds=speeds,
+        workload=workload or Workload(),
+    )
+    return replace(planned, forecast=forecast)
 
 
 def _on_meta(path: Path) -> nn.Module:
@@ -95,7 +145,10 @@ def _on_meta(path: Path) -> nn.Module:
 
     if not path.exists():
         raise ConfigError(problems=[f"the model {str(path)!r} does not exist: name a local folder"])
-    hf_config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        hf_config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(problems=[f"{path} is no configuration of a model: {error}"]) from error
     names = hf_config.architectures or ()
     model_class: Any = getattr(transformers, next(iter(names), ""), None)
     if model_class is None:
@@ -202,7 +255,8 @@ def plan_module(
             room = overlap_room(overlapped, machine, wanted)
             planned = with_overlap(overlapped, room, machine)
     planned = with_overhead(planned, "device", collection.resident_bytes)
-    return with_activations(planned, reserved_bytes, config, machine, grows=known is None)
+    planned = with_activations(planned, reserved_bytes, config, machine, grows=known is None)
+    return with_forecast(planned, config, machine, known_speeds(config))
 
 
 def _plan_beside_room(

@@ -240,7 +240,7 @@ def measure_speeds(
     default = LaneSpeeds()
     trained = [b for b in plan.buckets if "gradients" in plan.layouts[b.index] and b.numel]
     if not trained:
-        return SiteSpeeds(default.h2d, default.d2h, default.memory, default.memory)
+        return SiteSpeeds(default.h2d, default.d2h, default.cpu, default.cpu)
     bucket = max(trained, key=lambda each: each.chunks[0].numel)
     settings = StepSettings({slot.param: {} for slot in bucket.slots}, 1.0, 1)
     best: dict[str, float] = {}

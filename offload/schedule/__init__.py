@@ -5,9 +5,10 @@ from __future__ import annotations
 from offload.schedule.cost import LaneSpeeds, bound_seconds, lane_seconds
 from offload.schedule.executor import ComputePool
 from offload.schedule.footprint import STATE_CLASSES, TIERS, Machine, Staging
+from offload.schedule.forecast import Workload
 from offload.schedule.lookahead import Actions, LookaheadPlan, plan_lookahead
 from offload.schedule.placement import Placement, PlacementChoice, place
-from offload.schedule.plan import Plan, Workload, layout_state, plan_buckets, plan_layouts
+from offload.schedule.plan import Plan, layout_state, plan_buckets, plan_layouts
 from offload.schedule.trace import (
     CLOSE,
     OPEN,

@@ -6,7 +6,7 @@ The lanes work at the same time, so a step takes at least as long as the busiest
   h2d, d2h              bytes / lane speed; the two directions do not slow each other
   nvme_read, nvme_write bytes / lane speed; together at least (read + written) / mixed speed:
                         the two share the disk
-  cpu                   bytes that the update moves through DRAM / memory speed
+  cpu                   bytes of state that the update touches, each counted once / kernels' speed
   compute               FLOPs / achieved FLOP/s; 2 a weight and token in forward, 2 more for the
                         gradient of the input, 2 more for that of the weight, 2 more to recompute
 
@@ -28,7 +28,8 @@ FORWARD_FLOPS = 2
 INPUT_GRADIENT_FLOPS = 2
 WEIGHT_GRADIENT_FLOPS = 2
 
-_COPYING = ("h2d", "d2h", "nvme_read", "nvme_write", "nvme_mixed")
+# What a measurement of the lanes, or a step, shows of `LaneSpeeds`.
+SHOWN = ("h2d", "d2h", "nvme_read", "nvme_write", "nvme_mixed", "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ class LaneSpeeds:
 
     The defaults are low for any machine made in the last years, so that a plan made without
     measurements promises too little rather than too much: PCIe 3.0 x16, one consumer NVMe disk
-    past its write cache, two channels of DDR4, and a small accelerator in half precision.
+    past its write cache, two channels of DDR4 (of which an update takes about two bytes for each
+    of its state), and a small accelerator in half precision.
     """
 
     h2d: float = 10e9
@@ -45,7 +47,7 @@ class LaneSpeeds:
     nvme_read: float = 2.0e9
     nvme_write: float = 1.0e9
     nvme_mixed: float = 1.2e9
-    memory: float = 15e9
+    cpu: float = 8e9
     flops: float = 10e12
 
 
@@ -64,7 +66,7 @@ def lane_seconds(
     """The least seconds each lane is busy.
 
     Args:
-        lane_bytes: by lane: h2d, d2h, nvme_read, nvme_write, cpu (DRAM bytes); absent is 0.
+        lane_bytes: by lane: h2d, d2h, nvme_read, nvme_write, cpu (state bytes); absent is 0.
         speeds: measured or default.
         compute_seconds: of forward and backward.
     """
@@ -75,7 +77,7 @@ def lane_seconds(
         "d2h": lane_bytes.get("d2h", 0) / speeds.d2h,
         "nvme_read": read_bytes / speeds.nvme_read,
         "nvme_write": written_bytes / speeds.nvme_write,
-        "cpu": lane_bytes.get("cpu", 0) / speeds.memory,
+        "cpu": lane_bytes.get("cpu", 0) / speeds.cpu,
         "compute": compute_seconds,
     }
     if read_bytes and written_bytes:
@@ -119,11 +121,10 @@ def bound_of_step(
             has it.
         shared_cores: as of `bound_seconds`.
     """
-    copies = {name: shown[name] for name in _COPYING if name in shown}
-    memory = {"memory": shown["cpu"]} if "cpu" in shown else {}
+    speeds = LaneSpeeds(**{name: shown[name] for name in SHOWN if name in shown})
     return bound_seconds(
         {name: lane.bytes for name, lane in lanes.items()},
-        LaneSpeeds(**copies, **memory),
+        speeds,
         lanes.get("compute", LaneReport()).busy_seconds,
         shared_cores=shared_cores,
     )

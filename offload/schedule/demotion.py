@@ -20,8 +20,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload.schedule.cost import LaneSpeeds, lane_seconds
+from offload.schedule.forecast import step_traffic
 from offload.schedule.placement import Home, spread_order
-from offload.schedule.plan import Plan, step_traffic
+from offload.schedule.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

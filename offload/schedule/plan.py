@@ -24,8 +24,9 @@ from offload.partition.layout import (
     slot_elements,
     state_fields,
 )
-from offload.schedule.cost import LaneSpeeds, bound_seconds, compute_flops, lane_seconds
+from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import NO_OVERLAP, STATE_CLASSES, TIERS, Machine, OverlapRoom
+from offload.schedule.forecast import Forecast, StepKind, Workload, forecast_step
 from offload.schedule.placement import (
     Placement,
     PlacementChoice,
@@ -39,19 +40,6 @@ if TYPE_CHECKING:
 
     from offload.config import OffloadConfig
     from offload.schedule.footprint import BlockBytes
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What one optimizer step computes; it changes `step_seconds` only.
-
-    Attributes:
-        tokens: of one optimizer step, all micro-batches together; None leaves compute out.
-        recompute: the forward pass is done twice (gradient checkpointing).
-    """
-
-    tokens: int | None = None
-    recompute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +77,7 @@ class Plan:
         gradient_bytes: device room for gradients between production and departure.
         landing_bytes: the part of it for those that are on their way to the host, 0 if they are
             waited for.
-        step_seconds: estimate of one optimizer step: passes, then update, each at its bound.
-        bottleneck: the lane that is busy longest.
+        forecast: what one optimizer step is predicted to take.
         placement: the home tiers.
         buckets: in order of their first parameter.
         layouts: by bucket: the `ClassLayout` of each state class.
@@ -109,8 +96,7 @@ class Plan:
     working_bytes: int
     gradient_bytes: int
     landing_bytes: int
-    step_seconds: float
-    bottleneck: str
+    forecast: Forecast
     placement: Placement
     buckets: tuple[Bucket, ...]
     layouts: tuple[dict[str, ClassLayout], ...]
@@ -119,9 +105,23 @@ class Plan:
     update_bytes: int = 0
     overlap: OverlapRoom = NO_OVERLAP
 
+    @property
+    def step_seconds(self) -> float:
+        """Predicted seconds of one optimizer step."""
+        return self.forecast.step_seconds
+
+    @property
+    def bottleneck(self) -> str:
+        """The lane that is predicted to be busy longest."""
+        return self.forecast.bottleneck
+
     def tier(self, bucket: int, state_class: str) -> str:
         """The home tier of one class of one bucket."""
         return self.placement.tier(bucket, state_class)
+
+    def moving_bytes(self, tier: str) -> int:
+        """What the peak of a tier has beside homes: staging, working set, gradients, spares."""
+        return self.peak_bytes[tier] - sum(self.bytes[tier].values())
 
     def require_fit(self) -> None:
         """Does nothing when the plan fits.
@@ -136,12 +136,13 @@ class Plan:
         classes: tuple[str, ...] = STATE_CLASSES
         if self.bytes["host"]["activations"]:
             classes = (*classes, "activations")
-        columns = (*classes, "peak", "budget")
-        lines = ["tier    " + "".join(f"{name:>14}" for name in columns)]
+        columns = (*classes, "moving", "peak", "least", "budget")
+        lines = ["tier   " + "".join(f"{name:>12}" for name in columns)]
         for tier in TIERS:
             amounts = [self.bytes[tier][name] for name in classes]
-            amounts += [self.peak_bytes[tier], self.budget_bytes[tier]]
-            lines.append(f"{tier:<8}" + "".join(f"{format_bytes(n):>14}" for n in amounts))
+            amounts += [self.moving_bytes(tier), self.peak_bytes[tier]]
+            amounts += [self.need_bytes[tier], self.budget_bytes[tier]]
+            lines.append(f"{tier:<7}" + "".join(f"{format_bytes(n):>12}" for n in amounts))
         lines.append(
             f"{len(self.buckets)} buckets; host staging {format_bytes(self.staging_bytes)}; "
             f"device room for paged weights {format_bytes(self.working_bytes)}"
@@ -298,8 +299,6 @@ def plan_layouts(
     produced_bytes = max((spec.tile_nbytes for spec in specs if spec.trainable), default=0)
     if forward_only:
         produced_bytes = 0
-        # Two forward passes cost what forward and backward of frozen parameters do.
-        specs = [replace(spec, trainable=False) for spec in specs]
     tiled = _tiled_weights(specs, buckets)
     choice = PlacementChoice(
         weights=config.placement.weights,
@@ -320,18 +319,14 @@ def plan_layouts(
     taken = placement.footprint
     working_bytes = taken.working_bytes(machine.device_bytes)
     need_bytes = {tier: taken.need_bytes(tier) for tier in TIERS}
-    step_seconds, bottleneck = _estimate(
-        specs,
-        step_traffic(
-            blocks,
-            placement.tier_of,
-            host_addressable=machine.host_addressable,
-            accumulation_steps=config.training.gradient_accumulation_steps,
-            forward_only=forward_only,
-        ),
-        speeds,
-        workload,
-        shared_cores=machine.host_addressable,
+    kind = StepKind(
+        machine.host_addressable,
+        config.training.gradient_accumulation_steps,
+        forward_only,
+        working_bytes,
+    )
+    forecast = forecast_step(
+        buckets, blocks, placement.tier_of, kind, speeds=speeds, workload=workload
     )
     return Plan(
         fits=not placement.shortfalls,
@@ -344,8 +339,7 @@ def plan_layouts(
         working_bytes=working_bytes,
         gradient_bytes=gradient_bytes,
         landing_bytes=landing_bytes,
-        step_seconds=step_seconds,
-        bottleneck=bottleneck,
+        forecast=forecast,
         placement=placement,
         buckets=buckets,
         layouts=layouts,
@@ -366,82 +360,3 @@ def _tiled_weights(
                 TiledWeight(spec.name, bucket.index, spec.shape[0], tile_rows, spec.tile_nbytes)
             )
     return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
-class StepTraffic:
-    """Bytes by lane of one optimizer step; `cpu` counts DRAM bytes of the update."""
-
-    passes: dict[str, int]
-    update: dict[str, int]
-
-
-def step_traffic(
-    blocks: Sequence[BlockBytes],
-    tier_of: Mapping[tuple[int, str], str],
-    *,
-    host_addressable: bool,
-    accumulation_steps: int,
-    forward_only: frozenset[int] = frozenset(),
-) -> StepTraffic:
-    """Counts what moves; paged weights are fetched once in each forward and each backward.
-
-    The `forward_only` buckets are fetched once in each of two forward passes, drawn noise for in
-    both, and updated and written home in the first.
-    """
-    passes = dict.fromkeys(("h2d", "d2h", "nvme_read", "nvme_write"), 0)
-    update = dict.fromkeys((*passes, "cpu"), 0)
-    for bucket, classes in enumerate(blocks):
-        size = {state_class: sum(sizes) for state_class, sizes in classes.items()}
-        weights_tier = tier_of[bucket, "weights"]
-        fetched = 2 * accumulation_steps * size["weights"]
-        if weights_tier != "device":
-            passes["h2d"] += fetched
-        if weights_tier == "nvme":
-            passes["nvme_read"] += fetched
-        if bucket in forward_only:
-            passes["nvme_write"] += size["weights"] if weights_tier == "nvme" else 0
-            update["cpu"] += 6 * size["weights"]
-        if "gradients" not in size:
-            continue
-        gradient_tier = tier_of[bucket, "gradients"]
-        if gradient_tier != "device" and not host_addressable:
-            passes["d2h"] += accumulation_steps * size["weights"]
-        if gradient_tier == "nvme":
-            passes["nvme_write"] += accumulation_steps * size["gradients"]
-            passes["nvme_read"] += (accumulation_steps - 1) * size["gradients"]
-        update["cpu"] += 2 * size["optimizer"] + 2 * size["weights"] + size["gradients"]
-        for state_class in STATE_CLASSES:
-            tier = tier_of[bucket, state_class]
-            # Gradients are read by the update, the other two are read and written.
-            if tier == "nvme":
-                update["nvme_read"] += size[state_class]
-                update["nvme_write"] += size[state_class] if state_class != "gradients" else 0
-            elif tier == "device" and not host_addressable:
-                update["d2h"] += size[state_class]
-                update["h2d"] += size[state_class] if state_class != "gradients" else 0
-    return StepTraffic(passes, update)
-
-
-def _estimate(
-    specs: Sequence[ParamSpec],
-    traffic: StepTraffic,
-    speeds: LaneSpeeds,
-    workload: Workload,
-    *,
-    shared_cores: bool,
-) -> tuple[float, str]:
-    """Seconds of passes and update, one after the other, and the lane busy longest in both."""
-    flops = compute_flops(
-        tokens=workload.tokens or 0,
-        trainable_numel=sum(spec.numel for spec in specs if spec.trainable),
-        frozen_numel=sum(spec.numel for spec in specs if not spec.trainable),
-        recompute=workload.recompute,
-    )
-    compute_seconds = flops / speeds.flops
-    passes, _ = bound_seconds(traffic.passes, speeds, compute_seconds, shared_cores=shared_cores)
-    update, _ = bound_seconds(traffic.update, speeds, shared_cores=shared_cores)
-    in_passes = lane_seconds(traffic.passes, speeds, compute_seconds=compute_seconds)
-    in_update = lane_seconds(traffic.update, speeds)
-    bottleneck = max(in_passes, key=lambda lane: in_passes[lane] + in_update[lane])
-    return passes + update, bottleneck

@@ -18,6 +18,8 @@ from offload.engine.optimizer import Closure
 from offload.engine.planning import OptimizerFactory
 from offload.engine.zeroth_order import Reduce
 from offload.errors import OffloadError
+from offload.schedule.cost import LaneSpeeds
+from offload.schedule.forecast import Workload
 from offload.schedule.plan import Plan
 from offload.state import adapters, checkpoint, durable, export
 from offload.state.deferred import placing, refuse_inside
@@ -200,6 +202,9 @@ def initialize(
 def plan(
     model_or_path: nn.Module | str | os.PathLike[str],
     config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig | None = None,
+    *,
+    speeds: LaneSpeeds | None = None,
+    workload: Workload | None = None,
 ) -> Plan:
     """Plan the training state of a model; needs no weights and allocates none.
 
@@ -207,6 +212,9 @@ def plan(
         model_or_path: a module, which may be deferred or on the meta device, or a Hugging Face
             directory or `config.json`, of which only the configuration is read.
         config: as of `initialize`.
+        speeds: of the lanes; by default those that `offload bench` has kept, else conservative
+            ones.
+        workload: what a step computes; by default its transfers and updates only.
 
     Returns:
         The plan; `plan.fits` tells whether the budgets suffice, `str(plan)` is a table.
@@ -216,6 +224,6 @@ def plan(
         OffloadError: a parameter that the engine cannot take; names it.
     """
     if not isinstance(model_or_path, nn.Module):
-        return planning.plan(model_or_path, config)
+        return planning.plan(model_or_path, config, speeds=speeds, workload=workload)
     with placing(model_or_path):
-        return planning.plan(model_or_path, config)
+        return planning.plan(model_or_path, config, speeds=speeds, workload=workload)

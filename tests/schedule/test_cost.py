@@ -12,7 +12,7 @@ from offload.schedule.cost import (
 from offload.telemetry import LaneReport
 
 SPEEDS = LaneSpeeds(
-    h2d=10.0, d2h=20.0, nvme_read=4.0, nvme_write=2.0, nvme_mixed=2.5, memory=100.0, flops=1.0
+    h2d=10.0, d2h=20.0, nvme_read=4.0, nvme_write=2.0, nvme_mixed=2.5, cpu=100.0, flops=1.0
 )
 
 

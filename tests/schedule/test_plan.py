@@ -14,15 +14,13 @@ from offload.errors import DoesNotFitError
 from offload.partition.layout import MIN_BUCKET_ELEMENTS, FieldSpec, ParamSpec
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import STATE_CLASSES, TIERS, Machine
+from offload.schedule.forecast import StepTraffic, Workload, step_traffic
 from offload.schedule.plan import (
     Plan,
-    StepTraffic,
-    Workload,
     extend_plan,
     layout_state,
     plan_buckets,
     resolve_gradient_dtype,
-    step_traffic,
 )
 
 MIB = 1 << 20
@@ -157,7 +155,7 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
 
 def test_the_table_is_readable() -> None:
     lines = str(plan(MODEL, ROOMY)).splitlines()
-    assert lines[0].split() == ["tier", *STATE_CLASSES, "peak", "budget"]
+    assert lines[0].split() == ["tier", *STATE_CLASSES, "moving", "peak", "least", "budget"]
     assert [line.split()[0] for line in lines[1:4]] == list(TIERS)
     assert "bound by" in lines[-1]
 
@@ -171,7 +169,7 @@ def test_traffic_of_a_bucket_by_home() -> None:
 
     moved = traffic("device", "device", "device", cpu=True)
     assert not any(moved.passes.values())
-    assert {k: v for k, v in moved.update.items() if v} == {"cpu": 2 * 500 + 2 * 2 + 30}
+    assert {k: v for k, v in moved.update.items() if v} == {"cpu": 500 + 2 + 30}
     moved = traffic("nvme", "nvme", "nvme", cpu=False, steps=3)
     assert moved.passes == {
         "h2d": 3 * 2 * 2,
