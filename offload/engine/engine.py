@@ -19,14 +19,14 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from offload.config import OffloadConfig
-from offload.engine.accumulation.accumulating import AccumulatingEngine
+from offload.engine.backward import BackwardEngine
 from offload.engine.build import Parts
 from offload.engine.departed import GradientSlots
 from offload.engine.guards.places import Places
@@ -55,7 +55,7 @@ from offload.errors import (
     StorageError,
 )
 from offload.optim.chunk_update import StepSettings
-from offload.optim.clipping import clip_coefficient, global_norm, square_sum
+from offload.optim.clipping import clip_coefficient
 from offload.optim.loss_scale import LossScale
 from offload.optim.schedulers import adopt_group, make_lr_scheduler
 from offload.partition.parameters import ParameterState
@@ -66,7 +66,7 @@ _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
-class Engine(AccumulatingEngine):
+class Engine(BackwardEngine):
     """A module under the engine. Call it as the module; see [Note: One step].
 
     Attributes:
@@ -148,52 +148,6 @@ class Engine(AccumulatingEngine):
             except BaseException:
                 self._unwind()
                 raise
-
-    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
-        """Run the backward of `loss`, a scalar, scaled by 1 / gradient_accumulation_steps.
-
-        `kwargs` go to `torch.autograd.backward`. When it returns gradients are at their homes, or
-        on their way from an accelerator: what uses them waits for them.
-
-        An error leaves no gradients: run all backward passes of the accumulation again.
-
-        Raises:
-            EngineStateError: the engine is closed, or a step is pending.
-            BudgetError, StorageError: weights could not be brought in, or gradients not home.
-        """
-        self._check_ready("backward")
-        self._check_has_gradients("backward")
-        self._end_interrupted()
-        with self._running_backward():
-            if self.is_accumulation_boundary():
-                self._parts.gradients.land()  # what comes from here on is the last of the step
-                self._expect_step()
-            self._scaled(loss).backward(**kwargs)
-
-    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        scale = 1.0 / self.config.training.gradient_accumulation_steps
-        if self.loss_scale is not None:
-            loss = loss.float()
-            scale *= self.loss_scale.scale
-        return loss if scale == 1.0 else loss * scale
-
-    @contextlib.contextmanager
-    def _running_backward(self) -> Iterator[None]:
-        self._in_backward = True
-        self._pressure.note_peak(self.global_steps)
-        with self._meter.computing("backward"):
-            try:
-                yield
-                self._after_backward()
-                self._parts.gradients.collect()
-            except BaseException:
-                with uninterrupted():
-                    self._unwind()
-                    self._after_backward()
-                    self._forget_gradients()
-                raise
-            finally:
-                self._in_backward = False
 
     def step(self, closure: Closure | None = None, *, reduce: Reduce | None = None) -> bool:
         """Count a backward; at the boundary take an optimizer step. Returns whether one was taken.
@@ -411,22 +365,6 @@ class Engine(AccumulatingEngine):
         self._slots.place(state, tensor.to(self._parts.device.device))
         self._parts.gradients.flush()
 
-    def _after_backward(self) -> None:
-        self._release_gathered()
-        self._after_piece()
-
-    def _after_piece(self) -> None:
-        self._parts.pager.release_nodes()
-        if self._parts.activations is not None:
-            self._parts.activations.collect()
-
-    def _expect_step(self, arrivals: int = 1) -> None:
-        """The last backward before a step begins: say what that will apply if all goes well."""
-        expected = self._step_settings(self._hyper(), 1.0)
-        self._parts.updates.expect(
-            None if self._gradients_are_spent else expected, arrivals=arrivals
-        )
-
     def _clear_gradients(self) -> None:
         self._gradients_are_spent = False
         self._parts.updates.drop()
@@ -517,11 +455,7 @@ class Engine(AccumulatingEngine):
         parts.gradients.flush()
         parts.pager.end()
         parts.pager.write_edits()
-        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-        sums = [s.gradient_sums for s in self._trainable if s.gradient_sums is not None]
-        self.grad_norm = global_norm(
-            (square_sum(block_sums.tolist()) for block_sums in sums), loss_scale=scale
-        )
+        self.grad_norm = self._norm_of_gradients()
         if not math.isfinite(self.grad_norm):
             self.skipped_steps += 1
             parts.updates.drop()
