@@ -18,7 +18,6 @@ import torch
 
 from offload.engine.accumulation.accumulating import AccumulatingEngine
 from offload.engine.pressure import HostPressure
-from offload.errors import EngineStateError
 from offload.optim.chunk_update import StepSettings
 from offload.optim.clipping import global_norm, square_sum
 from offload.optim.loss_scale import LossScale
@@ -69,6 +68,7 @@ class BackwardEngine(AccumulatingEngine):
         self._check_ready("backward")
         self._check_has_gradients("backward")
         self._end_interrupted()
+        self._notice_zeroed()
         with self._running_backward():
             if self.is_accumulation_boundary() if is_last is None else is_last:
                 self._parts.gradients.land()  # what comes from here on is the last of the step
@@ -83,22 +83,20 @@ class BackwardEngine(AccumulatingEngine):
         one of them is: that step will be skipped. Without the loss scale of fp16.
 
         Raises:
-            EngineStateError: the engine is closed, a step is pending, or the gradients have been
-                used by a step.
+            EngineStateError: the engine is closed, a step is pending, or a gradient was lost.
             StorageError: gradients could not be brought home.
         """
         self._check_ready("accumulated_grad_norm")
         self._check_has_gradients("accumulated_grad_norm")
-        if self._gradients_are_spent:
-            raise EngineStateError(
-                "accumulated_grad_norm() after a step has used the gradients",
-                remedy="read grad_norm, or call it between backward and step",
-            )
         with uninterrupted():
             self._parts.pager.release_nodes()
             self._slots.adopt_all()
             self._parts.gradients.flush()
         return self._norm_of_gradients()
+
+    def _notice_zeroed(self) -> None:
+        """What a step has used may have been forgotten one by one, as by `model.zero_grad()`."""
+        self._gradients_are_spent = self._gradients_are_spent and self._slots.is_any_shown()
 
     def _norm_of_gradients(self) -> float:
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale

@@ -360,6 +360,11 @@ class GradientSlots:
             for slot in self._slots.values():
                 slot.adopt()
 
+    def is_any_shown(self) -> bool:
+        """Whether a parameter has a gradient as far as its `p.grad` says; takes no lock."""
+        with _NO_GUARD():
+            return any(slot.state.parameter.grad is not None for slot in self._slots.values())
+
     def clear(self) -> None:
         """There are no gradients any more."""
         self.home.clear()

@@ -334,6 +334,7 @@ class Engine(BackwardEngine):
                 f"the fp16 gradient of {state.name} comes from a loss without its scale",
                 remedy="call engine.backward(loss) instead of loss.backward()",
             )
+        self._notice_zeroed()
         if self._gradients_are_spent and state.gradient_sums is not None:
             self._gradients_are_spent = False
             warnings.warn(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from offload.errors import EngineStateError
+from offload.errors import EngineStateError, OffloadError
 from offload.optim.rules import RULES
 from offload.optim.zeroth_order import ZerothOrderRule
 from offload.tiers.uninterrupted import uninterrupted
@@ -99,6 +99,22 @@ class OffloadOptimizer(torch.optim.Optimizer):
             )
         with uninterrupted():
             self._forget_gradients()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take the groups' settings from a state dict of this class, as torch does.
+
+        Raises:
+            OffloadError: it has state beside the groups, from an optimizer of torch.
+        """
+        if state_dict.get("state"):
+            raise OffloadError(
+                "load_state_dict with the state of another optimizer",
+                expected="settings of groups: the state is on the engine's tiers",
+                remedy="load it with engine.load_checkpoint, engine.import_checkpoint or "
+                "engine.set_state",
+            )
+        with _NO_GUARD():
+            super().load_state_dict(dict(state_dict))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters that no group has yet; what it leaves open is as in the others.
