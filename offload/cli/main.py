@@ -15,7 +15,7 @@ from typing import Any, Literal
 import click
 
 from offload import __version__
-from offload.cli.interrupt import EXIT_SIGNAL, Interrupted
+from offload.cli.interrupt import EXIT_SIGNAL, Interrupted, StopRequest
 from offload.errors import OffloadError
 
 _FAILURE = 1  # the command ran, and its answer is no
@@ -47,9 +47,12 @@ def main() -> None:
 @click.argument("config", type=click.Path(dir_okay=False))
 def train(config: str) -> None:
     """Train as CONFIG (TOML or JSON) says."""
-    from offload.cli.train import run
+    # Before the imports: of a library that an interrupt has imported in part, none is whole again.
+    with StopRequest() as stop:
+        from offload.cli.train import run
 
-    sys.exit(run(config))
+        status = run(config, stop)
+    sys.exit(status)
 
 
 @main.command()

@@ -10,6 +10,7 @@ all that it takes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -44,11 +45,15 @@ METRICS_NAME = "metrics.jsonl"
 EXIT_EXPECTATION = 1  # the run ended, and something in [run.expect] does not hold
 
 
-def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> int:
+def run(
+    config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig,
+    given_stop: StopRequest | None = None,
+) -> int:
     """Train as the config says and return the exit code of `offload train`.
 
     0 when all steps were taken and every expectation holds, 1 when one does not, 128 plus the
     signal's number when Ctrl-C or SIGTERM ended the run after the step that was under way.
+    `given_stop` is looked at between steps; None: one of its own.
 
     Raises:
         Interrupted: a second signal came; the last save that was complete stays.
@@ -67,7 +72,7 @@ def run(config: str | os.PathLike[str] | Mapping[str, Any] | OffloadConfig) -> i
         (output / METRICS_NAME).unlink(missing_ok=True)
         (output / TIMELINE_NAME).unlink(missing_ok=True)
     transformers_logging.disable_progress_bar()
-    with StopRequest() as stop:
+    with StopRequest() if given_stop is None else contextlib.nullcontext(given_stop) as stop:
         engine, tokenizer, data = _start(section, loaded, output)
         with engine, JsonlWriter(output / METRICS_NAME) as metrics:
             for note in data.notes:

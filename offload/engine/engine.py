@@ -82,6 +82,7 @@ class Engine(BackwardEngine):
     """
 
     def __init__(self, parts: Parts, lr_scheduler: SchedulerFactory | None) -> None:
+        self._is_void = False
         config = parts.config
         self._parts, self.module = parts, parts.module
         self.config: OffloadConfig = config
@@ -519,7 +520,7 @@ class Engine(BackwardEngine):
         if self._is_void:
             raise EngineStateError(
                 "the state is void: an error interrupted the loading of a checkpoint, or an "
-                "optimizer in the middle of a step",
+                "optimizer in the middle of a step; or a signal that came for the third time",
                 remedy="load a checkpoint, or close the engine",
             )
 

@@ -26,6 +26,7 @@ from offload.optim.rules import scale_field
 from offload.partition.parameters import ParameterState
 from offload.partition.snapshot import BlockKey, MappedTensor, block_nbytes
 from offload.schedule.plan import Plan
+from offload.tiers.uninterrupted import num_cuts
 
 _NO_GUARD = torch._C.DisableTorchFunctionSubclass
 
@@ -41,7 +42,8 @@ class StatefulEngine(ABC):
     _state: StateAccess
     _trainable: list[ParameterState]
     _paged_of_index: Mapping[int, PagedParameter]
-    _is_void = False  # the state is neither the old one nor a new one
+    _is_replaced_in_part = False  # the state is neither the old one nor a new one
+    _known_cuts = 0
     _num_gathered = 0  # blocks of `gathered` that are open
     _gradients_are_spent = False  # a step has used them, nobody has forgotten them
     micro_steps: int
@@ -265,6 +267,14 @@ class StatefulEngine(ABC):
         self._check_ready("write_state")
         self._settle_snapshot()
         self._state.write(self._state.parameter(name), field, tensor)
+
+    @property
+    def _is_void(self) -> bool:
+        return self._is_replaced_in_part or self._known_cuts != num_cuts()
+
+    @_is_void.setter
+    def _is_void(self, value: bool) -> None:
+        self._is_replaced_in_part, self._known_cuts = value, num_cuts()
 
     def snapshot(self) -> Snapshot:
         """The training state as it is now, while training goes on; see [Note: Snapshot].

@@ -25,7 +25,7 @@ from typing import Any, Generic, Self, TypeVar
 from offload.errors import DeadlineError
 
 _T = TypeVar("_T")
-_REMEDY = "look whether the disk hangs (dmesg), or raise io.deadline_seconds"
+_REMEDY = "look whether the disk hangs (dmesg); if it is only slow, raise io.deadline_seconds"
 
 
 class DiskCalls:
@@ -130,6 +130,10 @@ class DiskCalls:
             except RuntimeError:  # there is none to be had: at the interpreter's end, say
                 call.run()
                 return
+            except BaseException:  # it may have started
+                self._finalizer()
+                self._forget_thread()
+                raise
             self._thread = thread
         self._calls.put(call)
 

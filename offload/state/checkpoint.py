@@ -158,7 +158,8 @@ def load_checkpoint(
             _restore_gradients(engine, found)
             return client_state
 
-    return stored.first_whole(root, tag, use)
+    deadline_seconds = engine.config.io.deadline_seconds
+    return stored.first_whole(root, tag, use, deadline_seconds=deadline_seconds)
 
 
 def _restore_tensors(

@@ -127,14 +127,22 @@ class DataFileReader:
         folder: of the checkpoint.
         content: its manifest.
         io: reads; None: an I/O engine of its own, which ends with it.
+        deadline_seconds: how long a disk may take to answer.
     """
 
-    def __init__(self, folder: Path, content: Manifest, io: IoEngine | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        content: Manifest,
+        io: IoEngine | None = None,
+        deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
+    ) -> None:
         self._folder = folder
         self._content = content
         self._own_io: IoEngine | None = None
         self._io = io
-        self._disk = DiskCalls(DEFAULT_DEADLINE_SECONDS)
+        self.deadline_seconds = deadline_seconds
+        self._disk = DiskCalls(deadline_seconds)
         self._files: OrderedDict[int, IoFile] = OrderedDict()  # last used last
 
     def start(self, index: int, tensor: torch.Tensor) -> Reading:
@@ -292,7 +300,7 @@ class Reading:
         if self._ticket is None:
             return
         try:
-            checksum = self._ticket.wait(DEFAULT_DEADLINE_SECONDS)
+            checksum = self._ticket.wait(self._reader.deadline_seconds)
         except OffloadError as error:
             error.add_note(self._reader.describe(self.index))
             raise
@@ -307,5 +315,5 @@ class Reading:
         if self._ticket is None:
             return True
         with contextlib.suppress(OffloadError):
-            self._ticket.wait(DEFAULT_DEADLINE_SECONDS)
+            self._ticket.wait(self._reader.deadline_seconds)
         return self._ticket.done()

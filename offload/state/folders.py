@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from offload.errors import CheckpointError, StorageError
+from offload.native import report_progress
 from offload.state import durable, manifest
 
 PENDING_PREFIX = ".tmp-"
@@ -43,7 +44,7 @@ def pending_folder(root: Path, tag: str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # what stays is swept by a later save
             if folder.exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove_tree(folder)
         os.close(lock)
 
 
@@ -115,7 +116,17 @@ def _remove(folder: Path) -> None:
     """Remove a checkpoint, its manifest first: killed half-way, what is left is no checkpoint."""
     with contextlib.suppress(OSError):
         (folder / manifest.MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_tree(folder)
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder and what is in it, as far as that is possible: file by file."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                path.unlink()
+            report_progress()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def retire(folder: Path) -> None:
@@ -132,7 +143,7 @@ def retire(folder: Path) -> None:
     ):
         folder.rename(gone)
     durable.sync_folder(folder.parent)
-    shutil.rmtree(gone, ignore_errors=True)
+    _remove_tree(gone)
 
 
 def write_hint(root: Path, tag: str) -> None:
@@ -157,10 +168,10 @@ def sweep(root: Path) -> None:
             with contextlib.suppress(OSError):
                 lock = _lock(folder)
                 if lock is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove_tree(folder)
                     os.close(lock)
         elif folder.name.startswith(RETIRED_PREFIX):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_tree(folder)
         elif (tag := _replaced_tag(folder)) is not None:
             with contextlib.suppress(CheckpointError):
                 manifest.read(root / tag)
@@ -198,6 +209,8 @@ def candidates(
         except CheckpointError as error:
             damaged.append(str(error))
             continue
+        finally:
+            report_progress()
         if tag is None or tag in {folder.name, parsed.tag}:
             found.append((folder, parsed))
     if tag is not None and any(folder.name == tag for folder, _ in found):

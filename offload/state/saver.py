@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from offload.errors import CheckpointError, OffloadError
-from offload.native import DiskCalls, IoEngine
+from offload.native import DiskCalls, IoEngine, report_progress
 from offload.schedule.executor import Background
 from offload.state import durable, folders, manifest
 from offload.state.manifest import Manifest
@@ -219,6 +219,7 @@ class Saver:
                     content = manifest.read(folder)
                     known = _Known(stamp, content.sequence, origin_of(content))
                 found[folder] = self._known[folder] = known
+            report_progress()
         return found
 
     def _retire(self, root: Path, retention: Retention) -> None:
@@ -233,7 +234,7 @@ class Saver:
             self._disk.make("look at", root, self._forget_removed)
         except OSError as error:
             warnings.warn(
-                f"an old checkpoint stays, because it cannot be removed: {error}",
+                f"an old checkpoint could not be removed yet: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -285,7 +285,11 @@ class CheckpointWriter:
         index = self._index[key] = len(self._records)
         self._records.append(_NOT_WRITTEN._replace(nbytes=version.nbytes))
         if version.pin is not None:
-            number = self._link(version)
+            try:
+                number = self._link(version)
+            except BaseException:
+                version.release()
+                raise
             if number is None:
                 self._to_copy.append(_Copy(index, version.pin, version.release))
             else:
@@ -463,15 +467,23 @@ class CheckpointWriter:
         if self._has_settled_pins:
             return
         self._has_settled_pins = True
+        if self._written is not None and self._files and self._may_have_its_name(self._written):
+            final = self._request.root / self._request.tag
+            origin = str(self._request.values["origin"])
+            self._note_linked(Linked(final, self._files, origin, self._unpinning.close))
+        else:
+            self._unpinning.close()
+
+    def _may_have_its_name(self, written: os.stat_result) -> bool:
+        """Whether the manifest is in its place, or a disk that fails does not say so."""
         final = self._request.root / self._request.tag
-        if self._written is not None and self._files:
-            with contextlib.suppress(OSError):
-                there = (final / manifest.MANIFEST_NAME).stat()
-                if (there.st_dev, there.st_ino) == (self._written.st_dev, self._written.st_ino):
-                    origin = str(self._request.values["origin"])
-                    self._note_linked(Linked(final, self._files, origin, self._unpinning.close))
-                    return
-        self._unpinning.close()
+        try:
+            there = (final / manifest.MANIFEST_NAME).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+        return (there.st_dev, there.st_ino) == (written.st_dev, written.st_ino)
 
     def _tensor_record(self, tensor: MappedTensor) -> TensorRecord:
         return TensorRecord(

@@ -31,16 +31,23 @@ class StoredCheckpoint:
         folder: the checkpoint's own folder.
         content: its manifest.
         io: reads; None: an I/O engine of its own.
+        deadline_seconds: how long a disk may take to answer.
 
     Attributes:
         folder, content: as given.
         reader: of its blocks.
     """
 
-    def __init__(self, folder: Path, content: Manifest, io: IoEngine | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        content: Manifest,
+        io: IoEngine | None = None,
+        deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
+    ) -> None:
         self.folder = folder
         self.content = content
-        self.reader = DataFileReader(folder, content, io)
+        self.reader = DataFileReader(folder, content, io, deadline_seconds)
         self._cached: OrderedDict[int, torch.Tensor] = OrderedDict()  # oldest first
         self._users = Counter(piece.block for record in content.tensors for piece in record.pieces)
 
@@ -148,7 +155,11 @@ _T = TypeVar("_T")
 
 
 def first_whole(
-    root: Path, tag: str | None, use: Callable[[StoredCheckpoint], _T], io: IoEngine | None = None
+    root: Path,
+    tag: str | None,
+    use: Callable[[StoredCheckpoint], _T],
+    *,
+    deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
 ) -> _T:
     """What `use` makes of the newest checkpoint in `root` (of that tag) that it can read.
 
@@ -160,12 +171,12 @@ def first_whole(
         StorageError: the one of the tag cannot be read.
     """
     wait_for_saves(root)
-    with DiskCalls(DEFAULT_DEADLINE_SECONDS) as disk:
+    with DiskCalls(deadline_seconds) as disk:
         found, damaged = disk.make(
             "list", root, lambda: folders.candidates(root, tag) if root.is_dir() else ([], [])
         )
     for folder, content in found:
-        with StoredCheckpoint(folder, content, io) as stored:
+        with StoredCheckpoint(folder, content, deadline_seconds=deadline_seconds) as stored:
             try:
                 used = use(stored)
             except DamagedError as failure:

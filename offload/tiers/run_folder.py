@@ -232,6 +232,7 @@ def keep_ranges(fd: int, ranges: Iterable[tuple[int, int]]) -> None:
         for offset, nbytes in sorted([*ranges, (status.st_size, 0)]):
             if offset > start:
                 give_back_range(fd, start, offset - start)
+                report_progress()
             start = max(start, offset + nbytes)
 
 

@@ -7,10 +7,16 @@ memory or its extent would be given away while bytes still move there, and later
 what nobody has written. So the main thread holds signals back wherever two things must change
 together: in `uninterrupted` blocks, and while it has an `UninterruptedLock`. They take effect when
 the outermost such block ends, or where `let_signals_in` says that all is in order. In a block, an
-error of a transfer is the only thing that can cut work off, and that is provided for (P18).
+error of a transfer is the only thing that can cut work off, and that is provided for (P18). Of
+several signals, others behind one whose handler raises take effect at the end of the next block.
 
 What is held back waits as long as the block waits, that is for transfers up to their deadline. The
-third signal of a kind is not held back any more: whoever insists ends what hangs.
+third signal of a kind is not held back any more: whoever insists ends what hangs. If its handler
+raises, something has been changed by half: `num_cuts` tells it to the engines, which refuse all but
+a load and `close` from then on.
+
+A handler may itself enter blocks, whenever it comes: the depth is counted before the first handler
+is taken and until the last one is back, and only the outermost block touches them.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 # The functions below signal's own, whose conversions from and to enums cost more than a lock.
@@ -44,7 +51,8 @@ _MOST_HELD = 2  # signals of a kind in a block
 _main_thread = threading.main_thread().ident
 _depth = 0  # blocks it is in
 _handlers: dict[int, Callable[[int, FrameType | None], object]] = {}  # of who is held back
-_held: list[tuple[int, FrameType | None]] = []  # what came meanwhile
+_held: list[int] = []  # what came meanwhile
+_num_cuts = 0
 
 
 class uninterrupted(contextlib.ContextDecorator):  # noqa: N801  a block, read as a word
@@ -88,7 +96,11 @@ class UninterruptedLock:
 
     def __enter__(self) -> None:
         hold_back()
-        self.acquire()
+        try:
+            self.acquire()
+        except BaseException:
+            let_go()
+            raise
 
     def __exit__(
         self,
@@ -96,8 +108,15 @@ class UninterruptedLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.release()
-        let_go()
+        try:
+            self.release()
+        finally:
+            let_go()
+
+
+def num_cuts() -> int:
+    """How often a signal that was not held back any more has ended a block by an error."""
+    return _num_cuts
 
 
 def hold_back() -> None:
@@ -105,17 +124,18 @@ def hold_back() -> None:
     global _depth  # noqa: PLW0603  the signals are the process's
     if threading.get_ident() != _main_thread:
         return
-    if not _depth:
-        try:
-            for number in _NUMBERS:
-                handler = getsignal(number)
-                if callable(handler):
-                    _handlers[number] = handler
-                    set_handler(number, _note)
-        except BaseException:  # of a handler whose turn had not come
-            _restore()
-            raise
     _depth += 1
+    if _depth > 1:
+        return
+    try:
+        for number in _NUMBERS:
+            handler = getsignal(number)
+            if callable(handler) and handler is not _note:
+                _handlers[number] = handler
+                set_handler(number, _note)
+    except BaseException:  # of a handler whose turn had not come
+        let_go()
+        raise
 
 
 def let_go() -> None:
@@ -127,12 +147,14 @@ def let_go() -> None:
     global _depth  # noqa: PLW0603
     if threading.get_ident() != _main_thread:
         return
-    _depth -= 1
-    if not _depth:
-        handlers = dict(_handlers)
+    if _depth > 1:
+        _depth -= 1
+        return
+    try:
         _restore()
-        if _held:
-            _deliver(handlers)
+    finally:
+        _depth = 0
+    _deliver(signal.raise_signal)
 
 
 def let_signals_in() -> None:
@@ -141,23 +163,39 @@ def let_signals_in() -> None:
     Raises:
         BaseException: what the handlers raise.
     """
-    if _held and threading.get_ident() == _main_thread:
-        _deliver(_handlers)
+    if threading.get_ident() == _main_thread:
+        _deliver(_call_handler)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _deliver(deliver: Callable[[int], object]) -> None:
+    """Deliver what is held; behind one that raises, others of its kind are not."""
+    while _held:
+        number = _held.pop(0)
+        try:
+            deliver(number)
+        except BaseException:
+            _held[:] = [each for each in _held if each != number]
+            raise
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
     """The handler while signals are held back."""
-    _held.append((number, frame))
-    if sum(each == number for each, _ in _held) > _MOST_HELD:
-        _deliver(_handlers)
+    global _num_cuts  # noqa: PLW0603
+    if _held.count(number) < _MOST_HELD:
+        _held.append(number)
+        return
+    _held[:] = [each for each in _held if each != number]
+    try:
+        _call_handler(number)
+    except BaseException:
+        _num_cuts += 1
+        raise
 
 
-def _deliver(handlers: dict[int, Callable[[int, FrameType | None], object]]) -> None:
-    """Call the handlers in order, up to one that raises: that ends whatever was asked to end."""
-    held = list(_held)
-    _held.clear()
-    for number, frame in held:
-        handlers[number](number, frame)
+def _call_handler(number: int) -> None:
+    handler = _handlers.get(number) or getsignal(number)
+    if callable(handler) and handler is not _note:
+        handler(number, sys._getframe(1))
 
 
 def _restore() -> None:

@@ -138,7 +138,7 @@ def test_config_schema_is_the_schema() -> None:
 def test_what_interrupts_a_command_at_once_is_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
 ) -> None:
-    def run(config: str) -> int:
+    def run(config: str, stop: object) -> int:
         raise raised
 
     monkeypatch.setattr("offload.cli.train.run", run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 import offload
+from offload.errors import EngineStateError
 from offload.state import stored
+from offload.tiers.uninterrupted import uninterrupted
 from tests.interrupts import at_every_line
 
 _FOLDERS = ("engine/", "optim/", "partition/", "tiers/", "state/")
@@ -134,3 +137,21 @@ def test_in_close(make: Callable[[], Training]) -> None:
         parts = training.engine._parts
         assert parts.host._closed
         assert parts.nvme._closed
+
+
+def test_what_a_third_signal_has_cut_off_is_void_until_a_load(
+    make: Callable[[], Training], tmp_path: Path
+) -> None:
+    training = make()
+    training.engine.save_checkpoint(tmp_path / "checkpoints")
+    training.engine.wait_for_checkpoint()
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(EngineStateError, match="third time"):
+        training.step()
+    with pytest.raises(EngineStateError, match="third time"):
+        training.engine.save_checkpoint(tmp_path / "checkpoints")
+    training.engine.load_checkpoint(tmp_path / "checkpoints")
+    training.step()
+    training.engine.close()

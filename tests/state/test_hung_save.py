@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from offload.errors import DeadlineError, StorageError
 from offload.state import durable, folders, manifest, stored
+from offload.tiers.pins import BackingFile
 from tests.state.test_instant import (
     assert_equal_state,
     full_state,
@@ -135,15 +137,14 @@ def test_the_next_save_succeeds_when_the_disk_answers(tmp_path, hang):
         assert {each.name for each in path.parent.iterdir()} == {path.name, "LATEST"}
 
 
-def test_a_load_that_hangs_is_no_damaged_checkpoint(tmp_path, hang, monkeypatch):
+def test_a_load_that_hangs_is_no_damaged_checkpoint(tmp_path, hang):
     with make_engine(tmp_path, "host") as engine:
         for _ in range(2):
             train(engine, 1)
             engine.save_checkpoint(tmp_path / "ckpt")
         engine.wait_for_checkpoint()
         expected = full_state(engine)
-    monkeypatch.setattr("offload.state.stored.DEFAULT_DEADLINE_SECONDS", 0.2)
-    with make_engine(tmp_path, "host") as engine:
+    with make_engine(tmp_path, "host", io=IO) as engine:
         reading = hang(manifest, "read")
         with pytest.raises(DeadlineError, match=r"list of .* it hangs"):
             engine.load_checkpoint(tmp_path / "ckpt")
@@ -164,3 +165,44 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(tmp_path, hang):
     publish.end()
     eventually(lambda: not list((tmp_path / "ckpt").glob(".tmp-*")))
     assert (tmp_path / "ckpt" / "step-00000001").is_dir()
+
+
+def test_a_rename_of_which_the_disk_does_not_tell_keeps_the_extents(tmp_path, monkeypatch):
+    root = tmp_path / "ckpt"
+    sync, stat = durable.sync_folder, type(root).stat
+    with make_engine(tmp_path, io=IO) as engine:
+        train(engine, 2)
+
+        def failing_sync(folder):
+            if folder == root:
+                raise StorageError(operation="fsync", path=folder)
+            sync(folder)
+
+        def failing_stat(path, **options):
+            if path.parent.name == "step-00000002":
+                raise OSError(errno.EIO, "no")
+            return stat(path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "sync_folder", failing_sync)
+            patch.setattr(type(root), "stat", failing_stat)
+            engine.save_checkpoint(root)
+            with pytest.raises(StorageError, match="fsync"):
+                engine.wait_for_checkpoint()
+            assert num_pins(engine) > 0
+        train(engine, 4)
+        with stored.find(root, None) as found:
+            assert found.content.values["global_steps"] == 2
+
+
+def test_a_link_that_hangs_pins_nothing_for_good(tmp_path, hang):
+    with make_engine(tmp_path, io=IO) as engine:
+        train(engine, 1)
+        link = hang(BackingFile, "link")
+        engine.save_checkpoint(tmp_path / "ckpt")
+        with pytest.raises(DeadlineError, match="link of"):
+            engine.wait_for_checkpoint()
+        link.fails = True
+        link.end()
+        eventually(lambda: not engine._saver._disk.hangs)
+        assert num_pins(engine) == 0

@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from offload.tiers.uninterrupted import UninterruptedLock, let_signals_in, uninterrupted
+from offload.tiers.uninterrupted import (
+    UninterruptedLock,
+    let_signals_in,
+    num_cuts,
+    uninterrupted,
+)
 from tests.threads import run_in_threads
 
 
@@ -155,3 +162,75 @@ def test_a_thread_that_forks_leaves_its_block_to_the_parent() -> None:
     with uninterrupted():
         run_in_threads(fork)
     assert statuses == [0]
+
+
+@contextlib.contextmanager
+def handled(number: signal.Signals, handler: Callable[..., object]) -> Iterator[None]:
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def test_a_handler_that_takes_a_lock_itself_may_come_at_any_time() -> None:
+    """An alarm of every tenth of a millisecond: also while handlers are taken and given back."""
+    lock, count = UninterruptedLock(reentrant=True), []
+
+    def handle(*_: object) -> None:
+        with lock:
+            count.append(1)
+
+    with handled(signal.SIGALRM, handle):
+        signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+        try:
+            while len(count) < 500:
+                with lock:
+                    pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        assert signal.getsignal(signal.SIGALRM) is handle
+    with pytest.raises(KeyboardInterrupt), lock:
+        interrupt()
+
+
+def test_another_signal_that_comes_often_does_not_bring_this_one_in() -> None:
+    alarms, done = [], []
+    handler = handled(signal.SIGALRM, lambda *_: alarms.append(1))
+    with handler, pytest.raises(KeyboardInterrupt), uninterrupted():
+        interrupt()
+        for _ in range(6):
+            signal.raise_signal(signal.SIGALRM)
+        done.append(1)
+    assert done == [1]
+    assert alarms
+
+
+def test_who_insists_while_waiting_for_a_lock_leaves_nothing_behind() -> None:
+    lock = UninterruptedLock()
+    lock.acquire()
+    timers = [threading.Timer(0.05 * n, interrupt) for n in range(1, 4)]
+    for timer in timers:
+        timer.start()
+    before = num_cuts()
+    with pytest.raises(KeyboardInterrupt), lock:
+        pytest.fail("somebody else has it")
+    for timer in timers:
+        timer.join()
+    assert num_cuts() == before + 1
+    lock.release()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), lock:
+        interrupt()
+
+
+def test_a_signal_behind_one_that_raises_is_not_lost() -> None:
+    seen = []
+    with handled(signal.SIGUSR1, lambda *_: seen.append(1)):
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            interrupt()
+            signal.raise_signal(signal.SIGUSR1)
+        assert seen == []
+        with uninterrupted():
+            pass
+        assert seen == [1]

@@ -18,7 +18,6 @@ loads. No descriptor, thread or lease is left, and no fsync is repeated on the s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import json
 import re
@@ -43,7 +42,6 @@ from offload.engine import build
 from offload.errors import CheckpointError, StorageError
 from offload.native import IoEngine, IoFile
 from offload.native.engine import BACKENDS
-from offload.state import data_file, stored
 
 CLASSES = ("engine", "files", "strace")
 HOMES = ("nvme", "host")
@@ -218,10 +216,7 @@ class Sweep:
         self, home: str, fault: Fault | None, nth: int
     ) -> tuple[_life.Life, OsLayer]:
         hangs = fault is not None and fault.hangs
-        with (
-            OsLayer([self.folder], fault=fault, nth=nth) as layer,
-            _short_deadlines() if hangs else contextlib.nullcontext(),
-        ):
+        with OsLayer([self.folder], fault=fault, nth=nth) as layer:
             life = self._live(
                 home,
                 checking=layer.paused,
@@ -244,17 +239,6 @@ class Sweep:
         return sorted(
             {1 + place * (count - 1) // max(1, self.most - 1) for place in range(self.most)}
         )
-
-
-@contextlib.contextmanager
-def _short_deadlines() -> Iterator[None]:
-    """Of loads, which have the default one."""
-    with contextlib.ExitStack() as patches:
-        for module in (data_file, stored):
-            patches.enter_context(
-                mock.patch.object(module, "DEFAULT_DEADLINE_SECONDS", _DEADLINE_SECONDS)
-            )
-        yield
 
 
 def _require_calm(life: _life.Life) -> None:
