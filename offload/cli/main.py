@@ -153,14 +153,33 @@ def bench(
 
 @main.command()
 @click.argument("run_dir", type=click.Path(file_okay=False))
-def report(run_dir: str) -> None:
-    """Sum up the run whose output folder is RUN_DIR, also while it is running."""
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    help="The page to write; default: report.html in RUN_DIR.",
+)
+def report(run_dir: str, output: str | None) -> None:
+    """Sum up the run whose output folder is RUN_DIR, also while it is running.
+
+    Prints a summary, and writes a page with charts that needs nothing beside itself.
+    """
     from rich.console import Console
 
-    from offload.cli.report import read_outcome
+    from offload.cli.page import read_config, render_page
+    from offload.cli.recording import read_timelines
+    from offload.cli.report import read_run
     from offload.cli.summary import print_summary
+    from offload.cli.written import write_text
 
-    print_summary(Console(), read_outcome(run_dir))
+    folder = Path(run_dir)
+    run = read_run(folder)
+    console = Console()
+    print_summary(console, run.outcome)
+    name = f"offload: {folder.resolve().name}"
+    page = Path(output) if output else folder / "report.html"
+    write_text(page, render_page(name, run, read_config(folder), read_timelines(folder)))
+    console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @main.command()

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from offload.cli.batches import Batches, Prepared, prepare
 from offload.cli.data import PretrainedTokenizer, Tokenizer
 from offload.cli.interrupt import EXIT_SIGNAL, StopRequest
+from offload.cli.machine import machine_of
 from offload.cli.models import build_tokenizer, opened_model, vocabulary_size
 from offload.cli.progress import Progress, describe_step
 from offload.cli.recording import TIMELINE_NAME, Recorder, steps_to_record
@@ -140,7 +141,13 @@ class _Training:
         self.validation = Validation.from_client_state(self._resume(), section)
         num_steps = int(section.steps or 0)
         self.metrics.write(
-            {"kind": "start", "step": engine.global_steps, "placed_bytes": outcome.placed_bytes}
+            {
+                "kind": "start",
+                "step": engine.global_steps,
+                "steps": num_steps,
+                "placed_bytes": outcome.placed_bytes,
+                "machine": machine_of(engine),
+            }
         )
         recorder = self._recorder(num_steps)
         with Progress(console, steps=num_steps, log_every=section.log_every) as progress:
