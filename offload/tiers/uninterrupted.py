@@ -164,7 +164,7 @@ def let_signals_in() -> None:
         BaseException: what the handlers raise.
     """
     if threading.get_ident() == _main_thread:
-        _deliver(_call_handler)
+        _deliver(_take)
 
 
 def _deliver(deliver: Callable[[int], object]) -> None:
@@ -186,13 +186,13 @@ def _note(number: int, _frame: FrameType | None) -> None:
         return
     _held[:] = [each for each in _held if each != number]
     try:
-        _call_handler(number)
+        _take(number)
     except BaseException:
         _num_cuts += 1
         raise
 
 
-def _call_handler(number: int) -> None:
+def _take(number: int) -> None:
     handler = _handlers.get(number) or getsignal(number)
     if callable(handler) and handler is not _note:
         handler(number, sys._getframe(1))
