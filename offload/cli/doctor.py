@@ -5,47 +5,39 @@ A check fails when training cannot run, and warns when it runs with less speed o
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import json
 import os
 import platform
 import resource
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from offload.cli.check import FAILED, OK, WARNING, Check
+from offload.cli.doctor_disk import examine_folder
+from offload.cli.doctor_machine import examine_machine
 from offload.config import OffloadConfig, available_host_bytes, resolve_host_budget
-from offload.errors import format_bytes
+from offload.errors import OffloadError, format_bytes
 
-OK, WARNING, FAILED = "ok", "warning", "failed"
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
 _LOW_MEMLOCK_BYTES = 64 << 20
-_LOW_SPACE_BYTES = 1 << 30
 _CAP_IPC_LOCK = 1 << 14
-_MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding. `status` is OK, WARNING or FAILED; `remedy` is empty when OK."""
-
-    name: str
-    status: str
-    fact: str
-    remedy: str = ""
 
 
 def examine(config: OffloadConfig, paths: Sequence[str] = ()) -> list[Check]:
     """Return what was found for `config`, its NVMe paths and the further `paths`."""
     checks = [_platform(), _python(), _torch(), _device(config), *_native(config), _memlock()]
+    checks += examine_machine(config)
     checks += _host_budget(config)
     for path in (*config.tiers.nvme.paths, *map(Path, paths)):
-        checks += _directory(path)
+        checks += examine_folder(path)
+    has_torch = all(check.status != FAILED for check in checks if check.name == "torch")
+    if config.run is not None and has_torch:
+        checks.append(_plan(config))
     return checks
 
 
@@ -57,6 +49,12 @@ def render(checks: Sequence[Check]) -> None:
         click.echo(f"{status} {check.name}: {check.fact}")
         if check.remedy:
             click.echo(f"         remedy: {check.remedy}")
+
+
+def render_json(checks: Sequence[Check]) -> None:
+    """Print one JSON object: whether training can run, and each check."""
+    can_run = all(check.status != FAILED for check in checks)
+    click.echo(json.dumps({"can_run": can_run, "checks": [asdict(c) for c in checks]}, indent=2))
 
 
 def _platform() -> Check:
@@ -172,65 +170,15 @@ def _host_budget(config: OffloadConfig) -> Iterator[Check]:
         )
 
 
-def _directory(path: Path) -> Iterator[Check]:
-    name = f"path {path}"
-    if not path.is_dir():
-        yield Check(name, FAILED, "is no directory", f"mkdir -p {path}")
-        return
-    if not os.access(path, os.W_OK | os.X_OK):
-        yield Check(name, FAILED, "is not writable", "change its owner or mode, or choose another")
-        return
-    kind = _file_system(path)
-    free_bytes = shutil.disk_usage(path).free
-    fact = f"{kind}, {format_bytes(free_bytes)} free"
-    if kind in _MEMORY_FILE_SYSTEMS:
-        yield Check(name, WARNING, f"{fact}: this is memory, not disk", "name a folder on a disk")
-    elif free_bytes < _LOW_SPACE_BYTES:
-        yield Check(name, WARNING, fact, "free space there, or name another folder")
-    else:
-        yield Check(name, OK, fact)
-    yield _direct(path)
+def _plan(config: OffloadConfig) -> Check:
+    """Whether the state of the config's model has room."""
+    from offload.cli.trainable import model_to_plan
+    from offload.engine.planning import plan
 
-
-def _direct(path: Path) -> Check:
-    name = f"O_DIRECT {path}"
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_TMPFILE | os.O_DIRECT, 0o600))
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
-            return _direct_of_named_file(path, name)
-        return _no_direct(name, error)
-    return Check(name, OK, "works")
-
-
-def _direct_of_named_file(path: Path, name: str) -> Check:
-    target = path / f".offload-doctor-{os.getpid()}"
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    try:
-        os.close(os.open(target, flags | os.O_DIRECT, 0o600))
-    except OSError as error:
-        return _no_direct(name, error)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            target.unlink()
-    return Check(name, OK, "works, with files that have a name until the run ends")
-
-
-def _no_direct(name: str, error: OSError) -> Check:
-    return Check(
-        name,
-        WARNING,
-        f"not possible ({error.strerror}): I/O goes through the page cache, 2 to 8 times slower",
-        "name a folder on ext4 or xfs",
-    )
-
-
-def _file_system(path: Path) -> str:
-    """Return the type of the file system that holds `path`, from the longest mount point."""
-    resolved, best, kind = str(path.resolve()), "", "unknown"
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, mount, mounted_kind, *_ = line.split()
-        point = mount.replace(r"\040", " ").rstrip("/")
-        if len(point) >= len(best) and f"{resolved}/".startswith(f"{point}/"):
-            best, kind = point, mounted_kind
-    return kind
+        made = plan(model_to_plan(config), config)
+    except OffloadError as error:
+        return Check("plan", FAILED, str(error), "mend that, then see `offload plan`")
+    if not made.fits:
+        return Check("plan", FAILED, f"the state does not fit\n{made}", "see the table")
+    return Check("plan", OK, "weights, gradients and optimizer state fit")

@@ -95,15 +95,43 @@ def plan(
 
 
 @main.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--out",
+    default="offload.toml",
+    show_default=True,
+    type=click.Path(dir_okay=False),
+    help="The file to write; it must not exist.",
+)
+@click.option("--data", default="stdlib", show_default=True, help="What to train on: run.data.")
+@click.option("--lora", is_flag=True, help="Train adapters beside the frozen model.")
+def init(model: str, out: str, data: str, lora: bool) -> None:
+    """Write a commented configuration for MODEL and this machine, if it fits.
+
+    MODEL is a Hugging Face folder, its config.json (new weights), or the word built-in.
+    """
+    from offload.cli.init import Request, write_config
+
+    made = write_config(Request(model, Path(out), data, lora))
+    click.echo(f"{made}\n{out} is written: `offload train {out}` trains")
+
+
+@main.command()
 @click.argument("config", type=click.Path(dir_okay=False), required=False)
 @click.option("--path", "paths", multiple=True, help="Check this directory too; may be repeated.")
-def doctor(config: str | None, paths: tuple[str, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(config: str | None, paths: tuple[str, ...], as_json: bool) -> None:
     """Check that training can run here, with CONFIG if given; name a remedy for each trouble."""
-    from offload.cli.doctor import FAILED, examine, render
+    from offload.cli.check import FAILED
+    from offload.cli.doctor import examine, render, render_json
     from offload.config import load_config
 
     checks = examine(load_config(config), paths)
-    render(checks)
+    if as_json:
+        render_json(checks)
+    else:
+        render(checks)
     if any(check.status == FAILED for check in checks):
         sys.exit(_FAILURE)
 

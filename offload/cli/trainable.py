@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.cli.models import build_model
 from offload.config import LoraSection, OffloadConfig, RunSection
 from offload.errors import ConfigError, OffloadError
 
@@ -24,6 +25,23 @@ def trainable(model: nn.Module, config: OffloadConfig) -> nn.Module:
         return _with_adapters(model, config.lora, config.run)
     _freeze(model, config.run.freeze)
     return model
+
+
+def model_to_plan(config: OffloadConfig) -> nn.Module | str:
+    """What `plan` takes: the folder's name, or a model on meta where more than its files counts.
+
+    Raises:
+        ConfigError, OffloadError: as of `trainable`; or there is no model.
+    """
+    run = config.run
+    if run is None or (run.model is None and not run.hf_config):
+        raise ConfigError(
+            problems=["run.model and run.hf_config are missing: the model to plan for"]
+        )
+    if run.model is not None and config.lora is None and not run.freeze:
+        return run.model
+    with torch.device("meta"):
+        return trainable(build_model(run), config)
 
 
 def _freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
