@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from torch import nn
 
 from offload.cli.measuring import sample
-from offload.cli.models import build_model
-from offload.cli.trainable import trainable
+from offload.cli.trainable import model_to_plan
 from offload.config import OffloadConfig, load_config
 from offload.engine.profile import find_profile
 from offload.errors import ConfigError, OffloadError, format_bytes
@@ -186,14 +184,7 @@ def _model_and_config(request: Request) -> tuple[nn.Module | str, OffloadConfig]
     if request.config is not None:
         raise ConfigError(problems=[f"{target} is a configuration, too: give --config a model's"])
     config = load_config(target)
-    run = config.run
-    if run is None or (run.model is None and not run.hf_config):
-        problem = "run.model and run.hf_config are missing: the model to plan for"
-        raise ConfigError(problems=[problem], source=str(target))
-    if run.model is not None and config.lora is None and not run.freeze:
-        return run.model, config
-    with torch.device("meta"):
-        return trainable(build_model(run), config), config
+    return model_to_plan(config, source=str(target)), config
 
 
 def _is_model_config(path: Path) -> bool:

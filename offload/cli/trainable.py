@@ -27,7 +27,7 @@ def trainable(model: nn.Module, config: OffloadConfig) -> nn.Module:
     return model
 
 
-def model_to_plan(config: OffloadConfig) -> nn.Module | str:
+def model_to_plan(config: OffloadConfig, source: str | None = None) -> nn.Module | str:
     """What `plan` takes: the folder's name, or a model on meta where more than its files counts.
 
     Raises:
@@ -35,9 +35,8 @@ def model_to_plan(config: OffloadConfig) -> nn.Module | str:
     """
     run = config.run
     if run is None or (run.model is None and not run.hf_config):
-        raise ConfigError(
-            problems=["run.model and run.hf_config are missing: the model to plan for"]
-        )
+        problem = "run.model and run.hf_config are missing: the model to plan for"
+        raise ConfigError(problems=[problem], source=source)
     if run.model is not None and config.lora is None and not run.freeze:
         return run.model
     with torch.device("meta"):
