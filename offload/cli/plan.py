@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import nn
 
 from offload.cli.measuring import sample
 from offload.cli.trainable import model_to_plan
-from offload.config import OffloadConfig, load_config
+from offload.config import OffloadConfig, available_host_bytes, load_config
+from offload.engine.planning import device_is_host_memory, on_meta
 from offload.engine.profile import find_profile
+from offload.engine.rehearsal import measure_operations, rehearse
 from offload.errors import ConfigError, OffloadError, format_bytes
+from offload.partition.arrays import TORCH_DTYPES
 from offload.schedule.cost import LaneSpeeds
 from offload.schedule.footprint import STATE_CLASSES, TIERS
 from offload.schedule.forecast import Workload
@@ -25,6 +29,7 @@ from offload.state.session import plan as plan_state
 
 _SAMPLE_BYTES = 16 << 20  # of each lane: a second or so on one slow disk
 _SAMPLE_PASSES = 3
+_MOST_MEMORY_SHARE = 1 / 4  # of what is available, for the operations that are measured
 _DAYS_A_YEAR = 365
 
 
@@ -56,6 +61,8 @@ class Planned:
         config: that it is of.
         tokens: of one optimizer step; None: not known.
         source: where the speeds come from, in words.
+        activation_bytes: that autograd holds of one micro-batch; None: not counted.
+        compute_source: how the seconds of compute were found, in words.
         alternatives: if it does not fit: placements that do, and their seconds a step.
     """
 
@@ -63,6 +70,8 @@ class Planned:
     config: OffloadConfig
     tokens: int | None
     source: str
+    activation_bytes: int | None = None
+    compute_source: str = ""
     alternatives: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -113,7 +122,9 @@ class Planned:
             "hiding_tokens": forecast.hiding_tokens,
             "nvme_terabytes_a_day": forecast.terabytes_a_day,
             "disk_days": self.disk_days,
+            "activation_bytes": self.activation_bytes,
             "speeds": self.source,
+            "compute": self.compute_source,
         }
 
     def lines(self) -> list[str]:
@@ -137,6 +148,12 @@ class Planned:
                 f"{self.tokens:,} tokens a step; with {forecast.hiding_tokens:,} compute takes as "
                 "long as the other lanes beside it"
             )
+            found.append(self.compute_source)
+        if self.activation_bytes is None:
+            found.append("activations are not counted")
+        else:
+            amount = format_bytes(self.activation_bytes)
+            found.append(f"activations of one micro-batch: {amount}, beside these budgets")
         return found + self._endurance_lines()
 
     def _endurance_lines(self) -> list[str]:
@@ -164,27 +181,66 @@ def make_plan(request: Request) -> Planned:
         OffloadError: a parameter that the engine cannot take.
     """
     model, config = _model_and_config(request)
-    tokens = _tokens(request, config)
+    shape = _shape(request, config)
     speeds, source = _speeds(config, request.may_measure)
-    run = config.run
-    workload = Workload(tokens, recompute=run is not None and run.gradient_checkpointing)
+    workload, activation_bytes, how = _workload(model, config, shape, request.may_measure)
     planned = plan_state(model, config, speeds=speeds, workload=workload)
     alternatives: tuple[tuple[str, float], ...] = ()
     if not planned.fits:
         alternatives = _alternatives(model, config, speeds, workload)
-    return Planned(planned, config, tokens, source, alternatives)
+    return Planned(planned, config, workload.tokens, source, activation_bytes, how, alternatives)
 
 
-def _model_and_config(request: Request) -> tuple[nn.Module | str, OffloadConfig]:
+def _workload(
+    model: nn.Module, config: OffloadConfig, shape: tuple[int, int] | None, may_measure: bool
+) -> tuple[Workload, int | None, str]:
+    """What a step computes, the activations of a micro-batch, and how they were found in words."""
+    run, steps = config.run, config.training.gradient_accumulation_steps
+    recompute = run is not None and run.gradient_checkpointing
+    if shape is None:
+        return Workload(recompute=recompute), None, ""
+    workload = Workload(math.prod(shape) * steps, recompute=recompute)
+    device = _device(config)
+    ids = (shape, torch.int64)
+    try:
+        rehearsal = rehearse(
+            model.train(),
+            {"input_ids": ids, "labels": ids},
+            device=device,
+            dtype=TORCH_DTYPES[config.precision.compute],
+        )
+    except OffloadError as error:
+        return workload, None, f"compute by its FLOPs: {error}"
+    activation_bytes = rehearsal.activation_bytes
+    if not may_measure:
+        return workload, activation_bytes, "compute by its FLOPs"
+    most_bytes = int(available_host_bytes() * _MOST_MEMORY_SHARE)
+    try:
+        seconds = measure_operations(rehearsal, device=device, most_bytes=most_bytes)
+    except OffloadError as error:
+        return workload, activation_bytes, f"compute by its FLOPs: {error}"
+    workload = replace(workload, compute_seconds=steps * seconds)
+    return workload, activation_bytes, "compute as its operations were measured, each alone"
+
+
+def _device(config: OffloadConfig) -> torch.device:
+    if device_is_host_memory(config):
+        return torch.device("cpu")
+    kind = config.tiers.device.kind
+    return torch.device("cuda" if kind == "auto" else kind)
+
+
+def _model_and_config(request: Request) -> tuple[nn.Module, OffloadConfig]:
     target = request.target
     if not target.exists():
         raise ConfigError(problems=[f"{target} does not exist: give a configuration or a model"])
     if target.is_dir() or _is_model_config(target):
-        return str(target), load_config(request.config)
+        return on_meta(target), load_config(request.config)
     if request.config is not None:
         raise ConfigError(problems=[f"{target} is a configuration, too: give --config a model's"])
     config = load_config(target)
-    return model_to_plan(config, source=str(target)), config
+    model = model_to_plan(config, source=str(target))
+    return (on_meta(Path(model)) if isinstance(model, str) else model), config
 
 
 def _is_model_config(path: Path) -> bool:
@@ -198,14 +254,13 @@ def _is_model_config(path: Path) -> bool:
     return isinstance(content, dict) and ("architectures" in content or "model_type" in content)
 
 
-def _tokens(request: Request, config: OffloadConfig) -> int | None:
+def _shape(request: Request, config: OffloadConfig) -> tuple[int, int] | None:
+    """Sequences and tokens in each of a micro-batch."""
     run = config.run
     batch, length = request.batch, request.sequence_length
     if run is not None:
         batch, length = batch or run.batch, length or run.sequence_length
-    if length is None:
-        return None
-    return (batch or 1) * length * config.training.gradient_accumulation_steps
+    return None if length is None else (batch or 1, length)
 
 
 def _speeds(config: OffloadConfig, may_measure: bool) -> tuple[LaneSpeeds, str]:
@@ -223,7 +278,7 @@ def _speeds(config: OffloadConfig, may_measure: bool) -> tuple[LaneSpeeds, str]:
 
 
 def _alternatives(
-    model: nn.Module | str, config: OffloadConfig, speeds: LaneSpeeds, workload: Workload
+    model: nn.Module, config: OffloadConfig, speeds: LaneSpeeds, workload: Workload
 ) -> tuple[tuple[str, float], ...]:
     """What fits if some of the classes whose tier is named were `auto`: the fewest that do."""
     named = [name for name in STATE_CLASSES if getattr(config.placement, name) != "auto"]

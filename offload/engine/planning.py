@@ -87,9 +87,7 @@ def plan(
         OffloadError: a parameter that the engine cannot take; names it.
     """
     loaded = load_config(config)
-    module = (
-        model_or_path if isinstance(model_or_path, nn.Module) else _on_meta(Path(model_or_path))
-    )
+    module = model_or_path if isinstance(model_or_path, nn.Module) else on_meta(Path(model_or_path))
     kept = kept_in_fp32(module, loaded.precision)
     collection = collect(module, loaded.precision.compute, kept=kept, allow_meta=True)
     rule, groups, *_ = choose_rule(collection, loaded, None)
@@ -140,7 +138,12 @@ def with_forecast(
     return replace(planned, forecast=forecast)
 
 
-def _on_meta(path: Path) -> nn.Module:
+def on_meta(path: Path) -> nn.Module:
+    """The model of a Hugging Face directory or config.json, without memory.
+
+    Raises:
+        ConfigError: it names no model that transformers has.
+    """
     import transformers
 
     if not path.exists():

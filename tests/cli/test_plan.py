@@ -73,6 +73,8 @@ def test_a_configuration_that_fits(tmp_path: Path) -> None:
         result.stdout
     )
     assert "32 tokens a step" in result.stdout
+    assert "compute as its operations were measured" in result.stdout
+    assert "activations of one micro-batch: " in result.stdout
     found = as_json(path)
     assert found["fits"]
     assert found["tokens"] == 32
@@ -119,6 +121,8 @@ def test_a_model_of_transformers(tmp_path: Path, form: str) -> None:
     given = as_json(target, "--config", config, "--batch", "3", "--sequence-length", "5")
     assert given["tokens"] == 15
     assert given["tiers"] == found["tiers"]
+    assert found["activation_bytes"] is None
+    assert given["activation_bytes"] > 0
     assert given["lanes"]["compute"]["seconds"] > 0
     assert as_json(write(tmp_path, RUN))["tiers"] == found["tiers"]
     result = invoke(target, "--config", config, "--no-measure")
@@ -160,11 +164,13 @@ def test_what_bench_has_kept_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise AssertionError("measured, although it is known")
 
     monkeypatch.setattr(command, "sample", sample)
+    monkeypatch.setattr(command, "measure_operations", lambda *_, **__: 0.25)
     result = invoke(path, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["lanes"]["cpu"]["seconds"] == before["lanes"]["cpu"]["bytes"]
     assert found["speeds"].startswith("speeds as measured in")
+    assert found["lanes"]["compute"]["seconds"] == 0.25
 
 
 def test_the_endurance_of_the_disk(tmp_path: Path) -> None:
