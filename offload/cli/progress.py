@@ -1,10 +1,13 @@
-"""The progress of a run: one live line on a terminal, plain lines elsewhere."""
+"""The progress of a run: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RichCast
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -12,6 +15,8 @@ from rich.text import Text
 
 from offload.errors import format_bytes
 from offload.telemetry import LaneReport, StepReport, TierReport
+
+LEAST_SECONDS = 0.25  # between two drawings
 
 
 def format_rate(lane: LaneReport) -> str:
@@ -41,13 +46,33 @@ def describe_step(report: StepReport, *, loss: float, tokens_per_second: float) 
 
 
 class Progress:
-    """Shows steps; on a terminal a bar and a line that are redrawn, elsewhere a line at times."""
+    """Shows steps; on a terminal a view that is redrawn, elsewhere a line at times.
 
-    def __init__(self, console: Console, *, steps: int, log_every: int) -> None:
+    Args:
+        console: where to.
+        steps: how many there will be.
+        log_every: steps between two lines.
+        view: what is redrawn; None: a bar and a line.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        steps: int,
+        log_every: int,
+        view: RichCast | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console = console
+        self._view = view
+        self._clock = clock
+        self._drawn_at = -math.inf
         self._steps = steps
         self._log_every = log_every
-        self._live = Live(console=console, refresh_per_second=8) if console.is_terminal else None
+        # Drawn from here and not by a thread of rich's, so never in the middle of anything.
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -65,13 +90,20 @@ class Progress:
     def step(self, number: int, parts: list[str]) -> None:
         """Step `number` of all is done; `parts` are those of `describe_step`."""
         if self._live is not None:
-            head = Table.grid(padding=(0, 1))
-            head.add_row(
-                f"step {number}/{self._steps}", ProgressBar(total=self._steps, completed=number)
-            )
-            body = Table.grid()
-            body.add_row(head)
-            body.add_row(Text("  ".join(parts), no_wrap=True, overflow="ellipsis"))
-            self._live.update(body)
+            now = self._clock()
+            is_due = now - self._drawn_at >= LEAST_SECONDS or number >= self._steps
+            if is_due:
+                self._drawn_at = now
+            self._live.update(self._view or self._line(number, parts), refresh=is_due)
         elif number % self._log_every == 0 or number in {1, self._steps}:
             self.note(f"step {number}/{self._steps}  " + "  ".join(parts))
+
+    def _line(self, number: int, parts: list[str]) -> Table:
+        head = Table.grid(padding=(0, 1))
+        head.add_row(
+            f"step {number}/{self._steps}", ProgressBar(total=self._steps, completed=number)
+        )
+        body = Table.grid()
+        body.add_row(head)
+        body.add_row(Text("  ".join(parts), no_wrap=True, overflow="ellipsis"))
+        return body

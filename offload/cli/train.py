@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from offload.cli.batches import Batches, Prepared, prepare
 from offload.cli.data import PretrainedTokenizer, Tokenizer
 from offload.cli.interrupt import EXIT_SIGNAL, StopRequest
+from offload.cli.live import RunView
 from offload.cli.machine import machine_of
 from offload.cli.models import build_tokenizer, opened_model, vocabulary_size
 from offload.cli.progress import Progress, describe_step
@@ -132,6 +133,7 @@ class _Training:
     data: Prepared
     metrics: JsonlWriter
     output: Path
+    view: RunView = field(init=False)
     validation: Validation = field(init=False)
 
     def run(self, console: Console, stop: StopRequest) -> Outcome:
@@ -150,7 +152,8 @@ class _Training:
             }
         )
         recorder = self._recorder(num_steps)
-        with Progress(console, steps=num_steps, log_every=section.log_every) as progress:
+        self.view = view = RunView(num_steps)
+        with Progress(console, steps=num_steps, log_every=section.log_every, view=view) as progress:
             if held_out is not None:
                 outcome.held_out_before = self._evaluate_due(held_out, progress)
             self._keep_client_state()
@@ -222,6 +225,8 @@ class _Training:
                 "report": report.to_dict(),
             }
         )
+        self.view.checkpoint = engine.durable_checkpoint
+        self.view.add(number + 1, report, loss=loss_mean, tokens_per_second=tokens / seconds)
         parts = describe_step(report, loss=loss_mean, tokens_per_second=tokens / seconds)
         progress.step(number + 1, parts if taken else [*parts, "not finite: skipped"])
 
@@ -245,6 +250,7 @@ class _Training:
         engine.train()
         loss, step = total / num_targets, self._num_steps()
         self.metrics.write({"kind": "eval", "step": step, "held_out_loss": loss})
+        self.view.held_out = loss
         progress.note(f"held-out loss after {step} steps: {loss:.4f}")
         is_best = self.validation.add(step, loss)
         self._keep_client_state()

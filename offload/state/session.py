@@ -94,6 +94,11 @@ class OffloadEngine(Engine):
         self._saver.wait()
         return self._saver.path
 
+    @property
+    def durable_checkpoint(self) -> Path | None:
+        """The newest checkpoint of this engine that survives power loss; never waits."""
+        return self._saver.path
+
     def close(self) -> None:
         """Wait for the last checkpoint, then see `Engine.close`.
 
