@@ -159,8 +159,13 @@ def load_config(
 
 
 def config_json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a configuration file."""
-    return OffloadConfig.model_json_schema()
+    """Return the JSON Schema, draft 2020-12, of a configuration file."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **OffloadConfig.model_json_schema(),
+        "title": "Configuration of offload",
+        "description": "Everything that can be set; what is left out has a working default.",
+    }
 
 
 def resolve_host_budget(config: OffloadConfig) -> int:

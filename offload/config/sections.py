@@ -9,7 +9,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    WithJsonSchema,
+)
 
 from offload.config.sizes import (
     SIZE_PATTERN,
@@ -29,6 +37,7 @@ _COUNT_SCHEMA = {
     "anyOf": [{"const": "auto", "type": "string"}, {"type": "integer", "minimum": 1}],
     "x-type": "int or auto",
 }
+_KINDS: list[JsonValue] = ["auto", "cpu", "cuda", "cuda:0"]
 _DEVICE_KIND = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -84,7 +93,11 @@ class Section(BaseModel):
 class DeviceTierSection(Section):
     """The accelerator's memory, or without one a budgeted part of host memory."""
 
-    kind: Annotated[str, BeforeValidator(_as_device_kind)] = "auto"
+    kind: Annotated[
+        str,
+        BeforeValidator(_as_device_kind),
+        Field(json_schema_extra={"pattern": f"^({_DEVICE_KIND.pattern})$", "examples": _KINDS}),
+    ] = "auto"
     """`auto` (cuda if there is one, else cpu), `cpu`, `cuda` or `cuda:N`."""
     memory: SizeOrAuto = "auto"
     """Hard budget of the bytes that the engine holds on the device: weights, slots and gradients.
