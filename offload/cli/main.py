@@ -25,6 +25,20 @@ _ERROR = 2  # an offload error; also click's code for wrong usage
 class _Commands(click.Group):
     """Prints offload's errors as one message, and says by the exit code what interrupted it."""
 
+    def main(  # type: ignore[override]  # several overloads say the same
+        self, *arguments: Any, standalone_mode: bool = True, **options: Any
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(*arguments, standalone_mode=False, **options)
+        try:
+            status = super().main(*arguments, standalone_mode=False, **options)
+        except click.ClickException as error:
+            error.show()
+            status = error.exit_code
+        except click.Abort:  # Ctrl-C before or behind the command; click's own status is 1
+            status = EXIT_SIGNAL + SIGINT
+        sys.exit(status or 0)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

@@ -143,3 +143,14 @@ def test_what_interrupts_a_command_at_once_is_its_exit_code(
 
     monkeypatch.setattr("offload.cli.train.run", run)
     assert invoke("train", "any.toml").exit_code == code
+
+
+@pytest.mark.parametrize("place", ["make_context", "invoke"])
+def test_ctrl_c_outside_of_a_command_is_the_exit_code_too(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(main), place, interrupted)
+    assert invoke("config-schema").exit_code == 130
