@@ -8,6 +8,8 @@ Ctrl-C or a second signal ends at once has the exit code 128 plus the signal's n
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from signal import SIGINT, Signals
 from typing import Any, Literal
@@ -25,13 +27,19 @@ _ERROR = 2  # an offload error; also click's code for wrong usage
 class _Commands(click.Group):
     """Prints offload's errors as one message, and says by the exit code what interrupted it."""
 
-    def main(  # type: ignore[override]  # several overloads say the same
-        self, *arguments: Any, standalone_mode: bool = True, **options: Any
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
     ) -> Any:
+        whole = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
         if not standalone_mode:
-            return super().main(*arguments, standalone_mode=False, **options)
+            return whole()
         try:
-            status = super().main(*arguments, standalone_mode=False, **options)
+            status = whole()
         except click.ClickException as error:
             error.show()
             status = error.exit_code
