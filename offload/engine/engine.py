@@ -252,6 +252,11 @@ class Engine(BackwardEngine):
             self._parts.updates.close()
             self._parts.store.drain()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closed
+
     def __enter__(self) -> Self:
         return self
 

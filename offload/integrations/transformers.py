@@ -38,6 +38,7 @@ from offload.errors import CheckpointError, OffloadError
 from offload.integrations.trainer_arguments import engine_config
 from offload.state import random_state
 from offload.state.adapters import has_adapters
+from offload.state.interactive import close_replaced
 from offload.state.session import OffloadEngine, initialize
 
 STATE_FOLDER = "offload"
@@ -139,6 +140,7 @@ class OffloadTrainerMixin(_Base):  # type: ignore[misc]
 
     def __init__(self, *args: Any, offload_config: Any = None, **kwargs: Any) -> None:
         self._offload_config = offload_config
+        close_replaced(args[0] if args else kwargs.get("model"))
         super().__init__(*args, **kwargs)
         self._optimizer_factory = _optimizer_factory(self.optimizer)
         self._scheduler_factory = _scheduler_factory(self.lr_scheduler)

@@ -24,6 +24,7 @@ from offload.schedule.plan import Plan
 from offload.state import adapters, checkpoint, durable, export
 from offload.state.deferred import placing, refuse_inside
 from offload.state.importing import Imported, import_checkpoint
+from offload.state.interactive import close_replaced
 from offload.state.saver import Saver
 from offload.timeline import StepTimeline
 
@@ -186,6 +187,9 @@ def initialize(
 ) -> OffloadEngine:
     """Place the training state of `model` on the config's tiers and return its engine.
 
+    In a notebook the engine whose name the result is assigned to is closed first, with a warning:
+    see [Note: Cells that run again].
+
     Args:
         model: any module; its parameters keep their identity, and lose their storage. They may be
             deferred, see `deferred_init`.
@@ -200,6 +204,7 @@ def initialize(
     """
     refuse_inside("offload.initialize")
     loaded = load_config(config)
+    close_replaced(model)
     with placing(model) as source:
         return OffloadEngine(build(model, loaded, optimizer, source), lr_scheduler)
 

@@ -25,6 +25,7 @@ from tests.docs.pages import ROOT, Block, blocks
 RUN_BY: dict[str, str] = {
     "docs/from-deepspeed.md": "tests/integrations/test_deepspeed_docs.py",
     "docs/lightning.md": "tests/integrations/test_lightning_docs.py",
+    "docs/trainers.md": "tests/integrations/test_trainers_docs.py",
 }
 
 # (page, number of the block in it) -> what is there before it.
