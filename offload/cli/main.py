@@ -8,7 +8,7 @@ Ctrl-C or a second signal ends at once has the exit code 128 plus the signal's n
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, Signals
@@ -35,7 +35,8 @@ class _Commands(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        whole = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
+        click_main: Callable[..., Any] = super().main
+        whole = partial(click_main, args, prog_name, complete_var, standalone_mode=False, **extra)
         if not standalone_mode:
             return whole()
         try:
