@@ -368,3 +368,23 @@ def test_public_configurations_train(name: str, tmp_path: Path, engines: list[An
     home = {"zero3": "host", "zero2": "host", "infinity": "nvme"}[name]
     assert bytes_on[home]["optimizer"] > 0
     assert sum(bytes_on[tier]["optimizer"] for tier in bytes_on) == bytes_on[home]["optimizer"]
+
+
+def test_the_numbers_are_those_of_deepspeed(tmp_path: Path, engines: list[Any]) -> None:
+    """Losses, rates, counts and weights that DeepSpeed 0.19.8 gave; fp32, OneCycle, clipping."""
+    recorded = json.loads((Path(__file__).parent / "foreign" / "deepspeed_run.json").read_text())
+    engine, *_ = deepspeed.initialize(
+        model=small(), config=recorded["config"] | {"offload": MEMORY}
+    )
+    engines.append(engine)
+    losses, rates, steps = [], [], []
+    for batch in batches(len(recorded["losses"])):
+        rates.append(engine.get_lr()[0])
+        losses += train(engine, [batch])
+        steps.append(engine.global_steps)
+    assert losses == pytest.approx(recorded["losses"], rel=2e-6, abs=0)
+    assert rates == pytest.approx(recorded["rates"], rel=1e-14, abs=0)
+    assert steps == recorded["steps"]
+    weights = engine.engine.state_dict().values()
+    norms = [weight.double().norm().item() for weight in weights]
+    assert norms == pytest.approx(recorded["weight_norms"], rel=1e-6, abs=0)
