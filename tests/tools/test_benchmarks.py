@@ -36,6 +36,7 @@ ARGUMENTS = {
     "loading": ["--rounds=1", "--hidden=64", "--layers=1"],
     "memory": ["--hidden=64", "--layers=1", "--factor=2", "--tokens=16"],
     "nvme_step": ["--rounds=1", "--parameters", "1", "9"],
+    "planning": ["--rounds=1", "--steps=1", "--only=llama tiny"],
     "tiling": ["--rounds=1", "--vocabulary=512", "--width=128", "--tokens=64"],
     "train_step": [
         *("--rounds=1", "--steps=1", "--hidden=64", "--layers=1", "--vocabulary=64"),
@@ -111,6 +112,14 @@ def test_nvme_step(tmp_path: Path) -> None:
     assert_positive(found["share"], found["growth"], large["step_seconds"], large["bound_seconds"])
     assert small["growth"] == 1.0
     assert large["parameters"] >= 1.5 * small["parameters"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_planning(tmp_path: Path) -> None:
+    found = last_line(run("planning", f"--path={tmp_path}"))
+    (case,) = found["cases"]
+    assert_positive(case["predicted_seconds"], case["measured_seconds"])
+    assert found["good_bytes"] == found["bounded"] == found["count"] == 1
     assert list(tmp_path.iterdir()) == []
 
 
