@@ -32,6 +32,7 @@ from offload.cli.models import build_tokenizer, opened_model, vocabulary_size
 from offload.cli.progress import Progress, describe_step
 from offload.cli.recording import TIMELINE_NAME, Recorder, steps_to_record
 from offload.cli.rows import check_separation, refuse_unpackable
+from offload.cli.sinks import MetricsWriter, require_sinks
 from offload.cli.steps import count_targets, count_tokens, on_device_of, take_step, weighted
 from offload.cli.summary import Outcome, failed_expectations, print_summary
 from offload.cli.trainable import trainable
@@ -41,7 +42,6 @@ from offload.errors import ConfigError, OffloadError
 from offload.state.adapters import has_adapters
 from offload.state.merging import save_merged
 from offload.state.session import OffloadEngine, initialize
-from offload.telemetry import JsonlWriter
 
 METRICS_NAME = "metrics.jsonl"
 EXIT_EXPECTATION = 1  # the run ended, and something in [run.expect] does not hold
@@ -63,6 +63,7 @@ def run(
     """
     given = load_config(config)
     section = _run_section(given)
+    require_sinks(section.sinks)
     name = Path(config).stem if isinstance(config, str | os.PathLike) else "run"
     output = section.output or Path("runs") / name
     loaded = _with_directory(given, output / "checkpoints")
@@ -76,7 +77,7 @@ def run(
     transformers_logging.disable_progress_bar()
     with StopRequest() if given_stop is None else contextlib.nullcontext(given_stop) as stop:
         engine, tokenizer, data = _start(section, loaded, output)
-        with engine, JsonlWriter(output / METRICS_NAME) as metrics:
+        with engine, MetricsWriter(output / METRICS_NAME, section.sinks, plain) as metrics:
             for note in data.notes:
                 console.print(note, highlight=False, markup=False, soft_wrap=True)
             training = _Training(engine, section, data, metrics, output)
@@ -131,7 +132,7 @@ class _Training:
     engine: OffloadEngine
     section: RunSection
     data: Prepared
-    metrics: JsonlWriter
+    metrics: MetricsWriter
     output: Path
     view: RunView = field(init=False)
     validation: Validation = field(init=False)

@@ -472,6 +472,11 @@ class RunSection(Section):
     ) = "auto"
     """Steps whose timeline is recorded, for `offload trace` and `offload report`. `auto`: the fifth
     that the run takes. None with `[]`. Never changes a number."""
+    sinks: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_as_tuple)
+    ] = ()
+    """Where the scalars of the metrics file go beside it; their packages have to be installed. See
+    docs/seeing.md."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward instead of keeping them."""
     export: bool = False
