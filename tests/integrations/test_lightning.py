@@ -80,7 +80,12 @@ class Recorder(pl.LightningModule):  # type: ignore[misc, name-defined]
             return None
         optimizer = make(self.parameters(), lr=1e-2, foreach=False)
         if self.options.get("plateau"):
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer,
+                mode="max",  # a falling loss is none: the rate falls
+                patience=0,
+                factor=0.5,
+            )
             return {
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": plateau, "monitor": "val"},
