@@ -34,7 +34,7 @@ MOST_PROBLEMS = 10
 CHECKED_BYTES = 64 << 10  # microseconds to check; a page fault reads as much ahead
 STDLIB = "stdlib"
 HELD_OUT_SHARE = Fraction(1, 20)
-_SUFFIXES = (".txt", ".jsonl", ".py", ".md")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".py", ".md")
 # Installed packages are no part of the library, and its tests are mostly tables.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -239,7 +239,7 @@ def documents(source: str) -> list[Document]:
     """
     folder = Path(sysconfig.get_path("stdlib")) if source == STDLIB else Path(source)
     if folder.is_dir():
-        paths = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix in TEXT_SUFFIXES)
     else:
         paths = [folder] if folder.is_file() else []
     if source == STDLIB:
@@ -250,7 +250,7 @@ def documents(source: str) -> list[Document]:
     if not found:
         raise OffloadError(
             f"run.data = {source!r} has no text",
-            expected=f"'{STDLIB}', a file or a folder of files ({', '.join(_SUFFIXES)})",
+            expected=f"'{STDLIB}', a file or a folder of files ({', '.join(TEXT_SUFFIXES)})",
         )
     return found
 

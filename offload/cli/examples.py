@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from offload.cli.data import STDLIB, Marks, Problems, Tokenizer, Tokens, jsonl_lines
+from offload.cli.data import STDLIB, TEXT_SUFFIXES, Marks, Problems, Tokenizer, Tokens, jsonl_lines
 from offload.config import RunSection
 from offload.errors import ConfigError, OffloadError
 
@@ -58,6 +58,12 @@ class Records:
             self._paths = [each for each in self._paths if each.suffix == ".jsonl"]
         first = next(self.read(Problems()), None)
         self.is_text = first is None or not {"prompt", "messages"} & first[1].keys()
+        others = [] if self.is_text else _other_texts(Path(source))
+        if others and self._table is None:
+            raise OffloadError(
+                f"{source} holds examples, and {len(others)} other text(s), e.g. {others[0]}",
+                remedy="name a folder, or a file, with examples alone",
+            )
 
     @property
     def table(self) -> Any:
@@ -73,6 +79,12 @@ class Records:
             if path.is_file():
                 for line in jsonl_lines(path, problems):
                     yield line.where, line.fields
+
+
+def _other_texts(folder: Path) -> list[Path]:
+    """Files in a folder that are texts, and no records."""
+    suffixes = set(TEXT_SUFFIXES) - {".jsonl"}
+    return sorted(path for path in folder.rglob("*") if path.suffix in suffixes)
 
 
 def _table(source: str, split: str) -> Any:
@@ -190,8 +202,14 @@ class Encoder:
     def _render(
         self, messages: list[dict[str, Any]], tools: Any, **options: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        try:
+            from jinja2 import TemplateError
+            from transformers.utils.chat_template_utils import render_jinja_template
+        except ImportError as error:
+            raise OffloadError(
+                f"chat templates need jinja2 and transformers: {error}",
+                remedy="pip install jinja2 'offload[hf]'",
+            ) from error
 
         try:
             render: Any = render_jinja_template

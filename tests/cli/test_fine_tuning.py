@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from offload.cli import train
+from offload.cli import rows, train
 from offload.cli.batches import prepare
 from offload.cli.data import ByteTokenizer
 from offload.config import load_config
@@ -97,6 +98,20 @@ def test_the_loss_is_of_completions_alone(tmp_path, packing):
     assert sorted(completions) == sorted("a" * (i + 1) for i in range(12))
     rows = data.train.windows.num_windows
     assert rows < 6 if packing else rows == 12
+
+
+def test_nothing_predicts_the_first_token_of_an_example():
+    """Not what fills a row either; and positions start anew."""
+    entry = rows.PRESENT | rows.TRAINED
+    row = [entry | rows.FIRST | 7, entry | 8, entry | rows.FIRST | 9, rows.PRESENT | 5, entry | 6]
+    entries = torch.tensor([row + [0] * 123, [rows.PRESENT | rows.FIRST | 1] + [0] * 127])
+    batch = rows.to_batch(entries, packing=True)
+    assert batch["input_ids"].shape == (2, 64), "cut where all rows have ended"
+    assert batch["labels"][0, :6].tolist() == [-100, 8, -100, -100, 6, -100]
+    assert batch["position_ids"][0, :5].tolist() == [0, 1, 0, 1, 2]
+    assert (batch["labels"][1] == -100).all()
+    padded = rows.to_batch(entries, packing=False)
+    assert padded["attention_mask"].sum(1).tolist() == [5, 1]
 
 
 def test_packing_changes_no_example(tmp_path):
@@ -257,6 +272,34 @@ def test_a_model_that_attends_across_the_border_is_refused(tmp_path, monkeypatch
         train.run(config)
 
 
+def test_both_orders_of_accumulation_take_packed_examples(tmp_path):
+    data = write(tmp_path / "d.jsonl", conversations(30))
+    losses = []
+    for order in ("micro_batch_major", "layer_major"):
+        config = tiny_config(tmp_path, data, steps=2, packing=True, validation=0)
+        config["training"] = {"gradient_accumulation_steps": 2, "accumulation": order}
+        assert train.run(config) == 0
+        losses.append([entry["loss"] for entry in metrics(tmp_path)["step"]])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 2
+
+
+def test_texts_beside_examples_are_not_passed_over(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write(folder / "a.jsonl", conversations(5))
+    (folder / "b.md").write_text("text")
+    section = load_config(tiny_config(tmp_path, str(folder))).run
+    with pytest.raises(OffloadError, match=r"1 other text\(s\), e\.g\. .*b\.md"):
+        prepare(section, ByteTokenizer(), tmp_path / "packed")
+
+
+def test_chat_templates_without_jinja_say_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(OffloadError, match="pip install jinja2"):
+        prepared(tmp_path, conversations(5))
+
+
 def test_every_target_counts_the_same_over_micro_batches(tmp_path):
     """Two micro-batches of one example each are one batch of both, to rounding."""
     records = [{"prompt": "q: ", "completion": "ab" * (1 + 9 * i)} for i in range(4)]
@@ -295,7 +338,7 @@ def test_a_run_that_gets_no_better_ends_early_also_when_resumed(tmp_path, capsys
         for tag in ("best", f"step-{best:08d}", f"step-{last:08d}")
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
-    for step in range(best + 2, last + 1):
+    for step in range(best + 3, last + 1):
         shutil.rmtree(saved / f"step-{step:08d}")
     assert train.run(config) == 0
     assert metrics(tmp_path)["step"][-1]["step"] == last
@@ -345,7 +388,7 @@ def test_data_sets_of_the_datasets_library(tmp_path, monkeypatch):
     section = load_config(tiny_config(tmp_path, str(tmp_path / "both"), data_split="none")).run
     with pytest.raises(OffloadError, match="split 'none'"):
         prepare(section, ByteTokenizer(), tmp_path / "packed")
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(OffloadError, match="pip install datasets"):
         prepare(section, ByteTokenizer(), tmp_path / "packed")
 
