@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import offload
 from offload.integrations.transformers import STATE_FOLDER, OffloadTrainer, OffloadTrainerMixin
@@ -134,7 +141,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("cosine", "another_rule")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES]
+)
 def test_numbers_are_those_of_the_trainer(name: str, tmp_path: Path) -> None:
     given = CASES[name]
     expected = train(Trainer, tmp_path, **given)
@@ -364,6 +376,32 @@ def test_generation_between_steps(tmp_path: Path) -> None:
     train(OffloadTrainer, tmp_path, callbacks=[Generate()], offload_config=placed("host", tmp_path))
     assert len(seen) == 5
     assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+
+
+def test_a_trainer_that_generates_in_evaluation(tmp_path: Path) -> None:
+    class OffloadSeq2SeqTrainer(OffloadTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    def predictions(trainer_class: Any, **extra: Any) -> Any:
+        args = Seq2SeqTrainingArguments(
+            output_dir=str(tmp_path),
+            predict_with_generate=True,
+            generation_max_length=6,
+            max_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        torch.manual_seed(0)
+        trainer = trainer_class(
+            model=transformers_model("t5").eval(), args=args, train_dataset=Tokens(), **extra
+        )
+        trainer.train()
+        return trainer.predict(Tokens(4)).predictions
+
+    expected = predictions(Seq2SeqTrainer)
+    found = predictions(OffloadSeq2SeqTrainer, offload_config=placed("host", tmp_path))
+    assert (found == expected).all()
 
 
 def test_callbacks_see_model_and_optimizer_of_the_engine(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "wrapped")) for n in CASES]
+)
 def test_numbers_are_those_of_trl(name: str, tmp_path: Path) -> None:
     given = CASES[name]
     expected = train(trl.SFTTrainer, tmp_path, **given)
