@@ -528,3 +528,17 @@ def test_another_norm_is_refused(tmp_path: Path) -> None:
     for norm, kind in ((0.25, 2), (0.5, 1)):
         with pytest.raises(offload.OffloadError, match=r"max_norm 0\.5"):
             clip(trainer.model.parameters(), norm, kind)
+
+
+def test_the_overlapped_step_runs_under_the_trainer(tmp_path: Path) -> None:
+    """Only the last backward of a step updates ahead: what is held is not dropped."""
+    trainer = train(
+        OffloadTrainer,
+        tmp_path,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        offload_config=placed("nvme", tmp_path),
+    )
+    updates = trainer.offload_engine._parts.updates
+    assert updates.committed > 0
+    assert updates.dropped == 0
