@@ -150,6 +150,7 @@ def press(bench: Bench, *, swing_bytes: int, room_bytes: int, homes: Any = None)
     engine = bench.engine(model=network(128), placement=placement, tiers=sizes)
     step(engine)
     engine._pressure._swing_bytes = swing_bytes
+    engine._pressure._look_seconds = 0.0  # so that it looks again
     bench.patch.setattr(pressure, "free_swap_bytes", lambda: 0)
     bench.patch.setattr(pressure, "_anonymous_bytes", lambda: 0)
     bench.patch.setattr(pressure, "MARGIN_BYTES", MIB // 16)
