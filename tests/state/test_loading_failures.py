@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,25 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
+@pytest.fixture(autouse=True)
+def of_others() -> Iterator[None]:
+    """What tests before these have left open is theirs."""
+    _of_others.extend(open_tiers())
+    yield
+    _of_others.clear()
+
+
+_of_others: list[Any] = []
+
+
 def open_tiers() -> list[Any]:
-    return [o for o in gc.get_objects() if issubclass(type(o), TIERS) and not o._closed]
+    return [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), TIERS)
+        and not found._closed
+        and not any(found is other for other in _of_others)
+    ]
 
 
 def entries(folder: str) -> int:
